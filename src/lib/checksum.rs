@@ -1,0 +1,189 @@
+//! CRC-32C with the constant of each block kind: identify, verify, seal.
+//!
+//! Facts: `FORMAT.md`, "Conventions". The checksum covers bytes 4 to 4095; bytes 8 to 15 hold the block's own number, which
+//! catches misdirected writes and stale copies.
+
+use crate::units::{BLOCK_SIZE, MetadataBlock};
+use std::fmt;
+
+/// The four kinds of metadata block, told apart by the constant in their checksum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum BlockKind {
+    /// Block 0, and the copy that a metadata snapshot holds.
+    Superblock,
+    /// A node of any btree.
+    Node,
+    /// A bitmap of either space map.
+    Bitmap,
+    /// The metadata space map's index of bitmaps.
+    Index,
+}
+
+impl BlockKind {
+    const ALL: [Self; 4] = [Self::Superblock, Self::Node, Self::Bitmap, Self::Index];
+
+    fn salt(self) -> u32 {
+        match self {
+            Self::Superblock => 160_774,
+            Self::Node => 121_107,
+            Self::Bitmap => 240_779,
+            Self::Index => 160_478,
+        }
+    }
+}
+
+impl fmt::Display for BlockKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Superblock => "superblock",
+            Self::Node => "btree node",
+            Self::Bitmap => "space-map bitmap",
+            Self::Index => "space-map index",
+        })
+    }
+}
+
+/// Why a block is not a sealed block of the expected kind at the expected place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SealFault {
+    /// Every byte is zero.
+    Zeroed,
+    /// The checksum is that of another kind of block.
+    WrongKind {
+        /// The kind that the checksum proves.
+        found: BlockKind,
+    },
+    /// The checksum fits no kind.
+    Checksum {
+        /// What bytes 0..4 say.
+        stored: u32,
+        /// What they would be for the expected kind.
+        computed: u32,
+    },
+    /// The checksum is right but the block was written for another place.
+    Location {
+        /// The block number found in the block.
+        found: u64,
+    },
+}
+
+impl fmt::Display for SealFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Zeroed => f.write_str("the block is all zeros"),
+            Self::WrongKind { found } => write!(f, "the block is a {found}"),
+            Self::Checksum { stored, computed } => {
+                write!(
+                    f,
+                    "checksum is {stored:#010x}, contents give {computed:#010x}"
+                )
+            }
+            Self::Location { found } => write!(f, "the block says it is block {found}"),
+        }
+    }
+}
+
+fn word(block: &[u8], offset: usize) -> u32 {
+    u32::from_le_bytes([
+        block[offset],
+        block[offset + 1],
+        block[offset + 2],
+        block[offset + 3],
+    ])
+}
+
+/// The checksum of the contents before the kind's constant is mixed in.
+fn contents_sum(block: &[u8]) -> u32 {
+    !crc32c::crc32c(&block[4..BLOCK_SIZE])
+}
+
+/// The kind that the checksum of `block` proves, if any. The block number is not looked at.
+pub fn identify(block: &[u8]) -> Option<BlockKind> {
+    let salt = contents_sum(block) ^ word(block, 0);
+    BlockKind::ALL.into_iter().find(|kind| kind.salt() == salt)
+}
+
+/// The block number that a block claims for itself (bytes 8..16).
+pub fn claimed_location(block: &[u8]) -> MetadataBlock {
+    MetadataBlock(u64::from(word(block, 8)) | u64::from(word(block, 12)) << 32)
+}
+
+/// Verifies that `block` (4096 bytes) is a sealed block of `kind`, written for `location`.
+///
+/// # Errors
+/// The first [`SealFault`]: zeroed, wrong kind, wrong checksum, wrong place.
+pub fn verify(block: &[u8], kind: BlockKind, location: MetadataBlock) -> Result<(), SealFault> {
+    let sum = contents_sum(block);
+    let stored = word(block, 0);
+    if sum ^ kind.salt() != stored {
+        if block.iter().all(|&b| b == 0) {
+            return Err(SealFault::Zeroed);
+        }
+        return Err(
+            match BlockKind::ALL
+                .into_iter()
+                .find(|k| k.salt() == sum ^ stored)
+            {
+                Some(found) => SealFault::WrongKind { found },
+                None => SealFault::Checksum {
+                    stored,
+                    computed: sum ^ kind.salt(),
+                },
+            },
+        );
+    }
+    match claimed_location(block) {
+        found if found == location => Ok(()),
+        found => Err(SealFault::Location { found: found.0 }),
+    }
+}
+
+/// Writes the block number and the checksum into a block that is about to go to disk.
+pub fn seal(block: &mut [u8], kind: BlockKind, location: MetadataBlock) {
+    block[8..16].copy_from_slice(&location.0.to_le_bytes());
+    let sum = contents_sum(block) ^ kind.salt();
+    block[..4].copy_from_slice(&sum.to_le_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sealed_blocks_verify_and_one_flipped_bit_does_not() {
+        for kind in BlockKind::ALL {
+            let mut block = vec![0x5a; BLOCK_SIZE];
+            seal(&mut block, kind, MetadataBlock(77));
+            assert_eq!(verify(&block, kind, MetadataBlock(77)), Ok(()));
+            assert_eq!(identify(&block), Some(kind));
+            assert_eq!(
+                verify(&block, kind, MetadataBlock(78)),
+                Err(SealFault::Location { found: 77 })
+            );
+            for byte in [0, 4, 8, 100, 4095] {
+                block[byte] ^= 0x10;
+                assert!(matches!(
+                    verify(&block, kind, MetadataBlock(77)),
+                    Err(SealFault::Checksum { .. })
+                ));
+                block[byte] ^= 0x10;
+            }
+        }
+    }
+
+    #[test]
+    fn another_kind_and_zeros_are_named() {
+        let mut block = vec![0; BLOCK_SIZE];
+        assert_eq!(
+            verify(&block, BlockKind::Node, MetadataBlock(1)),
+            Err(SealFault::Zeroed)
+        );
+        seal(&mut block, BlockKind::Bitmap, MetadataBlock(1));
+        assert_eq!(
+            verify(&block, BlockKind::Node, MetadataBlock(1)),
+            Err(SealFault::WrongKind {
+                found: BlockKind::Bitmap
+            })
+        );
+    }
+}

@@ -1,0 +1,120 @@
+//! Metadata in a regular file (through the page cache) or on a block device (O_DIRECT where it is accepted).
+
+use super::{AlignedBuffer, BlockEngine};
+use crate::units::{BLOCK_SIZE, MetadataBlock};
+use rustix::fs::OFlags;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+/// Requests in flight on a block device: enough to keep a disk array or an NVMe drive busy.
+const DEVICE_DEPTH: usize = 16;
+
+/// A [`BlockEngine`] over a file or a block device.
+#[derive(Debug)]
+pub struct FileEngine {
+    file: File,
+    nr_blocks: u64,
+    is_device: bool,
+}
+
+/// How a device is opened.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Flags {
+    pub(super) write: bool,
+    /// Block devices only: fail with EBUSY while somebody else (an active pool) uses the device.
+    pub(super) exclusive: bool,
+    pub(super) is_device: bool,
+}
+
+fn options(flags: Flags, direct: bool) -> OpenOptions {
+    let mut custom = OFlags::CLOEXEC;
+    if flags.is_device && flags.exclusive {
+        custom |= OFlags::EXCL;
+    }
+    if direct {
+        custom |= OFlags::DIRECT;
+    }
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(flags.write)
+        .custom_flags(custom.bits() as i32);
+    options
+}
+
+impl FileEngine {
+    pub(super) fn open(path: &Path, flags: Flags) -> io::Result<Self> {
+        let plain = || options(flags, false).open(path);
+        let file = if flags.is_device {
+            match options(flags, true).open(path) {
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => plain()?,
+                Ok(file) if !accepts_direct(&file) => {
+                    drop(file);
+                    plain()?
+                }
+                other => other?,
+            }
+        } else {
+            plain()?
+        };
+        Self::from_file(file, flags.is_device)
+    }
+
+    /// An engine over an open file; its size is taken now.
+    pub fn from_file(mut file: File, is_device: bool) -> io::Result<Self> {
+        let bytes = file.seek(SeekFrom::End(0))?;
+        Ok(Self {
+            file,
+            nr_blocks: bytes / BLOCK_SIZE as u64,
+            is_device,
+        })
+    }
+}
+
+/// Some file systems and devices take O_DIRECT at open and refuse every read.
+fn accepts_direct(file: &File) -> bool {
+    let mut buffer = AlignedBuffer::new(1);
+    !matches!(file.read_at(buffer.blocks_mut(1), 0), Err(e) if e.kind() == io::ErrorKind::InvalidInput)
+}
+
+impl BlockEngine for FileEngine {
+    fn nr_blocks(&self) -> u64 {
+        self.nr_blocks
+    }
+
+    fn read(&self, start: MetadataBlock, buf: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset(start)?)
+    }
+
+    fn write(&self, start: MetadataBlock, buf: &[u8]) -> io::Result<()> {
+        if start.0.saturating_add((buf.len() / BLOCK_SIZE) as u64) > self.nr_blocks() {
+            return Err(io::Error::new(
+                io::ErrorKind::StorageFull,
+                format!("block {start} is past the last block"),
+            ));
+        }
+        self.file.write_all_at(buf, offset(start)?)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+
+    fn depth(&self) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        if self.is_device {
+            cores.max(DEVICE_DEPTH)
+        } else {
+            cores
+        }
+    }
+}
+
+fn offset(start: MetadataBlock) -> io::Result<u64> {
+    start
+        .0
+        .checked_mul(BLOCK_SIZE as u64)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("block {start}")))
+}

@@ -1,0 +1,16 @@
+//! Metadata block I/O: engines, opening them safely, and reading many blocks at once.
+
+mod buffer;
+mod compressed;
+mod engine;
+mod file;
+mod open;
+mod ram;
+mod sweep;
+
+pub use buffer::AlignedBuffer;
+pub use engine::BlockEngine;
+pub use file::FileEngine;
+pub use open::{Access, FileId, file_id, open_output, open_read, open_write, write_replacing};
+pub use ram::RamEngine;
+pub use sweep::sweep;

@@ -1,0 +1,23 @@
+//! Persistent data as the kernel's persistent-data library lays it out: btree nodes, space maps, walks and bulk builds.
+
+mod build;
+pub mod bytes;
+mod counts;
+mod fold;
+mod forest;
+mod node;
+mod space_map;
+mod space_map_build;
+mod writer;
+
+pub use build::{BlockSink, BuiltTree, SharedTree, TreeBuilder, Value};
+pub use counts::{CountBatch, CountMap};
+pub use fold::{Structure, StructureFault, Summary};
+pub use forest::{Edge, Forest, Leaves, NodeInfo, NodeProblem, Shape, TreeKind};
+pub use node::{NODE_HEADER, Node, NodeFault, max_entries};
+pub use space_map::{
+    BITMAP_BYTES, Bitmap, Difference, INDEX_ENTRY_SIZE, IndexEntry, OverflowEntry, ROOT_SIZE,
+    SpaceMapRoot, nr_bitmaps,
+};
+pub use space_map_build::{build_data_map, build_metadata_map};
+pub use writer::MetadataWriter;

@@ -1,0 +1,11 @@
+//! The records of thin metadata: superblock, device details, mapping values.
+
+mod block_time;
+mod device_detail;
+mod superblock;
+
+pub use block_time::BlockTime;
+pub use device_detail::DeviceDetail;
+pub use superblock::{
+    Fields, MAGIC, NEEDS_CHECK, SUPERBLOCK, Superblock, SuperblockFault, VERSION,
+};

@@ -1,0 +1,469 @@
+//! The source that reads a pool's trees: devices in order of id, leaves many at a time on all cores, shared runs of leaves
+//! told once and referred to.
+
+use super::event::{Device, PoolInfo, Run, Sink, Source};
+use super::sharing::{Sharing, leaves};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{BlockEngine, sweep};
+use crate::observer::Observer;
+use crate::pdata::{Forest, Leaves, Node, NodeProblem, Structure, StructureFault, TreeKind, Value};
+use crate::thin::{BlockTime, DeviceDetail, SUPERBLOCK, Superblock};
+use crate::units::{DataBlock, MetadataBlock, ThinBlock, ThinId};
+use std::collections::BTreeMap;
+
+/// Leaves that are read and decoded together: at most 8 MiB of runs.
+const LEAVES_AT_ONCE: usize = 1024;
+
+/// What of a pool is told.
+#[derive(Clone, Debug, Default)]
+pub struct Selection {
+    /// Only these devices; empty means all.
+    pub devices: Vec<ThinId>,
+    /// Devices without their mappings.
+    pub skip_mappings: bool,
+    /// Shared mappings are told again for each device.
+    pub no_shared: bool,
+}
+
+/// The roots and details from which a pool can be told.
+#[derive(Clone, Debug)]
+pub struct Trees {
+    /// The pool.
+    pub pool: PoolInfo,
+    /// Every device with its details and the root of its mapping tree.
+    pub devices: BTreeMap<u64, (MetadataBlock, DeviceDetail)>,
+}
+
+/// A damaged place, as the error of a command that needs it whole.
+pub(super) fn damaged(tree: TreeKind, block: MetadataBlock, what: &str) -> Error {
+    Error::new(
+        ErrorKind::Damaged,
+        format!(
+            "{tree}, block {block}: {what}; run thin_check to see all damage, thin_repair to recover what is whole"
+        ),
+    )
+}
+
+fn problem_error(forest: &mut Forest) -> Option<Error> {
+    let (block, tree, problem) = forest.problems.drain(..).next()?;
+    Some(match problem {
+        NodeProblem::Unreadable(e) => Error::io(
+            format!("cannot read metadata block {block} of the {tree}"),
+            e,
+        ),
+        NodeProblem::Fault(fault) => damaged(tree, block, &fault.to_string()),
+        NodeProblem::Pointers {
+            key, child, limit, ..
+        } => damaged(
+            tree,
+            block,
+            &format!("the child for key {key} is block {child}, past the last of {limit}"),
+        ),
+        NodeProblem::UsedTwice { first } => damaged(
+            tree,
+            block,
+            &format!("the block is part of the {first} too"),
+        ),
+    })
+}
+
+fn structure_error(structure: &Structure, tree: TreeKind) -> Option<Error> {
+    let mut faults = structure.faults.iter();
+    let (block, fault) = faults.find(|(_, f)| !matches!(f, StructureFault::UnderFull { .. }))?;
+    Some(damaged(tree, *block, &fault.to_string()))
+}
+
+/// Every entry of a small tree, in key order.
+pub(super) fn read_small_tree<V: Value + Send>(
+    engine: &dyn BlockEngine,
+    forest: &mut Forest,
+    tree: TreeKind,
+    root: MetadataBlock,
+    observer: &dyn Observer,
+) -> Result<Vec<(u64, V)>> {
+    if root.0 >= forest.nr_blocks() {
+        let what = format!("the root is past the last of {} blocks", forest.nr_blocks());
+        return Err(damaged(tree, root, &what));
+    }
+    let parts = forest.walk(
+        engine,
+        tree,
+        [root],
+        Leaves::Read,
+        observer,
+        Vec::new,
+        |entries, node| {
+            entries.extend(node.keys().zip(node.values().map(V::unpack)));
+        },
+    )?;
+    let structure = Structure::of(forest, tree, &[root]);
+    if let Some(e) = problem_error(forest).or_else(|| structure_error(&structure, tree)) {
+        return Err(e);
+    }
+    let mut entries = parts.concat();
+    entries.sort_unstable_by_key(|e| e.0);
+    Ok(entries)
+}
+
+/// The text that a dump has for the uuid field: nothing if it is zeros or no text.
+fn uuid_text(uuid: &[u8; 16]) -> String {
+    let end = uuid.iter().rposition(|&b| b != 0).map_or(0, |i| i + 1);
+    match std::str::from_utf8(&uuid[..end]) {
+        Ok(text) if text.bytes().all(|b| (0x20..0x7f).contains(&b)) => text.to_owned(),
+        _ => String::new(),
+    }
+}
+
+impl Trees {
+    /// Reads the top-level tree and the device details that `superblock` (or a metadata snapshot's copy) points to.
+    /// `nr_data_blocks` comes from the pool's superblock: the copy has none.
+    ///
+    /// # Errors
+    /// `Damaged` when either tree is, or when they disagree about which devices there are; `Io`.
+    pub fn read(
+        engine: &dyn BlockEngine,
+        superblock: &Superblock,
+        nr_data_blocks: u64,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        let mut forest = Forest::new(engine.nr_blocks());
+        let kind = TreeKind::TopLevel;
+        let roots =
+            read_small_tree::<u64>(engine, &mut forest, kind, superblock.mapping_root, observer)?;
+        let kind = TreeKind::Details;
+        let details: BTreeMap<u64, DeviceDetail> =
+            read_small_tree(engine, &mut forest, kind, superblock.details_root, observer)?
+                .into_iter()
+                .collect();
+        if let Some(id) = details
+            .keys()
+            .copied()
+            .find(|id| roots.binary_search_by_key(id, |r| r.0).is_err())
+        {
+            let what = format!("device {id} has details but no mapping tree");
+            return Err(damaged(TreeKind::TopLevel, superblock.mapping_root, &what));
+        }
+        let mut devices = BTreeMap::new();
+        for (id, root) in roots {
+            let Some(&detail) = details.get(&id) else {
+                let what = format!("device {id} has a mapping tree but no details");
+                return Err(damaged(TreeKind::Details, superblock.details_root, &what));
+            };
+            devices.insert(id, (MetadataBlock(root), detail));
+        }
+        Ok(Self {
+            pool: PoolInfo {
+                uuid: uuid_text(&superblock.uuid),
+                time: superblock.time,
+                transaction: superblock.transaction_id,
+                flags: superblock.flags,
+                version: superblock.version,
+                data_block_size: superblock.data_block_size,
+                nr_data_blocks,
+            },
+            devices,
+        })
+    }
+}
+
+/// The copy of the superblock that the pool's metadata snapshot holds, in `block` or where the superblock says.
+///
+/// # Errors
+/// `Unsuitable` when the pool has no metadata snapshot, `Damaged` when the block is no superblock, `Io`.
+pub fn held_root(
+    engine: &dyn BlockEngine,
+    superblock: &Superblock,
+    block: Option<MetadataBlock>,
+) -> Result<Superblock> {
+    let block = block.unwrap_or(superblock.held_root);
+    if block == SUPERBLOCK {
+        return Err(Error::new(
+            ErrorKind::Unsuitable,
+            "the pool has no metadata snapshot; reserve one: dmsetup message POOL 0 reserve_metadata_snap",
+        ));
+    }
+    Superblock::read_at(engine, block)
+        .map_err(|e| e.context("the metadata snapshot cannot be read"))
+}
+
+/// A pool's trees on a device, as a source of events.
+pub struct MetadataSource<'a> {
+    /// Where the trees are.
+    pub engine: &'a dyn BlockEngine,
+    /// Which trees.
+    pub trees: Trees,
+    /// What of them is told.
+    pub selection: Selection,
+    /// Asked whether to stop.
+    pub observer: &'a dyn Observer,
+}
+
+impl std::fmt::Debug for MetadataSource<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MetadataSource")
+            .field("trees", &self.trees)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One step of the telling; leaves stand for the mappings in them.
+enum Step {
+    Define(MetadataBlock),
+    EndDefine,
+    Device(Device),
+    EndDevice,
+    Reference(MetadataBlock),
+    Leaf(MetadataBlock),
+}
+
+impl Source for MetadataSource<'_> {
+    fn emit(&self, sink: &mut dyn Sink) -> Result<()> {
+        let selected = self.selected()?;
+        sink.pool(&self.trees.pool)?;
+        if self.selection.skip_mappings {
+            for (device, _) in selected {
+                sink.device(&device)?;
+                sink.end_device()?;
+            }
+            return sink.end();
+        }
+        let roots: Vec<MetadataBlock> = selected.iter().map(|s| s.1).collect();
+        let forest = self.find_leaves(&roots)?;
+        let sharing = Sharing::of(&forest, &roots);
+        let mut teller = Teller {
+            engine: self.engine,
+            observer: self.observer,
+            sink,
+            steps: Vec::new(),
+            leaves: 0,
+            runs: Vec::new(),
+        };
+        let is_shared = |leaf| !self.selection.no_shared && sharing.is_shared(leaf);
+        let block = |leaf: usize| forest.nodes()[leaf].block;
+        // Definitions stand in order of block, whoever refers to them first.
+        let mut heads: Vec<(MetadataBlock, usize)> = (0..forest.nodes().len())
+            .filter(|&n| is_shared(n) && sharing.begins_run(n))
+            .map(|n| (block(n), n))
+            .collect();
+        heads.sort_unstable();
+        for (head, leaf) in heads {
+            teller.step(Step::Define(head))?;
+            for leaf in sharing.run(leaf) {
+                teller.step(Step::Leaf(block(leaf)))?;
+            }
+            teller.step(Step::EndDefine)?;
+        }
+        for (device, root) in selected {
+            teller.step(Step::Device(device))?;
+            for leaf in forest
+                .number(root)
+                .iter()
+                .flat_map(|&root| leaves(&forest, root))
+            {
+                if !is_shared(leaf) {
+                    teller.step(Step::Leaf(block(leaf)))?;
+                } else if sharing.begins_run(leaf) {
+                    teller.step(Step::Reference(block(leaf)))?;
+                }
+            }
+            teller.step(Step::EndDevice)?;
+        }
+        teller.play()?;
+        sink.end()
+    }
+}
+
+impl MetadataSource<'_> {
+    fn selected(&self) -> Result<Vec<(Device, MetadataBlock)>> {
+        let wanted = &self.selection.devices;
+        if let Some(id) = wanted
+            .iter()
+            .find(|id| !self.trees.devices.contains_key(&id.0))
+        {
+            return Err(Error::new(
+                ErrorKind::Unsuitable,
+                format!("there is no device {id} in this metadata"),
+            ));
+        }
+        let devices = self.trees.devices.iter();
+        let told = devices.filter(|(id, _)| wanted.is_empty() || wanted.contains(&ThinId(**id)));
+        Ok(told
+            .map(|(&id, &(root, detail))| {
+                let device = Device {
+                    dev_id: ThinId(id),
+                    mapped_blocks: detail.mapped_blocks,
+                    transaction: detail.transaction_id,
+                    creation_time: detail.creation_time,
+                    snap_time: detail.snapshotted_time,
+                };
+                (device, root)
+            })
+            .collect())
+    }
+
+    /// Reads the inner nodes of the mapping trees.
+    fn find_leaves(&self, roots: &[MetadataBlock]) -> Result<Forest> {
+        let tree = TreeKind::Mappings;
+        let mut forest = Forest::new(self.engine.nr_blocks());
+        if let Some(root) = roots.iter().find(|r| r.0 >= forest.nr_blocks()) {
+            let what = format!("the root is past the last of {} blocks", forest.nr_blocks());
+            return Err(damaged(tree, *root, &what));
+        }
+        let roots_read = roots.iter().copied();
+        forest.walk(
+            self.engine,
+            tree,
+            roots_read,
+            Leaves::Find,
+            self.observer,
+            || (),
+            |(), _| (),
+        )?;
+        let structure = Structure::of(&forest, tree, roots);
+        match problem_error(&mut forest).or_else(|| structure_error(&structure, tree)) {
+            Some(e) => Err(e),
+            None => Ok(forest),
+        }
+    }
+}
+
+/// Gathers steps until they have enough leaves to read at once, then plays them to the sink.
+struct Teller<'a> {
+    engine: &'a dyn BlockEngine,
+    observer: &'a dyn Observer,
+    sink: &'a mut dyn Sink,
+    steps: Vec<Step>,
+    leaves: usize,
+    /// Runs not told yet: the last one may go on in the next leaf.
+    runs: Vec<Run>,
+}
+
+impl Teller<'_> {
+    fn step(&mut self, step: Step) -> Result<()> {
+        self.leaves += usize::from(matches!(step, Step::Leaf(_)));
+        self.steps.push(step);
+        if self.leaves >= LEAVES_AT_ONCE || self.steps.len() >= 64 * LEAVES_AT_ONCE {
+            self.play()?;
+        }
+        Ok(())
+    }
+
+    fn play(&mut self) -> Result<()> {
+        self.observer.check_cancelled()?;
+        let steps = std::mem::take(&mut self.steps);
+        self.leaves = 0;
+        let leaves = self.read_leaves(&steps)?;
+        for step in steps {
+            match step {
+                Step::Leaf(block) => {
+                    let at = leaves.binary_search_by_key(&block, |l| l.0);
+                    let runs = at.map_or(&[][..], |i| &leaves[i].1);
+                    self.add_runs(block, runs)?;
+                }
+                Step::Define(block) => self.sink.define(&block.to_string())?,
+                Step::EndDefine => {
+                    self.tell_runs(0)?;
+                    self.sink.end_define()?;
+                }
+                Step::Device(device) => self.sink.device(&device)?,
+                Step::EndDevice => {
+                    self.tell_runs(0)?;
+                    self.sink.end_device()?;
+                }
+                Step::Reference(block) => {
+                    self.tell_runs(0)?;
+                    self.sink.reference(&block.to_string())?;
+                }
+            }
+        }
+        self.tell_runs(1)
+    }
+
+    /// Tells all runs but the last `keep`.
+    fn tell_runs(&mut self, keep: usize) -> Result<()> {
+        let told = self.runs.len().saturating_sub(keep);
+        if told > 0 {
+            self.sink.mappings(&self.runs[..told])?;
+            self.runs.drain(..told);
+        }
+        Ok(())
+    }
+
+    fn add_runs(&mut self, block: MetadataBlock, mut runs: &[Run]) -> Result<()> {
+        if let (Some(last), Some(first)) = (self.runs.last_mut(), runs.first()) {
+            let end = last.thin_begin.0.saturating_add(last.length - 1);
+            if first.thin_begin.0 <= end {
+                let what = format!(
+                    "its first virtual block {} is not after block {end} in the leaf before",
+                    first.thin_begin
+                );
+                return Err(damaged(TreeKind::Mappings, block, &what));
+            }
+            if last.continues(first) {
+                last.length += first.length;
+                runs = &runs[1..];
+            }
+        }
+        self.runs.extend_from_slice(runs);
+        Ok(())
+    }
+
+    /// The mapping runs of every leaf among the steps, ascending by block.
+    fn read_leaves(&self, steps: &[Step]) -> Result<Vec<(MetadataBlock, Vec<Run>)>> {
+        let leaf = |step: &Step| match step {
+            Step::Leaf(block) => Some(block.0),
+            _ => None,
+        };
+        let mut blocks: Vec<u64> = steps.iter().filter_map(leaf).collect();
+        blocks.sort_unstable();
+        blocks.dedup();
+        let parts = sweep(
+            self.engine,
+            &blocks,
+            &|| self.observer.is_cancelled(),
+            Vec::new,
+            |leaves, block, data| leaves.push((block, decode_leaf(block, data))),
+        );
+        self.observer.check_cancelled()?;
+        let mut leaves = Vec::with_capacity(blocks.len());
+        for (block, runs) in parts.into_iter().flatten() {
+            leaves.push((block, runs?));
+        }
+        leaves.sort_unstable_by_key(|l| l.0);
+        Ok(leaves)
+    }
+}
+
+fn decode_leaf(block: MetadataBlock, data: std::io::Result<&[u8]>) -> Result<Vec<Run>> {
+    let tree = TreeKind::Mappings;
+    let data = data.map_err(|e| {
+        Error::io(
+            format!("cannot read metadata block {block} of the {tree}"),
+            e,
+        )
+    })?;
+    let node = Node::parse(data, block, tree.value_size())
+        .map_err(|f| damaged(tree, block, &f.to_string()))?;
+    if !node.is_leaf() {
+        return Err(damaged(
+            tree,
+            block,
+            "an inner node stands where its siblings are leaves",
+        ));
+    }
+    let mut runs: Vec<Run> = Vec::with_capacity(node.len());
+    for (thin, value) in node.keys().zip(node.values_u64()) {
+        let BlockTime { block, time } = BlockTime::unpack(value);
+        let next = Run {
+            thin_begin: ThinBlock(thin),
+            data_begin: DataBlock(block.0),
+            length: 1,
+            time,
+        };
+        match runs.last_mut() {
+            Some(run) if run.continues(&next) => run.length += 1,
+            _ => runs.push(next),
+        }
+    }
+    Ok(runs)
+}

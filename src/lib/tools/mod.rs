@@ -1,0 +1,17 @@
+//! What the commands do: options in, outcome out, nothing printed.
+
+pub mod event;
+mod metadata_source;
+mod overrides;
+mod restore;
+mod restorer;
+mod sharing;
+pub mod text;
+mod xml;
+
+pub use metadata_source::{MetadataSource, Selection, Trees, held_root};
+pub use overrides::{Overridden, Overrides};
+pub use restore::{MARKER, Restored, restore};
+pub use restorer::Restorer;
+pub use text::TextSink;
+pub use xml::XmlSource;

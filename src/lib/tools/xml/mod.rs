@@ -1,0 +1,338 @@
+//! The source that reads a dump in XML, from a file or a pipe, in memory that does not depend on its size.
+//!
+//! The text is cut into segments that begin with a tag; segments are parsed on all cores and their events told in order.
+//! What stands between two tags must be white space. Comments and declarations are blanked before parsing.
+
+mod parse;
+mod segments;
+
+use self::parse::{Parsed, Tag, parse};
+use self::segments::{Segment, Segments};
+use super::event::{PoolInfo, Sink, Source};
+use crate::error::{Error, ErrorKind, Result};
+use crate::observer::Observer;
+use rayon::prelude::*;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+/// Segments that are read and parsed together.
+const TOGETHER: usize = 4;
+
+/// A dump in XML.
+pub struct XmlSource<'a> {
+    file: File,
+    name: String,
+    observer: &'a dyn Observer,
+}
+
+impl std::fmt::Debug for XmlSource<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("XmlSource")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a> XmlSource<'a> {
+    /// Opens the dump at `path`; `-` is standard input. What cannot be read twice (a pipe) is copied to a temporary file
+    /// first, because everything is judged before anything is written.
+    ///
+    /// # Errors
+    /// `Io`, `Unsuitable` for a directory.
+    pub fn open(path: &Path, observer: &'a dyn Observer) -> Result<Self> {
+        let is_stdin = path == Path::new("-");
+        let path = if is_stdin {
+            Path::new("/dev/stdin")
+        } else {
+            path
+        };
+        let name = if is_stdin {
+            "standard input".to_owned()
+        } else {
+            path.display().to_string()
+        };
+        let open = |e| Error::io(format!("cannot open input {name}"), e);
+        let file = File::open(path).map_err(open)?;
+        let meta = file.metadata().map_err(open)?;
+        if meta.is_dir() {
+            return Err(Error::new(
+                ErrorKind::Unsuitable,
+                format!("input {name} is a directory, not an XML file"),
+            ));
+        }
+        let file = if meta.is_file() {
+            file
+        } else {
+            spool(file, &name, observer)?
+        };
+        Ok(Self {
+            file,
+            name,
+            observer,
+        })
+    }
+
+    /// The dump in an open file.
+    pub fn from_file(file: File, name: &str, observer: &'a dyn Observer) -> Self {
+        Self {
+            file,
+            name: name.to_owned(),
+            observer,
+        }
+    }
+}
+
+/// Copies a pipe to an unlinked temporary file.
+fn spool(mut from: File, name: &str, observer: &dyn Observer) -> Result<File> {
+    let hint = "cannot keep a copy of the piped input; set TMPDIR to a folder with room";
+    let mut copy = tempfile::tempfile().map_err(|e| Error::io(hint, e))?;
+    let mut chunk = vec![0; 1 << 20];
+    loop {
+        observer.check_cancelled()?;
+        match from.read(&mut chunk) {
+            Ok(0) => return Ok(copy),
+            Ok(n) => {
+                io::Write::write_all(&mut copy, &chunk[..n]).map_err(|e| Error::io(hint, e))?
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(Error::io(format!("cannot read {name}"), e)),
+        }
+    }
+}
+
+impl Source for XmlSource<'_> {
+    fn emit(&self, sink: &mut dyn Sink) -> Result<()> {
+        let (to, from) = sync_channel(1);
+        std::thread::scope(|scope| {
+            scope.spawn(move || self.parse_all(&to));
+            let mut teller = Teller {
+                sink,
+                at: Place::Start,
+                open: None,
+            };
+            let told = teller.tell_all(&from, self.observer);
+            drop(from);
+            told.map_err(|e| match e.kind() {
+                ErrorKind::InvalidDescription | ErrorKind::OutputTooSmall
+                    if e.event_fault().is_none() =>
+                {
+                    e.context(self.name.clone())
+                }
+                _ => e,
+            })
+        })
+    }
+}
+
+type Batch = Result<Vec<(Segment, Result<Parsed>)>>;
+
+impl XmlSource<'_> {
+    /// Reads and parses ahead of the telling, until it ends or nobody listens any more.
+    fn parse_all(&self, to: &SyncSender<Batch>) {
+        let mut segments = Segments::new(&self.file, &self.name);
+        loop {
+            let mut read = Vec::with_capacity(TOGETHER);
+            while read.len() < TOGETHER {
+                match segments.next() {
+                    Ok(Some(segment)) => read.push(segment),
+                    Ok(None) => break,
+                    Err(e) => {
+                        // Whoever listened has an error of its own already if this cannot be sent.
+                        let _ = to.send(Err(e));
+                        return;
+                    }
+                }
+            }
+            if read.is_empty() {
+                return;
+            }
+            let parsed = if read.len() == 1 {
+                read.into_iter().map(parse_segment).collect()
+            } else {
+                read.into_par_iter().map(parse_segment).collect()
+            };
+            if to.send(Ok(parsed)).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn parse_segment(segment: Segment) -> (Segment, Result<Parsed>) {
+    let parsed = parse(&segment);
+    (segment, parsed)
+}
+
+/// Where the telling stands between the tags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Start,
+    Pool,
+    Definition,
+    Device,
+    End,
+}
+
+struct Teller<'a> {
+    sink: &'a mut dyn Sink,
+    at: Place,
+    /// A mapping or reference written as a pair of tags, whose end has not come.
+    open: Option<&'static str>,
+}
+
+impl Teller<'_> {
+    fn tell_all(&mut self, from: &Receiver<Batch>, observer: &dyn Observer) -> Result<()> {
+        let mut line = 1;
+        for batch in from {
+            observer.check_cancelled()?;
+            for (segment, parsed) in batch? {
+                self.tell(&segment, &parsed?)?;
+                line = segment.line_at(segment.text.len());
+            }
+        }
+        match self.at {
+            Place::End => Ok(()),
+            Place::Start => Err(invalid(
+                line,
+                "no <superblock> in it: this is no dump of thin metadata",
+            )),
+            _ => Err(invalid(
+                line,
+                "the input ends before </superblock>: it is incomplete",
+            )),
+        }
+    }
+
+    fn tell(&mut self, segment: &Segment, parsed: &Parsed) -> Result<()> {
+        let mut told = 0;
+        for (runs_before, offset, tag) in &parsed.tags {
+            self.tell_runs(segment, parsed, told..*runs_before)?;
+            told = *runs_before;
+            let at = |e: Error| locate(e, segment, *offset as usize);
+            self.tell_tag(tag).map_err(at)?;
+        }
+        self.tell_runs(segment, parsed, told..parsed.runs.len())
+    }
+
+    fn tell_runs(
+        &mut self,
+        segment: &Segment,
+        parsed: &Parsed,
+        range: std::ops::Range<usize>,
+    ) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let offset = |index: usize| parsed.offsets[range.start + index] as usize;
+        if !matches!(self.at, Place::Definition | Place::Device) {
+            let e = Error::event(0, "", "a mapping outside of <device> and <def>");
+            return Err(locate(e, segment, offset(0)));
+        }
+        if let Some(open) = self.open {
+            let e = Error::event(0, "", format!("a mapping inside <{open}>"));
+            return Err(locate(e, segment, offset(0)));
+        }
+        self.sink
+            .mappings(&parsed.runs[range.clone()])
+            .map_err(|e| match e.event_fault() {
+                Some(fault) => {
+                    let index = fault.index.min(range.len() - 1);
+                    locate(e, segment, offset(index))
+                }
+                None => e,
+            })
+    }
+
+    fn tell_tag(&mut self, tag: &Tag) -> Result<()> {
+        if let Tag::End(name) = tag {
+            return self.tell_end(name);
+        }
+        if let (Some(open), true) = (self.open, !matches!(tag, Tag::Opened(_))) {
+            return Err(Error::event(0, "", format!("a tag inside <{open}>")));
+        }
+        match (tag, self.at) {
+            (Tag::Pool(pool), Place::Start) => {
+                self.at = Place::Pool;
+                self.sink.pool(pool)
+            }
+            (Tag::Device(device), Place::Pool) => {
+                self.at = Place::Device;
+                self.sink.device(device)
+            }
+            (Tag::Define(name), Place::Pool) => {
+                self.at = Place::Definition;
+                self.sink.define(name)
+            }
+            (Tag::Reference(name), Place::Device) => self.sink.reference(name),
+            (Tag::Opened(name), _) => {
+                self.open = Some(name);
+                Ok(())
+            }
+            (_, Place::Start) => Err(Error::event(
+                0,
+                "",
+                format!("<{}> before <superblock>", tag.name()),
+            )),
+            (_, Place::End) => Err(Error::event(
+                0,
+                "",
+                format!("<{}> after </superblock>", tag.name()),
+            )),
+            _ => Err(Error::event(
+                0,
+                "",
+                format!("<{}> may not stand here", tag.name()),
+            )),
+        }
+    }
+
+    fn tell_end(&mut self, name: &str) -> Result<()> {
+        if let Some(open) = self.open.take() {
+            if open == name {
+                return Ok(());
+            }
+            return Err(Error::event(0, "", format!("</{name}> ends <{open}>")));
+        }
+        match (self.at, name) {
+            (Place::Pool, "superblock") => {
+                self.at = Place::End;
+                self.sink.end()
+            }
+            (Place::Device, "device") => {
+                self.at = Place::Pool;
+                self.sink.end_device()
+            }
+            (Place::Definition, "def") => {
+                self.at = Place::Pool;
+                self.sink.end_define()
+            }
+            _ => Err(Error::event(
+                0,
+                "",
+                format!("</{name}> ends nothing that is open"),
+            )),
+        }
+    }
+}
+
+/// The error with the line of the tag at `offset` and the attribute at fault.
+fn locate(e: Error, segment: &Segment, offset: usize) -> Error {
+    let line = segment.line_at(offset);
+    match e.event_fault() {
+        Some(fault) if fault.attribute.is_empty() => e.relabel(|m| format!("line {line}: {m}")),
+        Some(fault) => e.relabel(|m| format!("line {line}, attribute {}: {m}", fault.attribute)),
+        None => e,
+    }
+}
+
+fn invalid(line: u64, what: &str) -> Error {
+    Error::new(
+        ErrorKind::InvalidDescription,
+        format!("line {line}: {what}"),
+    )
+}
+
+/// The pool that the first tag of a dump describes.
+pub(super) type Pool = PoolInfo;
