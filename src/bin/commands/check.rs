@@ -2,10 +2,16 @@
 
 use std::path::PathBuf;
 
-use anyhow::anyhow;
+
+use thintools::ErrorKind;
+use thintools::io::{Access, open_read, open_write};
+use thintools::tools::check::{CheckOptions, Code, Report, Scope, Severity, check, fix};
+use thintools::units::MetadataBlock;
 
 use super::{Compat, Page};
 use crate::exit::Exit;
+use crate::output;
+use crate::session::{Session, exit_for};
 
 /// The name of the command.
 pub(crate) const NAME: &str = "thin_check";
@@ -157,6 +163,120 @@ pub(crate) fn build() -> clap::Command {
 }
 
 /// Checks the metadata.
-pub(crate) fn run(_args: Args) -> anyhow::Result<Exit> {
-    Err(anyhow!("not wired yet"))
+pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
+    let session = Session::new("Checking", args.quiet)?;
+    let result = check_and_fix(&args, &session);
+    match result {
+        // Quiet means quiet: only the exit status tells.
+        Err(e) if args.quiet => Ok(e.downcast_ref().map_or(Exit::Failure, exit_for)),
+        other => other,
+    }
+}
+
+/// Checks the metadata, and corrects it if asked to.
+fn check_and_fix(args: &Args, session: &Session) -> anyhow::Result<Exit> {
+    let wants_fix = args.auto_repair || args.clear_needs_check_flag;
+    let engine = if wants_fix {
+        open_write(&args.input)?
+    } else if args.metadata_snap {
+        open_read(&args.input, Access::Live)?
+    } else {
+        open_read(&args.input, Access::Exclusive)?
+    };
+    let options = CheckOptions {
+        scope: if args.super_block_only {
+            Scope::SuperblockOnly
+        } else if args.skip_mappings {
+            Scope::SkipMappings
+        } else {
+            Scope::All
+        },
+        metadata_snap: args.metadata_snap,
+        mapping_root: args.override_mapping_root.map(MetadataBlock),
+        details_root: args.override_details_root.map(MetadataBlock),
+    };
+    let checked = check(&*engine, &options, session)?;
+    let report = &checked.report;
+    if !args.json && !args.quiet {
+        print_ids(report)?;
+        for damage in &report.damages {
+            session.say(&damage.to_string());
+        }
+    }
+    let needs_fix = report.needs_check || report.verdict.severity >= Some(Severity::Leak);
+    let mut done = Vec::new();
+    let mut exit = exit_of(report, args.ignore_non_fatal_errors);
+    if wants_fix && needs_fix && exit != Exit::Fatal && exit != Exit::Failure {
+        if options.scope == Scope::All {
+            match fix(&*engine, &checked) {
+                Ok(actions) => {
+                    done = actions;
+                    exit = exit_of(&check(&*engine, &options, session)?.report, false);
+                }
+                Err(e) if e.kind() == ErrorKind::OutputTooSmall => {
+                    session.say(&format!("{}: {e}", output::program()));
+                }
+                Err(e) => return Err(e.into()),
+            }
+        } else {
+            session.say(
+                "the needs_check flag stays: it is cleared only when everything was checked; \
+                 run again without --skip-mappings and --super-block-only",
+            );
+            exit = Exit::Repairable;
+        }
+    }
+    if args.json && !args.quiet {
+        let all = serde_json::json!({ "report": report, "repaired": done, "exit_status": exit.code() });
+        output::stdout_line(&serde_json::to_string_pretty(&all)?)?;
+    } else {
+        print_verdict(report, &done, session);
+    }
+    Ok(exit)
+}
+
+/// The two lines that scripts read.
+fn print_ids(report: &Report) -> anyhow::Result<()> {
+    if let Some(id) = report.transaction_id {
+        output::stdout_line(&format!("TRANSACTION_ID={id}"))?;
+    }
+    if let Some(free) = report.metadata_free_blocks {
+        output::stdout_line(&format!("METADATA_FREE_BLOCKS={free}"))?;
+    }
+    Ok(())
+}
+
+/// What it all comes to, on standard error.
+fn print_verdict(report: &Report, done: &[String], session: &Session) {
+    let verdict = &report.verdict;
+    let found = report.damages.iter().filter(|d| d.severity > Severity::Note).count();
+    let what = match found {
+        0 => String::from("no damage"),
+        1 => String::from("1 damage"),
+        n => format!("{n} damages"),
+    };
+    session.say(&format!(
+        "{} devices, {} mappings: {what}",
+        report.devices, report.mappings
+    ));
+    session.say(&format!("kernel: {}", verdict.kernel));
+    for action in done {
+        session.say(&format!("repaired: {action}"));
+    }
+    if done.is_empty() && !verdict.next.is_empty() {
+        session.say(&format!("next: {}", verdict.next));
+    }
+}
+
+/// The exit status that a report deserves.
+fn exit_of(report: &Report, ignore_non_fatal: bool) -> Exit {
+    if report.damages.iter().any(|d| d.code == Code::ReadError) {
+        return Exit::Failure;
+    }
+    match report.verdict.severity {
+        Some(Severity::Fatal) => Exit::Fatal,
+        Some(Severity::Repairable) if !ignore_non_fatal => Exit::Repairable,
+        Some(Severity::Leak) if !ignore_non_fatal => Exit::Leaks,
+        _ => Exit::Ok,
+    }
 }

@@ -6,6 +6,7 @@
 use super::forest::{Forest, NodeInfo, Shape, TreeKind};
 use super::node::max_entries;
 use crate::units::MetadataBlock;
+use std::collections::HashSet;
 use std::fmt;
 
 /// What a parent needs to know of a subtree.
@@ -53,6 +54,11 @@ pub enum StructureFault {
         /// The node that points back to it.
         parent: MetadataBlock,
     },
+    /// The parent points to the node twice, with different keys.
+    Repeated {
+        /// The parent.
+        parent: MetadataBlock,
+    },
     /// A leaf without entries below a parent.
     EmptyLeaf {
         /// The parent.
@@ -92,6 +98,7 @@ impl fmt::Display for StructureFault {
                 "{found} levels below this child of block {parent}, {expected} below its siblings"
             ),
             Self::Cycle { parent } => write!(f, "block {parent}, below it, points back to it"),
+            Self::Repeated { parent } => write!(f, "block {parent} points to it twice"),
             Self::EmptyLeaf { parent } => write!(f, "an empty leaf below block {parent}"),
             Self::UnderFull { entries, min } => {
                 write!(
@@ -198,6 +205,7 @@ impl Structure {
             Shape::Internal { .. } => {
                 let mut sum = Summary::default();
                 let mut height = None;
+                let mut unread = HashSet::new();
                 let edges = forest.edges(node);
                 for (i, edge) in edges.iter().enumerate() {
                     let child = forest.child(edge).and_then(|block| forest.number(block));
@@ -226,6 +234,15 @@ impl Structure {
                             found: below.height,
                             expected,
                         });
+                    }
+                    if child.shape == Shape::UnreadLeaf {
+                        // Its keys are not known, but where they begin is.
+                        if !unread.insert(number) {
+                            fault(StructureFault::Repeated { parent: node.block });
+                        }
+                        sum.first = sum.first.or(Some(edge.key));
+                        sum.last = Some(edge.key);
+                        continue;
                     }
                     match (below.first, below.last) {
                         (Some(first), Some(last)) => {

@@ -31,6 +31,16 @@ pub enum TreeKind {
 }
 
 impl TreeKind {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::TopLevel,
+        Self::Details,
+        Self::Mappings,
+        Self::DataIndex,
+        Self::DataCounts,
+        Self::MetadataCounts,
+    ];
+
     /// Bytes of a value in this tree's leaves.
     pub fn value_size(self) -> usize {
         match self {
@@ -212,6 +222,33 @@ impl Forest {
     pub fn child(&self, edge: &Edge) -> Option<MetadataBlock> {
         (edge.child != NOWHERE).then(|| MetadataBlock(u64::from(edge.child)))
     }
+
+    /// Every node below the roots once, children before their parents.
+pub fn children_first(&self, roots: &[usize]) -> Vec<usize> {
+    let mut order = Vec::new();
+    let mut seen = vec![false; self.nodes.len()];
+    let mut stack = Vec::new();
+    for &root in roots {
+        if !std::mem::replace(&mut seen[root], true) {
+            stack.push((root, 0));
+        }
+        while let Some((node, next)) = stack.pop() {
+            let edges = self.edges(&self.nodes[node]);
+            let Some(edge) = edges.get(next) else {
+                order.push(node);
+                continue;
+            };
+            stack.push((node, next + 1));
+            if let Some(child) = self.child(edge).and_then(|b| self.number(b))
+                && !std::mem::replace(&mut seen[child], true)
+            {
+                stack.push((child, 0));
+            }
+        }
+    }
+    order
+}
+
 
     fn add(&mut self, block: u64, tree: TreeKind, shape: Shape) -> usize {
         self.nodes.push(NodeInfo {

@@ -15,6 +15,7 @@ pub use counts::{CountBatch, CountMap};
 pub use fold::{Structure, StructureFault, Summary};
 pub use forest::{Edge, Forest, Leaves, NodeInfo, NodeProblem, Shape, TreeKind};
 pub use node::{NODE_HEADER, Node, NodeFault, max_entries};
+pub(crate) use space_map::BITMAP_HEADER;
 pub use space_map::{
     BITMAP_BYTES, Bitmap, Difference, INDEX_ENTRY_SIZE, IndexEntry, OverflowEntry, ROOT_SIZE,
     SpaceMapRoot, nr_bitmaps,

@@ -43,8 +43,9 @@ pub fn build_data_map(
     })
 }
 
-/// Writes the metadata space map for the counts that `sink` keeps, its own blocks included.
-pub fn build_metadata_map(sink: &mut dyn BlockSink) -> Result<SpaceMapRoot> {
+/// Writes the metadata space map for the counts that `sink` keeps, its own blocks included. One reference to each of `freed`
+/// (blocks of a space map that is being replaced) is gone in the counts written, but none of them is written over.
+pub fn build_metadata_map(sink: &mut dyn BlockSink, freed: &[MetadataBlock]) -> Result<SpaceMapRoot> {
     let nr_blocks = sink.counts().nr_blocks();
     let numbers = 0..nr_bitmaps(nr_blocks);
     let mut none = SharedTree::default();
@@ -61,6 +62,9 @@ pub fn build_metadata_map(sink: &mut dyn BlockSink) -> Result<SpaceMapRoot> {
         .map(|_| sink.allocate())
         .collect::<Result<_>>()?;
     let bitmap_root = sink.allocate()?;
+    for block in freed {
+        sink.counts().remove_one(block.0);
+    }
     let mut index = [0; BLOCK_SIZE];
     let mut nr_allocated = 0;
     let slots = index[BITMAP_HEADER..].chunks_exact_mut(INDEX_ENTRY_SIZE);

@@ -1,5 +1,6 @@
 //! What the commands do: options in, outcome out, nothing printed.
 
+pub mod check;
 pub mod event;
 mod metadata_source;
 mod overrides;

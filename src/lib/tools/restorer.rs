@@ -122,7 +122,7 @@ impl<'a> Restorer<'a> {
         let details_root = details.finish(&mut self.writer, &mut none)?.root;
         self.settle_shared()?;
         let data_space_map = build_data_map(&mut self.writer, &self.data_counts, &|_| None)?;
-        let metadata_space_map = build_metadata_map(&mut self.writer)?;
+        let metadata_space_map = build_metadata_map(&mut self.writer, &[])?;
         self.writer.flush()?;
         let nr_blocks = self.writer.nr_blocks();
         Ok(Fields {

@@ -30,7 +30,7 @@ impl Sharing {
             uses: vec![0; nodes],
         };
         let roots: Vec<usize> = roots.iter().filter_map(|&r| forest.number(r)).collect();
-        let order = children_first(forest, &roots);
+        let order = forest.children_first(&roots);
         let mut first = vec![UNSET; nodes];
         let mut last = vec![UNSET; nodes];
         for &n in &order {
@@ -103,32 +103,6 @@ impl Sharing {
 fn children(forest: &Forest, node: usize) -> impl Iterator<Item = usize> + '_ {
     let edges = forest.edges(&forest.nodes()[node]);
     edges.iter().filter_map(|e| forest.number(forest.child(e)?))
-}
-
-/// Every node below the roots once, children before their parents.
-fn children_first(forest: &Forest, roots: &[usize]) -> Vec<usize> {
-    let mut order = Vec::new();
-    let mut seen = vec![false; forest.nodes().len()];
-    let mut stack = Vec::new();
-    for &root in roots {
-        if !std::mem::replace(&mut seen[root], true) {
-            stack.push((root, 0));
-        }
-        while let Some((node, next)) = stack.pop() {
-            let edges = forest.edges(&forest.nodes()[node]);
-            let Some(edge) = edges.get(next) else {
-                order.push(node);
-                continue;
-            };
-            stack.push((node, next + 1));
-            if let Some(child) = forest.child(edge).and_then(|b| forest.number(b))
-                && !std::mem::replace(&mut seen[child], true)
-            {
-                stack.push((child, 0));
-            }
-        }
-    }
-    order
 }
 
 /// The leaves below `root` in key order.
