@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-
 use thintools::ErrorKind;
 use thintools::io::{Access, open_read, open_write};
 use thintools::tools::check::{CheckOptions, Code, Report, Scope, Severity, check, fix};
@@ -227,7 +226,8 @@ fn check_and_fix(args: &Args, session: &Session) -> anyhow::Result<Exit> {
         }
     }
     if args.json && !args.quiet {
-        let all = serde_json::json!({ "report": report, "repaired": done, "exit_status": exit.code() });
+        let all =
+            serde_json::json!({ "report": report, "repaired": done, "exit_status": exit.code() });
         output::stdout_line(&serde_json::to_string_pretty(&all)?)?;
     } else {
         print_verdict(report, &done, session);
@@ -249,7 +249,11 @@ fn print_ids(report: &Report) -> anyhow::Result<()> {
 /// What it all comes to, on standard error.
 fn print_verdict(report: &Report, done: &[String], session: &Session) {
     let verdict = &report.verdict;
-    let found = report.damages.iter().filter(|d| d.severity > Severity::Note).count();
+    let found = report
+        .damages
+        .iter()
+        .filter(|d| d.severity > Severity::Note)
+        .count();
     let what = match found {
         0 => String::from("no damage"),
         1 => String::from("1 damage"),

@@ -8,10 +8,13 @@ use clap::ValueEnum;
 use thintools::io::{Access, BlockEngine, open_read, write_replacing};
 use thintools::thin::Superblock;
 use thintools::tools::event::Source;
-use thintools::tools::{MetadataSource, Overridden, Selection, TextSink, Trees, held_root, text};
+use thintools::tools::repair::recover;
+use thintools::tools::{
+    MetadataSource, Overridden, Overrides, Selection, TextSink, Trees, held_root, text,
+};
 use thintools::units::{MetadataBlock, ThinId};
 
-use super::{Compat, Overrides, Page};
+use super::{Compat, Page};
 use crate::exit::Exit;
 use crate::session::Session;
 
@@ -131,7 +134,7 @@ pub(crate) struct Args {
 
     /// Values that take the place of those in the superblock.
     #[command(flatten)]
-    pub(crate) overrides: Overrides,
+    pub(crate) overrides: super::Overrides,
 
     /// Options that are ignored.
     #[command(flatten)]
@@ -152,20 +155,33 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         None => Access::Exclusive,
     };
     let engine = open_read(&args.input, access)?;
-    let (trees, exit) = trees(&args, &*engine, &session)?;
-    let source = MetadataSource {
-        engine: &*engine,
-        trees,
-        selection: Selection {
-            devices: args.dev_id.iter().copied().map(ThinId).collect(),
-            skip_mappings: args.skip_mappings,
-            no_shared: args.no_shared,
-        },
-        observer: &session,
+    let selection = Selection {
+        devices: args.dev_id.iter().copied().map(ThinId).collect(),
+        skip_mappings: args.skip_mappings,
+        no_shared: args.no_shared,
+    };
+    let overrides = Overrides::from(&args.overrides);
+    let recovery;
+    let mut exit = Exit::Ok;
+    let source = if args.repair {
+        recovery = recover(&*engine, &overrides, &session)?;
+        if !recovery.report.is_complete {
+            exit = Exit::Repairable;
+        }
+        super::repair::say_report(&recovery.report, &session);
+        recovery.source(&*engine, selection, &session)
+    } else {
+        MetadataSource {
+            engine: &*engine,
+            trees: trees(&args, &*engine, &session)?,
+            selection,
+            recovered: None,
+            observer: &session,
+        }
     };
     let source = Overridden {
         source: &source,
-        overrides: (&args.overrides).into(),
+        overrides,
         observer: &session,
     };
     let format: &dyn text::Format = match args.format {
@@ -181,23 +197,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     Ok(exit)
 }
 
-/// The trees to dump: the superblock's, the metadata snapshot's, or what a repair finds.
-fn trees(
-    args: &Args,
-    engine: &dyn BlockEngine,
-    session: &Session,
-) -> anyhow::Result<(Trees, Exit)> {
+/// The trees to dump: the superblock's, or the metadata snapshot's.
+fn trees(args: &Args, engine: &dyn BlockEngine, session: &Session) -> anyhow::Result<Trees> {
     let superblock = Superblock::read(engine)?;
     let nr_data_blocks = superblock.data_space_map.nr_blocks;
-    let Some(wanted) = args.metadata_snap else {
-        return Ok((
-            Trees::read(engine, &superblock, nr_data_blocks, session)?,
-            Exit::Ok,
-        ));
+    let told = match args.metadata_snap {
+        Some(wanted) => held_root(engine, &superblock, wanted.map(MetadataBlock))?,
+        None => superblock,
     };
-    let snapshot = held_root(engine, &superblock, wanted.map(MetadataBlock))?;
-    Ok((
-        Trees::read(engine, &snapshot, nr_data_blocks, session)?,
-        Exit::Ok,
-    ))
+    Ok(Trees::read(engine, &told, nr_data_blocks, session)?)
 }

@@ -3,10 +3,14 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use anyhow::anyhow;
+use thintools::io::{Access, open_output, open_read};
+use thintools::tools::repair::{RepairReport, recover};
+use thintools::tools::{Overridden, Selection, restore};
 
 use super::{Compat, Overrides, Page};
 use crate::exit::Exit;
+use crate::output;
+use crate::session::Session;
 
 /// The name of the command.
 pub(crate) const NAME: &str = "thin_repair";
@@ -108,7 +112,82 @@ pub(crate) fn build() -> clap::Command {
     super::tool(cmd, TITLE, &PAGE)
 }
 
-/// Recovers the metadata.
-pub(crate) fn run(_args: Args) -> anyhow::Result<Exit> {
-    Err(anyhow!("not wired yet"))
+/// Repairs the metadata.
+pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
+    let session = Session::new("Repairing", args.quiet)?;
+    let input = open_read(&args.input, Access::Exclusive)?;
+    let output = open_output(&args.output, Some(&args.input))?;
+    let overrides = (&args.overrides).into();
+    let recovery = recover(&*input, &overrides, &session)?;
+    let source = recovery.source(&*input, Selection::default(), &session);
+    let source = Overridden {
+        source: &source,
+        overrides,
+        observer: &session,
+    };
+    let restored = restore(&source, &*output, &session)?;
+    let exit = if recovery.report.is_complete {
+        Exit::Ok
+    } else {
+        Exit::Repairable
+    };
+    if args.json {
+        let all = serde_json::json!({
+            "report": recovery.report,
+            "mappings": restored.mappings,
+            "exit_status": exit.code(),
+        });
+        output::stdout_line(&serde_json::to_string_pretty(&all)?)?;
+    } else {
+        say_report(&recovery.report, &session);
+        session.say(&format!(
+            "wrote {} mappings in {} of {} metadata blocks",
+            restored.mappings, restored.used_blocks, restored.nr_blocks
+        ));
+    }
+    Ok(exit)
+}
+
+/// Says on standard error what was chosen, and everything that is lost.
+pub(crate) fn say_report(report: &RepairReport, session: &Session) {
+    let details = match report.details_root {
+        Some(root) => format!("block {root}"),
+        None => String::from("none"),
+    };
+    session.say(&format!(
+        "roots: mappings block {}, details {details}: {}",
+        report.mapping_root, report.why
+    ));
+    for candidate in &report.candidates {
+        session.say(&format!("considered: {candidate}"));
+    }
+    for note in &report.notes {
+        session.say(&format!("note: {note}"));
+    }
+    for lost in &report.lost_ids {
+        session.say(&format!("lost: {lost}"));
+    }
+    for device in &report.devices {
+        let is_whole = device.lost.is_empty() && device.expected == Some(device.mappings);
+        if is_whole {
+            continue;
+        }
+        let expected = device
+            .expected
+            .map_or(String::new(), |n| format!(" of {n}"));
+        session.say(&format!(
+            "device {}: {}{expected} mappings recovered",
+            device.dev_id, device.mappings
+        ));
+        for lost in &device.lost {
+            session.say(&format!("lost: mappings of {lost}"));
+        }
+    }
+    let whole = report.devices.iter();
+    let whole = whole.filter(|d| d.lost.is_empty() && d.expected == Some(d.mappings));
+    session.say(&format!(
+        "{} devices recovered, {} of them whole",
+        report.devices.len(),
+        whole.count()
+    ));
 }

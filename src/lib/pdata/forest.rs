@@ -208,6 +208,13 @@ impl Forest {
         number.checked_sub(1).map(|n| n as usize)
     }
 
+    /// Takes the node at `block` out: it counts as damaged from here on.
+    pub fn exclude(&mut self, block: MetadataBlock) {
+        if let Some(number) = self.number(block) {
+            self.nodes[number].shape = Shape::Bad;
+        }
+    }
+
     /// The edges of an inner node, ascending by key; nothing for other nodes.
     pub fn edges(&self, node: &NodeInfo) -> &[Edge] {
         match node.shape {
@@ -224,31 +231,30 @@ impl Forest {
     }
 
     /// Every node below the roots once, children before their parents.
-pub fn children_first(&self, roots: &[usize]) -> Vec<usize> {
-    let mut order = Vec::new();
-    let mut seen = vec![false; self.nodes.len()];
-    let mut stack = Vec::new();
-    for &root in roots {
-        if !std::mem::replace(&mut seen[root], true) {
-            stack.push((root, 0));
-        }
-        while let Some((node, next)) = stack.pop() {
-            let edges = self.edges(&self.nodes[node]);
-            let Some(edge) = edges.get(next) else {
-                order.push(node);
-                continue;
-            };
-            stack.push((node, next + 1));
-            if let Some(child) = self.child(edge).and_then(|b| self.number(b))
-                && !std::mem::replace(&mut seen[child], true)
-            {
-                stack.push((child, 0));
+    pub fn children_first(&self, roots: &[usize]) -> Vec<usize> {
+        let mut order = Vec::new();
+        let mut seen = vec![false; self.nodes.len()];
+        let mut stack = Vec::new();
+        for &root in roots {
+            if !std::mem::replace(&mut seen[root], true) {
+                stack.push((root, 0));
+            }
+            while let Some((node, next)) = stack.pop() {
+                let edges = self.edges(&self.nodes[node]);
+                let Some(edge) = edges.get(next) else {
+                    order.push(node);
+                    continue;
+                };
+                stack.push((node, next + 1));
+                if let Some(child) = self.child(edge).and_then(|b| self.number(b))
+                    && !std::mem::replace(&mut seen[child], true)
+                {
+                    stack.push((child, 0));
+                }
             }
         }
+        order
     }
-    order
-}
-
 
     fn add(&mut self, block: u64, tree: TreeKind, shape: Shape) -> usize {
         self.nodes.push(NodeInfo {

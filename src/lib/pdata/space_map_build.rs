@@ -45,7 +45,10 @@ pub fn build_data_map(
 
 /// Writes the metadata space map for the counts that `sink` keeps, its own blocks included. One reference to each of `freed`
 /// (blocks of a space map that is being replaced) is gone in the counts written, but none of them is written over.
-pub fn build_metadata_map(sink: &mut dyn BlockSink, freed: &[MetadataBlock]) -> Result<SpaceMapRoot> {
+pub fn build_metadata_map(
+    sink: &mut dyn BlockSink,
+    freed: &[MetadataBlock],
+) -> Result<SpaceMapRoot> {
     let nr_blocks = sink.counts().nr_blocks();
     let numbers = 0..nr_bitmaps(nr_blocks);
     let mut none = SharedTree::default();

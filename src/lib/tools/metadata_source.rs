@@ -194,6 +194,9 @@ pub struct MetadataSource<'a> {
     pub trees: Trees,
     /// What of them is told.
     pub selection: Selection,
+    /// The mapping trees with damaged nodes taken out, when a repair has read them before. Mappings that a pool cannot have
+    /// are then left out instead of told.
+    pub recovered: Option<&'a Forest>,
     /// Asked whether to stop.
     pub observer: &'a dyn Observer,
 }
@@ -228,8 +231,15 @@ impl Source for MetadataSource<'_> {
             return sink.end();
         }
         let roots: Vec<MetadataBlock> = selected.iter().map(|s| s.1).collect();
-        let forest = self.find_leaves(&roots)?;
-        let sharing = Sharing::of(&forest, &roots);
+        let found;
+        let forest = match self.recovered {
+            Some(forest) => forest,
+            None => {
+                found = self.find_leaves(&roots)?;
+                &found
+            }
+        };
+        let sharing = Sharing::of(forest, &roots);
         let mut teller = Teller {
             engine: self.engine,
             observer: self.observer,
@@ -237,6 +247,7 @@ impl Source for MetadataSource<'_> {
             steps: Vec::new(),
             leaves: 0,
             runs: Vec::new(),
+            limit: self.recovered.map(|_| self.trees.pool.nr_data_blocks),
         };
         let is_shared = |leaf| !self.selection.no_shared && sharing.is_shared(leaf);
         let block = |leaf: usize| forest.nodes()[leaf].block;
@@ -258,7 +269,7 @@ impl Source for MetadataSource<'_> {
             for leaf in forest
                 .number(root)
                 .iter()
-                .flat_map(|&root| leaves(&forest, root))
+                .flat_map(|&root| leaves(forest, root))
             {
                 if !is_shared(leaf) {
                     teller.step(Step::Leaf(block(leaf)))?;
@@ -336,6 +347,8 @@ struct Teller<'a> {
     leaves: usize,
     /// Runs not told yet: the last one may go on in the next leaf.
     runs: Vec<Run>,
+    /// Leave out mappings to this data block and those after it.
+    limit: Option<u64>,
 }
 
 impl Teller<'_> {
@@ -358,7 +371,10 @@ impl Teller<'_> {
                 Step::Leaf(block) => {
                     let at = leaves.binary_search_by_key(&block, |l| l.0);
                     let runs = at.map_or(&[][..], |i| &leaves[i].1);
-                    self.add_runs(block, runs)?;
+                    match self.limit {
+                        None => self.add_runs(block, runs)?,
+                        Some(limit) => self.add_runs(block, &within(runs, limit))?,
+                    }
                 }
                 Step::Define(block) => self.sink.define(&block.to_string())?,
                 Step::EndDefine => {
@@ -432,6 +448,17 @@ impl Teller<'_> {
         leaves.sort_unstable_by_key(|l| l.0);
         Ok(leaves)
     }
+}
+
+/// The parts of `runs` that lie below data block `limit`.
+fn within(runs: &[Run], limit: u64) -> Vec<Run> {
+    let below = runs.iter().filter(|run| run.data_begin.0 < limit);
+    below
+        .map(|run| Run {
+            length: run.length.min(limit - run.data_begin.0),
+            ..*run
+        })
+        .collect()
 }
 
 fn decode_leaf(block: MetadataBlock, data: std::io::Result<&[u8]>) -> Result<Vec<Run>> {

@@ -4,6 +4,7 @@ pub mod check;
 pub mod event;
 mod metadata_source;
 mod overrides;
+pub mod repair;
 mod restore;
 mod restorer;
 mod sharing;

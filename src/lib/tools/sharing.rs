@@ -35,14 +35,24 @@ impl Sharing {
         let mut last = vec![UNSET; nodes];
         for &n in &order {
             let children = || children(forest, n);
-            if !matches!(forest.nodes()[n].shape, Shape::Internal { .. }) {
+            if matches!(
+                forest.nodes()[n].shape,
+                Shape::Leaf { .. } | Shape::UnreadLeaf
+            ) {
                 (first[n], last[n]) = (n as u32, n as u32);
                 continue;
             }
-            first[n] = children().next().map_or(UNSET, |c| first[c]);
-            last[n] = children().last().map_or(UNSET, |c| last[c]);
-            for (left, right) in children().zip(children().skip(1)) {
-                sharing.link(last[left], first[right]);
+            // A child may be left without leaves when damaged nodes were taken out.
+            for child in children() {
+                if first[child] == UNSET {
+                    continue;
+                }
+                if first[n] == UNSET {
+                    first[n] = first[child];
+                } else {
+                    sharing.link(last[n], first[child]);
+                }
+                last[n] = last[child];
             }
         }
         for &root in &roots {
@@ -102,7 +112,8 @@ impl Sharing {
 
 fn children(forest: &Forest, node: usize) -> impl Iterator<Item = usize> + '_ {
     let edges = forest.edges(&forest.nodes()[node]);
-    edges.iter().filter_map(|e| forest.number(forest.child(e)?))
+    let numbers = edges.iter().filter_map(|e| forest.number(forest.child(e)?));
+    numbers.filter(|&n| forest.nodes()[n].shape != Shape::Bad)
 }
 
 /// The leaves below `root` in key order.
@@ -111,8 +122,10 @@ pub(super) fn leaves(forest: &Forest, root: usize) -> impl Iterator<Item = usize
     std::iter::from_fn(move || {
         while let Some((node, next)) = stack.pop() {
             let info = &forest.nodes()[node];
-            if !matches!(info.shape, Shape::Internal { .. }) {
-                return Some(node);
+            match info.shape {
+                Shape::Leaf { .. } | Shape::UnreadLeaf => return Some(node),
+                Shape::Bad => continue,
+                Shape::Internal { .. } => {}
             }
             if let Some(edge) = forest.edges(info).get(next) {
                 stack.push((node, next + 1));

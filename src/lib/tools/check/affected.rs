@@ -11,20 +11,25 @@ const MOST: usize = 512;
 const BUDGET: u64 = 4_000_000;
 
 /// The ranges per damaged block, and whether some were left out.
-pub(super) type Ranges = HashMap<MetadataBlock, (Vec<Affected>, bool)>;
+pub(in crate::tools) type Ranges = HashMap<MetadataBlock, (Vec<Affected>, bool)>;
 
 /// Follows the trees at `roots` to the `damaged` blocks. Keys of a tree without a device are device ids themselves.
-pub(super) fn affected(
+pub(in crate::tools) fn affected(
     forest: &Forest,
     roots: &[(Option<ThinId>, MetadataBlock)],
     damaged: &HashSet<MetadataBlock>,
 ) -> Ranges {
-    let numbers: Vec<usize> = roots.iter().filter_map(|&(_, block)| forest.number(block)).collect();
+    let numbers: Vec<usize> = roots
+        .iter()
+        .filter_map(|&(_, block)| forest.number(block))
+        .collect();
     let leads = leads_to(forest, &numbers, damaged);
     let mut ranges = Ranges::new();
     let mut budget = BUDGET;
     for &(device, root) in roots {
-        let Some(root) = forest.number(root) else { continue };
+        let Some(root) = forest.number(root) else {
+            continue;
+        };
         let mut stack = vec![(root, 0, None)];
         while let Some((number, begin, end)) = stack.pop() {
             let node = &forest.nodes()[number];

@@ -235,7 +235,13 @@ const SHOWN: usize = 4;
 
 impl fmt::Display for Damage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}: block {}: ", self.severity, self.code.name(), self.block)?;
+        write!(
+            f,
+            "{} {}: block {}: ",
+            self.severity,
+            self.code.name(),
+            self.block
+        )?;
         if let Some(device) = self.device {
             write!(f, "device {device}: ")?;
         }
@@ -261,12 +267,20 @@ mod tests {
     fn names_are_unique_and_plain() {
         let names: std::collections::HashSet<_> = Code::ALL.iter().map(|c| c.name()).collect();
         assert_eq!(names.len(), Code::ALL.len());
-        assert!(names.iter().all(|n| n.bytes().all(|b| b.is_ascii_lowercase() || b == b'-')));
+        assert!(
+            names
+                .iter()
+                .all(|n| n.bytes().all(|b| b.is_ascii_lowercase() || b == b'-'))
+        );
     }
 
     #[test]
     fn a_line_has_all_there_is_to_know() {
-        let mut damage = Damage::new(Code::NodeChecksum, MetadataBlock(412), "mapping tree: broken");
+        let mut damage = Damage::new(
+            Code::NodeChecksum,
+            MetadataBlock(412),
+            "mapping tree: broken",
+        );
         damage.affected = (0..6)
             .map(|i| Affected {
                 device: Some(ThinId(i)),

@@ -34,7 +34,10 @@ pub fn fix(engine: &dyn BlockEngine, checked: &Checked) -> Result<Vec<String>> {
     }
     if report.damages.iter().any(|d| d.code == Code::MappingTime) {
         fields.time = fields.time.max(ground.latest);
-        done.push(format!("set the snapshot clock to {}, its latest mapping's time", fields.time));
+        done.push(format!(
+            "set the snapshot clock to {}, its latest mapping's time",
+            fields.time
+        ));
     }
     fix_counters(ground, &mut fields, &mut done);
     if ground.counted.data.is_wrong || ground.counted.metadata.is_wrong {
@@ -50,8 +53,17 @@ pub fn fix(engine: &dyn BlockEngine, checked: &Checked) -> Result<Vec<String>> {
     if done.is_empty() {
         return Ok(done);
     }
-    let flush = |what| move |e| Error::io(format!("cannot {what}; the metadata is as it was before"), e);
-    engine.sync().map_err(flush("flush the corrected space maps"))?;
+    let flush = |what| {
+        move |e| {
+            Error::io(
+                format!("cannot {what}; the metadata is as it was before"),
+                e,
+            )
+        }
+    };
+    engine
+        .sync()
+        .map_err(flush("flush the corrected space maps"))?;
     let mut block = AlignedBuffer::new(1);
     block.blocks_mut(1).copy_from_slice(&fields.pack());
     engine
@@ -65,17 +77,28 @@ pub fn fix(engine: &dyn BlockEngine, checked: &Checked) -> Result<Vec<String>> {
 fn fix_counters(ground: &Ground, fields: &mut Fields, done: &mut Vec<String>) {
     let pairs = [
         (&mut fields.data_space_map, &ground.counted.data, "data"),
-        (&mut fields.metadata_space_map, &ground.counted.metadata, "metadata"),
+        (
+            &mut fields.metadata_space_map,
+            &ground.counted.metadata,
+            "metadata",
+        ),
     ];
     for (map, judged, name) in pairs {
         if map.nr_allocated != judged.nr_allocated {
             map.nr_allocated = judged.nr_allocated;
-            done.push(format!("set the number of {name} blocks in use to {}", judged.nr_allocated));
+            done.push(format!(
+                "set the number of {name} blocks in use to {}",
+                judged.nr_allocated
+            ));
         }
     }
 }
 
-fn rewrite_space_maps(engine: &dyn BlockEngine, ground: &Ground, fields: &mut Fields) -> Result<()> {
+fn rewrite_space_maps(
+    engine: &dyn BlockEngine,
+    ground: &Ground,
+    fields: &mut Fields,
+) -> Result<()> {
     let counted = &ground.counted;
     // Blocks with a reference, the old space maps' among them, are not handed out.
     let mut writer = MetadataWriter::new(Some(engine), copy_counts(&counted.metadata.counts));
@@ -83,11 +106,22 @@ fn rewrite_space_maps(engine: &dyn BlockEngine, ground: &Ground, fields: &mut Fi
     if counted.data.is_wrong {
         let kept = |number: u64| {
             let is_right = counted.data.right.binary_search(&number).is_ok();
-            counted.data.index.entries.get(&number).filter(|_| is_right).map(|e| e.block)
+            counted
+                .data
+                .index
+                .entries
+                .get(&number)
+                .filter(|_| is_right)
+                .map(|e| e.block)
         };
         fields.data_space_map = build_data_map(&mut writer, &counted.data.counts, &kept)?;
         freed.extend(&counted.data_nodes);
-        let replaced = counted.data.index.entries.iter().filter(|(n, _)| kept(**n).is_none());
+        let replaced = counted
+            .data
+            .index
+            .entries
+            .iter()
+            .filter(|(n, _)| kept(**n).is_none());
         freed.extend(replaced.map(|(_, e)| e.block));
     }
     freed.extend(&counted.metadata_nodes);

@@ -3,7 +3,7 @@
 //! The order of work is that of `ARCHITECTURE.md`, "The life of a thin_check". Nothing here writes; [`fix`] does, from what a
 //! whole and clean enough check has found.
 
-mod affected;
+pub(super) mod affected;
 mod damage;
 mod fix;
 mod mappings;
@@ -105,7 +105,11 @@ struct Checker<'a> {
 /// # Errors
 /// `Io` when block 0 cannot be read, `Unsuitable` when there is no metadata snapshot to check, `Interrupted`. Everything else
 /// that is wrong is in the report.
-pub fn check(engine: &dyn BlockEngine, options: &CheckOptions, observer: &dyn Observer) -> Result<Checked> {
+pub fn check(
+    engine: &dyn BlockEngine,
+    options: &CheckOptions,
+    observer: &dyn Observer,
+) -> Result<Checked> {
     let mut block = AlignedBuffer::new(1);
     engine
         .read(SUPERBLOCK, block.blocks_mut(1))
@@ -126,7 +130,12 @@ pub fn check(engine: &dyn BlockEngine, options: &CheckOptions, observer: &dyn Ob
         engine,
         observer,
         superblock,
-        forest: Forest::new(superblock.metadata_space_map.nr_blocks.min(engine.nr_blocks())),
+        forest: Forest::new(
+            superblock
+                .metadata_space_map
+                .nr_blocks
+                .min(engine.nr_blocks()),
+        ),
         damages,
         devices: 0,
         mappings: 0,
@@ -156,7 +165,12 @@ pub fn check(engine: &dyn BlockEngine, options: &CheckOptions, observer: &dyn Ob
     })
 }
 
-fn report(superblock: Option<&Superblock>, devices: u64, mappings: u64, mut damages: Vec<Damage>) -> Report {
+fn report(
+    superblock: Option<&Superblock>,
+    devices: u64,
+    mappings: u64,
+    mut damages: Vec<Damage>,
+) -> Report {
     damages.sort_by_key(|d| (d.block, d.code, d.device));
     Report {
         transaction_id: superblock.map(|s| s.transaction_id),
@@ -187,7 +201,9 @@ fn superblock_damage(fault: &SuperblockFault) -> Damage {
         F::Root { name, .. } if name.ends_with("index") => Code::SuperblockIndexRoot,
         F::Root { .. } => Code::SuperblockRoot,
         F::TooLarge { .. } | F::DeviceTooSmall { .. } => Code::DeviceTooSmall,
-        F::CompatFlags(_) | F::UnknownFlags(_) | F::Version(_) | F::MetadataBlockSize(_) => Code::SuperblockOdd,
+        F::CompatFlags(_) | F::UnknownFlags(_) | F::Version(_) | F::MetadataBlockSize(_) => {
+            Code::SuperblockOdd
+        }
     };
     Damage::new(code, SUPERBLOCK, fault.to_string())
 }

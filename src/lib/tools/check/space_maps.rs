@@ -7,8 +7,8 @@ use crate::checksum::{self, BlockKind};
 use crate::error::Result;
 use crate::io::sweep;
 use crate::pdata::{
-    BITMAP_HEADER, Bitmap, CountMap, Difference, INDEX_ENTRY_SIZE, IndexEntry, OverflowEntry, Shape, TreeKind,
-    nr_bitmaps,
+    BITMAP_HEADER, Bitmap, CountMap, Difference, INDEX_ENTRY_SIZE, IndexEntry, OverflowEntry,
+    Shape, TreeKind, nr_bitmaps,
 };
 use crate::thin::{SUPERBLOCK, Superblock};
 use crate::tools::held_root;
@@ -52,7 +52,10 @@ impl Indexes {
     /// in the superblock.
     pub(super) fn countable_data_blocks(&self, superblock: &Superblock) -> u64 {
         let bitmaps = self.data.entries.len() as u64;
-        superblock.data_space_map.nr_blocks.min(bitmaps * ENTRIES_PER_BITMAP)
+        superblock
+            .data_space_map
+            .nr_blocks
+            .min(bitmaps * ENTRIES_PER_BITMAP)
     }
 }
 
@@ -82,7 +85,10 @@ pub(super) struct Counted {
 impl Checker<'_> {
     /// Reads the index of both space maps, and their trees of large counts.
     pub(super) fn read_indexes(&mut self) -> Result<Indexes> {
-        let maps = (self.superblock.data_space_map, self.superblock.metadata_space_map);
+        let maps = (
+            self.superblock.data_space_map,
+            self.superblock.metadata_space_map,
+        );
         let mut by_leaf = HashMap::new();
         let tree = TreeKind::DataIndex;
         let root = self.usable(maps.0.bitmap_root);
@@ -91,9 +97,14 @@ impl Checker<'_> {
         for (number, entry, _) in self.entries(tree, root, &by_leaf) {
             indexes.data.entries.insert(number, entry);
         }
-        self.judge_numbers(&mut indexes.data, nr_bitmaps(maps.0.nr_blocks), maps.0.bitmap_root);
+        self.judge_numbers(
+            &mut indexes.data,
+            nr_bitmaps(maps.0.nr_blocks),
+            maps.0.bitmap_root,
+        );
         indexes.data.many = self.read_many(TreeKind::DataCounts, maps.0.ref_count_root)?;
-        indexes.metadata.entries = self.read_metadata_index(maps.1.bitmap_root, maps.1.nr_blocks)?;
+        indexes.metadata.entries =
+            self.read_metadata_index(maps.1.bitmap_root, maps.1.nr_blocks)?;
         indexes.metadata.many = self.read_many(TreeKind::MetadataCounts, maps.1.ref_count_root)?;
         Ok(indexes)
     }
@@ -107,8 +118,11 @@ impl Checker<'_> {
         let beyond = index.entries.split_off(&needed).len();
         let has = index.entries.len() as u64;
         if beyond > 0 || has < needed {
-            let message = format!("the data space map needs {needed} bitmaps; {has} are there, and {beyond} too many");
-            self.damages.push(Damage::new(Code::IndexEntries, block, message));
+            let message = format!(
+                "the data space map needs {needed} bitmaps; {has} are there, and {beyond} too many"
+            );
+            self.damages
+                .push(Damage::new(Code::IndexEntries, block, message));
         }
     }
 
@@ -119,8 +133,11 @@ impl Checker<'_> {
         let mut many: Vec<OverflowEntry> = Vec::new();
         for (block, count, leaf) in self.entries(tree, root, &by_leaf) {
             if count < 3 {
-                let message = format!("{tree}: block {block} has count {count}; only 3 and more belong there");
-                self.damages.push(Damage::new(Code::CountTree, leaf, message));
+                let message = format!(
+                    "{tree}: block {block} has count {count}; only 3 and more belong there"
+                );
+                self.damages
+                    .push(Damage::new(Code::CountTree, leaf, message));
             }
             many.push((block, count));
         }
@@ -129,7 +146,11 @@ impl Checker<'_> {
         Ok(many)
     }
 
-    fn read_metadata_index(&mut self, block: MetadataBlock, nr_blocks: u64) -> Result<BTreeMap<u64, IndexEntry>> {
+    fn read_metadata_index(
+        &mut self,
+        block: MetadataBlock,
+        nr_blocks: u64,
+    ) -> Result<BTreeMap<u64, IndexEntry>> {
         let mut entries = BTreeMap::new();
         if self.usable(block).is_none() {
             return Ok(entries);
@@ -183,7 +204,11 @@ impl Checker<'_> {
             add(details_root);
         }
         walked.device_roots().for_each(&mut add);
-        let entries = indexes.data.entries.values().chain(indexes.metadata.entries.values());
+        let entries = indexes
+            .data
+            .entries
+            .values()
+            .chain(indexes.metadata.entries.values());
         entries.for_each(|e| add(e.block));
         for node in self.forest.nodes() {
             self.forest
@@ -196,7 +221,12 @@ impl Checker<'_> {
     }
 
     /// Reads the bitmaps of one space map and judges each. Counts are compared only when `expected` are given.
-    fn judge_bitmaps(&mut self, which: Which, index: &Index, expected: Option<&CountMap>) -> Vec<Sighting> {
+    fn judge_bitmaps(
+        &mut self,
+        which: Which,
+        index: &Index,
+        expected: Option<&CountMap>,
+    ) -> Vec<Sighting> {
         let limit = self.forest.nr_blocks();
         let map = match which {
             Which::Data => self.superblock.data_space_map,
@@ -219,14 +249,29 @@ impl Checker<'_> {
         let mut blocks: Vec<u64> = wanted.iter().map(|w| w.0).collect();
         blocks.dedup();
         let observer = self.observer;
-        let judge = |seen: &mut Vec<Sighting>, block: MetadataBlock, data: std::io::Result<&[u8]>| {
-            let first = wanted.partition_point(|w| w.0 < block.0);
-            for &(_, number) in wanted[first..].iter().take_while(|w| w.0 == block.0) {
-                let data = data.as_ref().map(|d| *d).map_err(ToString::to_string);
-                seen.push(judge_bitmap(which, number, index, map.nr_blocks, block, data, expected));
-            }
-        };
-        let parts = sweep(self.engine, &blocks, &|| observer.is_cancelled(), Vec::new, judge);
+        let judge =
+            |seen: &mut Vec<Sighting>, block: MetadataBlock, data: std::io::Result<&[u8]>| {
+                let first = wanted.partition_point(|w| w.0 < block.0);
+                for &(_, number) in wanted[first..].iter().take_while(|w| w.0 == block.0) {
+                    let data = data.as_ref().map(|d| *d).map_err(ToString::to_string);
+                    seen.push(judge_bitmap(
+                        which,
+                        number,
+                        index,
+                        map.nr_blocks,
+                        block,
+                        data,
+                        expected,
+                    ));
+                }
+            };
+        let parts = sweep(
+            self.engine,
+            &blocks,
+            &|| observer.is_cancelled(),
+            Vec::new,
+            judge,
+        );
         let mut seen: Vec<Sighting> = parts.into_iter().flatten().collect();
         seen.sort_unstable_by_key(|s| s.number);
         for sighting in &mut seen {
@@ -238,7 +283,10 @@ impl Checker<'_> {
     /// The nodes of space-map trees of these kinds.
     fn nodes_of(&self, kinds: &[TreeKind]) -> Vec<MetadataBlock> {
         let nodes = self.forest.nodes().iter();
-        nodes.filter(|n| kinds.contains(&n.tree)).map(|n| n.block).collect()
+        nodes
+            .filter(|n| kinds.contains(&n.tree))
+            .map(|n| n.block)
+            .collect()
     }
 }
 
@@ -290,7 +338,10 @@ fn judge_bitmap(
     if entry.nr_free != nr_free {
         add(
             Code::IndexFreeCount,
-            format!("the index says {} entries are free, {nr_free} are", entry.nr_free),
+            format!(
+                "the index says {} entries are free, {nr_free} are",
+                entry.nr_free
+            ),
         );
     }
     if entry.none_free_before > first_free {
@@ -328,7 +379,9 @@ fn judge_bitmap(
         let (words, expected_many) = expected.bitmap(number);
         let differences = bitmap.differences(number, &stored_many, &words, &expected_many);
         sighting.is_right = bitmap.equals(&words) && stored_many == expected_many;
-        sighting.damages.extend(count_damages(which, number, block, &differences));
+        sighting
+            .damages
+            .extend(count_damages(which, number, block, &differences));
     }
     sighting.allocated = Some(ENTRIES_PER_BITMAP - u64::from(nr_free) - tail);
     sighting
@@ -357,14 +410,18 @@ fn count_damages(
         .filter(|(_, list, _)| !list.is_empty())
         .map(move |(code, list, what)| {
             let total: u64 = list.iter().map(|d| d.length).sum();
-            let mut message = format!("{name} space map, bitmap {number}: {total} {name} blocks {what}:");
+            let mut message =
+                format!("{name} space map, bitmap {number}: {total} {name} blocks {what}:");
             for (i, d) in list.iter().take(SHOWN).enumerate() {
                 let comma = if i > 0 { "," } else { "" };
                 let range = match d.length {
                     1 => d.begin.to_string(),
                     n => format!("{}..{}", d.begin, d.begin + n),
                 };
-                message += &format!("{comma} {range} (counted {}, used {})", d.stored, d.expected);
+                message += &format!(
+                    "{comma} {range} (counted {}, used {})",
+                    d.stored, d.expected
+                );
             }
             if list.len() > SHOWN {
                 message += &format!(", and {} more ranges", list.len() - SHOWN);
@@ -387,8 +444,13 @@ pub(super) fn compare(
         && checker.forest.nodes().iter().all(|n| n.shape != Shape::Bad);
     let metadata_counts = is_complete.then(|| checker.metadata_counts(&indexes, walked));
     checker.observer.progress("space maps", 0, 1);
-    let data_seen = checker.judge_bitmaps(Which::Data, &indexes.data, is_complete.then_some(&data_counts));
-    let metadata_seen = checker.judge_bitmaps(Which::Metadata, &indexes.metadata, metadata_counts.as_ref());
+    let data_seen = checker.judge_bitmaps(
+        Which::Data,
+        &indexes.data,
+        is_complete.then_some(&data_counts),
+    );
+    let metadata_seen =
+        checker.judge_bitmaps(Which::Metadata, &indexes.metadata, metadata_counts.as_ref());
     checker.observer.check_cancelled()?;
     let data_allocated = judge_allocated(checker, Which::Data, &data_seen);
     let metadata_allocated = judge_allocated(checker, Which::Metadata, &metadata_seen);
@@ -396,23 +458,30 @@ pub(super) fn compare(
         (metadata_counts, data_allocated, metadata_allocated)
     else {
         if !is_complete {
-            let message = "reference counts are not compared: what refers to blocks is damaged in part";
+            let message =
+                "reference counts are not compared: what refers to blocks is damaged in part";
             checker
                 .damages
                 .push(Damage::new(Code::CountsNotCompared, SUPERBLOCK, message));
         }
         return Ok(None);
     };
-    let judged = |index: Index, counts, seen: &[Sighting], nr_allocated, codes: &[Code], which: Which| {
-        let of_map = |d: &Damage| codes.contains(&d.code) && d.message.starts_with(which.name());
-        Judged {
-            index,
-            counts,
-            right: seen.iter().filter(|s| s.is_right).map(|s| s.number).collect(),
-            nr_allocated,
-            is_wrong: checker.damages.iter().any(of_map),
-        }
-    };
+    let judged =
+        |index: Index, counts, seen: &[Sighting], nr_allocated, codes: &[Code], which: Which| {
+            let of_map =
+                |d: &Damage| codes.contains(&d.code) && d.message.starts_with(which.name());
+            Judged {
+                index,
+                counts,
+                right: seen
+                    .iter()
+                    .filter(|s| s.is_right)
+                    .map(|s| s.number)
+                    .collect(),
+                nr_allocated,
+                is_wrong: checker.damages.iter().any(of_map),
+            }
+        };
     const REWRITES: &[Code] = &[
         Code::DataLeak,
         Code::MetadataLeak,
@@ -421,7 +490,14 @@ pub(super) fn compare(
         Code::BitmapTail,
     ];
     Ok(Some(Counted {
-        data: judged(indexes.data, data_counts, &data_seen, data_allocated, REWRITES, Which::Data),
+        data: judged(
+            indexes.data,
+            data_counts,
+            &data_seen,
+            data_allocated,
+            REWRITES,
+            Which::Data,
+        ),
         metadata: judged(
             indexes.metadata,
             metadata_counts,

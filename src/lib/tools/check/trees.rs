@@ -4,7 +4,7 @@ use super::affected::affected;
 use super::damage::{Code, Damage, KernelEffect};
 use super::mappings::{Leaf, MappingVisitor};
 use super::space_maps::{self, Counted};
-use super::{Checker, CheckOptions, Scope};
+use super::{CheckOptions, Checker, Scope};
 use crate::checksum::SealFault;
 use crate::error::Result;
 use crate::pdata::{
@@ -38,7 +38,10 @@ pub(super) struct Walked {
 impl Walked {
     /// How often top-level leaves point to each device's root.
     pub(super) fn device_roots(&self) -> impl Iterator<Item = MetadataBlock> + '_ {
-        self.tops.values().flatten().map(|&(_, root)| MetadataBlock(root))
+        self.tops
+            .values()
+            .flatten()
+            .map(|&(_, root)| MetadataBlock(root))
     }
 }
 
@@ -54,7 +57,9 @@ impl Checker<'_> {
         let mut pools = vec![self.read_devices(&mut walked, roots)?];
         let held = self.superblock.held_root;
         if let Some(snapshot) = self.read_snapshot_block(held) {
-            pools.push(self.read_devices(&mut walked, (snapshot.mapping_root, snapshot.details_root))?);
+            pools.push(
+                self.read_devices(&mut walked, (snapshot.mapping_root, snapshot.details_root))?,
+            );
         }
         self.devices = pools[0].roots.len() as u64;
         if options.scope == Scope::SkipMappings {
@@ -69,15 +74,22 @@ impl Checker<'_> {
         self.judge_devices(&pools, Some(&structure));
         if is_overridden {
             let message = "reference counts are not compared when roots are overridden";
-            self.damages
-                .push(Damage::new(Code::CountsNotCompared, MetadataBlock(0), message));
+            self.damages.push(Damage::new(
+                Code::CountsNotCompared,
+                MetadataBlock(0),
+                message,
+            ));
             return Ok(None);
         }
         space_maps::compare(self, indexes, &walked, data_counts)
     }
 
     /// Checks only the metadata snapshot: its trees, no space maps.
-    pub(super) fn check_snapshot_alone(&mut self, snapshot: &Superblock, options: &CheckOptions) -> Result<()> {
+    pub(super) fn check_snapshot_alone(
+        &mut self,
+        snapshot: &Superblock,
+        options: &CheckOptions,
+    ) -> Result<()> {
         let roots = (
             options.mapping_root.unwrap_or(snapshot.mapping_root),
             options.details_root.unwrap_or(snapshot.details_root),
@@ -102,8 +114,10 @@ impl Checker<'_> {
         }
         let limit = self.forest.nr_blocks();
         if block.0 >= limit {
-            let message = format!("the metadata snapshot's block is past the last of {limit} blocks");
-            self.damages.push(Damage::new(Code::SnapshotBlock, block, message));
+            let message =
+                format!("the metadata snapshot's block is past the last of {limit} blocks");
+            self.damages
+                .push(Damage::new(Code::SnapshotBlock, block, message));
             return None;
         }
         let snapshot = match Superblock::read_at(self.engine, block) {
@@ -115,8 +129,13 @@ impl Checker<'_> {
             }
         };
         let maps = [snapshot.data_space_map, snapshot.metadata_space_map];
-        if snapshot.held_root.0 != 0 || maps.iter().any(|m| *m != crate::pdata::SpaceMapRoot::default()) {
-            let message = "the metadata snapshot's superblock has a snapshot or space maps of its own";
+        if snapshot.held_root.0 != 0
+            || maps
+                .iter()
+                .any(|m| *m != crate::pdata::SpaceMapRoot::default())
+        {
+            let message =
+                "the metadata snapshot's superblock has a snapshot or space maps of its own";
             self.damages
                 .push(Damage::new(Code::SnapshotFields, block, message));
         }
@@ -124,7 +143,11 @@ impl Checker<'_> {
     }
 
     /// Walks a top-level tree and a details tree.
-    fn read_devices(&mut self, walked: &mut Walked, roots: (MetadataBlock, MetadataBlock)) -> Result<Devices> {
+    fn read_devices(
+        &mut self,
+        walked: &mut Walked,
+        roots: (MetadataBlock, MetadataBlock),
+    ) -> Result<Devices> {
         let limit = self.forest.nr_blocks();
         // A root that points nowhere is on record as a fault of the superblock, unless the user or a snapshot named it.
         let (mapping_root, details_root) = roots;
@@ -135,9 +158,13 @@ impl Checker<'_> {
             ..Devices::default()
         };
         for root in [mapping_root, details_root] {
-            let is_known = [self.superblock.mapping_root, self.superblock.details_root].contains(&root);
+            let is_known =
+                [self.superblock.mapping_root, self.superblock.details_root].contains(&root);
             if usable(root).is_none() && !is_known {
-                let message = format!("a root is block {root}; blocks 1 to {} exist", limit.saturating_sub(1));
+                let message = format!(
+                    "a root is block {root}; blocks 1 to {} exist",
+                    limit.saturating_sub(1)
+                );
                 self.damages
                     .push(Damage::new(Code::SuperblockRoot, root, message));
             }
@@ -146,10 +173,13 @@ impl Checker<'_> {
         self.walk_small(TreeKind::Details, devices.details_root, &mut walked.details)?;
         devices.whole = self.is_whole(TreeKind::TopLevel, devices.mapping_root)
             && self.is_whole(TreeKind::Details, devices.details_root);
-        for (id, root, leaf) in self.entries(TreeKind::TopLevel, devices.mapping_root, &walked.tops) {
+        for (id, root, leaf) in self.entries(TreeKind::TopLevel, devices.mapping_root, &walked.tops)
+        {
             devices.roots.insert(id, (MetadataBlock(root), leaf));
         }
-        for (id, detail, leaf) in self.entries(TreeKind::Details, devices.details_root, &walked.details) {
+        for (id, detail, leaf) in
+            self.entries(TreeKind::Details, devices.details_root, &walked.details)
+        {
             devices.details.insert(id, (detail, leaf));
         }
         Ok(devices)
@@ -162,7 +192,9 @@ impl Checker<'_> {
         let is_good = |&number: &usize| {
             let node = &self.forest.nodes()[number];
             let edges = self.forest.edges(node);
-            node.tree == tree && node.shape != Shape::Bad && edges.iter().all(|e| self.forest.child(e).is_some())
+            node.tree == tree
+                && node.shape != Shape::Bad
+                && edges.iter().all(|e| self.forest.child(e).is_some())
         };
         number.is_some() && nodes.iter().all(is_good)
     }
@@ -182,7 +214,8 @@ impl Checker<'_> {
             self.observer,
             Vec::new,
             |leaves, node| {
-                let entries: Vec<(u64, V)> = node.keys().zip(node.values().map(V::unpack)).collect();
+                let entries: Vec<(u64, V)> =
+                    node.keys().zip(node.values().map(V::unpack)).collect();
                 leaves.push((node.location(), entries));
             },
         )?;
@@ -204,7 +237,9 @@ impl Checker<'_> {
             .map(|number| &self.forest.nodes()[number])
             .filter(|node| node.tree == tree)
             .filter_map(|node| Some((node.block, by_leaf.get(&node.block)?)))
-            .flat_map(|(block, entries)| entries.iter().map(move |&(key, value)| (key, value, block)))
+            .flat_map(|(block, entries)| {
+                entries.iter().map(move |&(key, value)| (key, value, block))
+            })
             .collect()
     }
 
@@ -212,7 +247,10 @@ impl Checker<'_> {
     fn walk_mappings(&mut self, pools: &[Devices], data_counts: &CountMap) -> Result<Vec<Leaf>> {
         let limit = self.forest.nr_blocks();
         let mut roots = Vec::new();
-        for (id, root, leaf) in pools.iter().flat_map(|p| p.roots.iter().map(|(id, r)| (*id, r.0, r.1))) {
+        for (id, root, leaf) in pools
+            .iter()
+            .flat_map(|p| p.roots.iter().map(|(id, r)| (*id, r.0, r.1)))
+        {
             if root.0 > 0 && root.0 < limit {
                 roots.push(root);
                 continue;
@@ -246,7 +284,12 @@ impl Checker<'_> {
     }
 
     /// Turns everything that is wrong with nodes, and between them, into damages. Returns the structure of the mapping trees.
-    fn report_trees(&mut self, pools: &[Devices], kinds: &[TreeKind], leaves: &[Leaf]) -> Structure {
+    fn report_trees(
+        &mut self,
+        pools: &[Devices],
+        kinds: &[TreeKind],
+        leaves: &[Leaf],
+    ) -> Structure {
         let mut found: Vec<(TreeKind, Damage)> = Vec::new();
         for (block, tree, problem) in std::mem::take(&mut self.forest.problems) {
             found.push((tree, problem_damage(block, tree, &problem)));
@@ -262,10 +305,14 @@ impl Checker<'_> {
             }
         }
         for leaf in leaves {
-            found.extend(leaf.damages(&self.superblock).map(|d| (TreeKind::Mappings, d)));
+            found.extend(
+                leaf.damages(&self.superblock)
+                    .map(|d| (TreeKind::Mappings, d)),
+            );
         }
         self.add_affected(pools, &mut found);
-        self.damages.extend(found.into_iter().map(|(_, damage)| damage));
+        self.damages
+            .extend(found.into_iter().map(|(_, damage)| damage));
         mappings.unwrap_or_else(|| Structure::of(&self.forest, TreeKind::Mappings, &[]))
     }
 
@@ -274,7 +321,10 @@ impl Checker<'_> {
         let all: Vec<MetadataBlock> = match tree {
             TreeKind::TopLevel => pools.iter().filter_map(|p| p.mapping_root).collect(),
             TreeKind::Details => pools.iter().filter_map(|p| p.details_root).collect(),
-            TreeKind::Mappings => pools.iter().flat_map(|p| p.roots.values().map(|r| r.0)).collect(),
+            TreeKind::Mappings => pools
+                .iter()
+                .flat_map(|p| p.roots.values().map(|r| r.0))
+                .collect(),
             TreeKind::DataIndex => vec![self.superblock.data_space_map.bitmap_root],
             TreeKind::DataCounts => vec![self.superblock.data_space_map.ref_count_root],
             TreeKind::MetadataCounts => vec![self.superblock.metadata_space_map.ref_count_root],
@@ -296,11 +346,22 @@ impl Checker<'_> {
             let devices = pools[0].roots.iter();
             let roots: Vec<(Option<ThinId>, MetadataBlock)> = match tree {
                 TreeKind::Mappings => devices.map(|(&id, r)| (Some(ThinId(id)), r.0)).collect(),
-                TreeKind::TopLevel => pools[0].mapping_root.map(|r| (None, r)).into_iter().collect(),
-                _ => pools[0].details_root.map(|r| (None, r)).into_iter().collect(),
+                TreeKind::TopLevel => pools[0]
+                    .mapping_root
+                    .map(|r| (None, r))
+                    .into_iter()
+                    .collect(),
+                _ => pools[0]
+                    .details_root
+                    .map(|r| (None, r))
+                    .into_iter()
+                    .collect(),
             };
             let mut ranges = affected(&self.forest, &roots, &damaged);
-            for (_, damage) in found.iter_mut().filter(|(t, d)| *t == tree && d.affected.is_empty()) {
+            for (_, damage) in found
+                .iter_mut()
+                .filter(|(t, d)| *t == tree && d.affected.is_empty())
+            {
                 if let Some((list, more)) = ranges.get_mut(&damage.block) {
                     damage.affected.clone_from(list);
                     damage.more_affected = *more;
@@ -321,7 +382,8 @@ impl Checker<'_> {
                         .push(Damage::new(Code::DeviceOdd, leaf, message).of_device(id));
                 }
                 let root = pool.roots.get(&id).map(|r| r.0);
-                let Some(summary) = root.and_then(|root| structure?.summary(&self.forest, root)) else {
+                let Some(summary) = root.and_then(|root| structure?.summary(&self.forest, root))
+                else {
                     continue;
                 };
                 if i == 0 {
@@ -345,12 +407,28 @@ impl Checker<'_> {
     }
 
     fn judge_ids(&mut self, pool: &Devices) {
-        for (&id, &(_, leaf)) in pool.roots.iter().filter(|(id, _)| !pool.details.contains_key(id)) {
-            let damage = Damage::new(Code::DeviceNoDetails, leaf, "it has a mapping tree but no details");
+        for (&id, &(_, leaf)) in pool
+            .roots
+            .iter()
+            .filter(|(id, _)| !pool.details.contains_key(id))
+        {
+            let damage = Damage::new(
+                Code::DeviceNoDetails,
+                leaf,
+                "it has a mapping tree but no details",
+            );
             self.damages.push(damage.of_device(id));
         }
-        for (&id, &(_, leaf)) in pool.details.iter().filter(|(id, _)| !pool.roots.contains_key(id)) {
-            let damage = Damage::new(Code::DeviceNoMappings, leaf, "it has details but no mapping tree");
+        for (&id, &(_, leaf)) in pool
+            .details
+            .iter()
+            .filter(|(id, _)| !pool.roots.contains_key(id))
+        {
+            let damage = Damage::new(
+                Code::DeviceNoMappings,
+                leaf,
+                "it has details but no mapping tree",
+            );
             self.damages.push(damage.of_device(id));
         }
     }
@@ -362,15 +440,25 @@ fn odd_details(id: u64, detail: &DeviceDetail, superblock: &Superblock) -> Vec<S
     let (created, snapped) = (detail.creation_time, detail.snapshotted_time);
     let mut odd = Vec::new();
     if id > MAX_THIN_ID {
-        odd.push(format!("the kernel's messages take ids up to {MAX_THIN_ID} only"));
+        odd.push(format!(
+            "the kernel's messages take ids up to {MAX_THIN_ID} only"
+        ));
     }
     if created > snapped {
-        odd.push(format!("created at time {created}, snapshotted before, at {snapped}"));
+        odd.push(format!(
+            "created at time {created}, snapshotted before, at {snapped}"
+        ));
     }
     if snapped > clock || created > clock {
         let latest = snapped.max(created);
-        let limit = if latest > MAX_TIME { ", and past 24 bits" } else { "" };
-        odd.push(format!("its time {latest} is later than the snapshot clock {clock}{limit}"));
+        let limit = if latest > MAX_TIME {
+            ", and past 24 bits"
+        } else {
+            ""
+        };
+        odd.push(format!(
+            "its time {latest} is later than the snapshot clock {clock}{limit}"
+        ));
     }
     if detail.transaction_id > superblock.transaction_id {
         odd.push(format!(
@@ -406,7 +494,10 @@ fn problem_damage(block: MetadataBlock, tree: TreeKind, problem: &NodeProblem) -
             );
             (Code::NodePointer, message)
         }
-        NodeProblem::UsedTwice { first } => (Code::NodeUsedTwice, format!("it is part of the {first} too")),
+        NodeProblem::UsedTwice { first } => (
+            Code::NodeUsedTwice,
+            format!("it is part of the {first} too"),
+        ),
     };
     let damage = Damage::new(code, block, format!("{tree}: {message}"));
     with_tree_effect(damage, tree)
@@ -428,7 +519,9 @@ fn with_tree_effect(damage: Damage, tree: TreeKind) -> Damage {
     match tree {
         _ if damage.effect != KernelEffect::DevicesFail => damage,
         TreeKind::DataIndex => damage.with_effect(KernelEffect::AllocationFails),
-        TreeKind::DataCounts | TreeKind::MetadataCounts => damage.with_effect(KernelEffect::Corrupts),
+        TreeKind::DataCounts | TreeKind::MetadataCounts => {
+            damage.with_effect(KernelEffect::Corrupts)
+        }
         _ => damage,
     }
 }

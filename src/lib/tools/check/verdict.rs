@@ -48,19 +48,36 @@ impl Verdict {
                 "it would format this device as a new, empty pool without a word: do not activate it"
             }
             Activation::Refused => "it would refuse to activate this pool",
-            Activation::ReadOnlyNeedsCheck => "it would activate this pool read-only, with needs_check",
+            Activation::ReadOnlyNeedsCheck => {
+                "it would activate this pool read-only, with needs_check"
+            }
             Activation::ReadWrite => "it would activate this pool read-write",
         });
-        if matches!(activation, Activation::ReadWrite | Activation::ReadOnlyNeedsCheck) {
+        if matches!(
+            activation,
+            Activation::ReadWrite | Activation::ReadOnlyNeedsCheck
+        ) {
             let later = [
-                (KernelEffect::Corrupts, "may then write over data that is in use"),
+                (
+                    KernelEffect::Corrupts,
+                    "may then write over data that is in use",
+                ),
                 (
                     KernelEffect::AllocationFails,
                     "would go read-only with needs_check at the first allocation",
                 ),
-                (KernelEffect::DevicesFail, "would fail I/O to the devices named above"),
-                (KernelEffect::MessageFails, "would fail to release the metadata snapshot"),
-                (KernelEffect::WrongSpace, "would report or find less space than there is"),
+                (
+                    KernelEffect::DevicesFail,
+                    "would fail I/O to the devices named above",
+                ),
+                (
+                    KernelEffect::MessageFails,
+                    "would fail to release the metadata snapshot",
+                ),
+                (
+                    KernelEffect::WrongSpace,
+                    "would report or find less space than there is",
+                ),
             ];
             for (_, what) in later.iter().filter(|(effect, _)| has(*effect)) {
                 kernel.push_str("; it ");
@@ -85,13 +102,17 @@ fn next_step(severity: Option<Severity>, damages: &[Damage]) -> &'static str {
         _ if has(Code::DeviceTooSmall) => {
             "give the metadata device its full size back; if that is not possible, thin_repair -i DEV -o NEWDEV"
         }
-        Some(Severity::Fatal) => "deactivate the pool and run thin_repair -i DEV -o NEWDEV, then thin_check NEWDEV",
+        Some(Severity::Fatal) => {
+            "deactivate the pool and run thin_repair -i DEV -o NEWDEV, then thin_check NEWDEV"
+        }
         Some(Severity::Repairable) => "run thin_check --auto-repair DEV",
         Some(Severity::Leak) => {
             "nothing is at risk, a crash of a healthy pool leaves such leaks; thin_check --auto-repair DEV frees the blocks"
         }
         _ if has(Code::NeedsCheck) => "run thin_check --clear-needs-check-flag DEV",
-        _ if has(Code::SuperblockLastTime) => "take no more snapshots; dump and restore cannot lower the clock, copy the data to a new pool",
+        _ if has(Code::SuperblockLastTime) => {
+            "take no more snapshots; dump and restore cannot lower the clock, copy the data to a new pool"
+        }
         _ => "",
     }
 }
