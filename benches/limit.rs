@@ -69,14 +69,11 @@ fn read_all(file: &File, size: u64) -> std::io::Result<()> {
     };
     thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        workers
-            .into_iter()
-            .map(|worker| {
-                worker.join().unwrap_or_else(|panic| {
-                    // Only a defect of this program gets here.
-                    std::panic::resume_unwind(panic)
-                })
-            })
-            .collect()
+        // A worker that panicked has found a defect of this program.
+        workers.into_iter().try_for_each(|worker| {
+            worker
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     })
 }

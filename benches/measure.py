@@ -206,6 +206,7 @@ class Row:
             show_ratio(other_ms, our_ms),
             show(ours, lambda s: s.cpus, digits),
             show(other, lambda s: s.cpus, digits),
+            show_ratio(other and other.median(other.cpus), ours.median(ours.cpus)),
             show_memory(ours),
             show_memory(other),
             show(self.limit, lambda s: s.walls, 1 if digits else 0),
@@ -216,9 +217,9 @@ class Row:
 
 
 HEADER = (
-    "| image | command | ours ms | other ms | other/ours | ours user+sys ms | other user+sys ms | ours peak MiB "
-    "| other peak MiB | read limit ms | ours/limit | runs |\n"
-    "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+    "| image | command | ours ms | other ms | other/ours | ours user+sys ms | other user+sys ms "
+    "| other/ours user+sys | ours peak MiB | other peak MiB | read limit ms | ours/limit | runs |\n"
+    "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
 )
 
 
@@ -308,6 +309,8 @@ def main():
     parser.add_argument("--other", type=Path)
     args = parser.parse_args()
     Clock.start(args.seconds)
+    # What is left of temporary files goes away with the folder.
+    tempfile.tempdir = str(args.folder)
     # A signal from outside ends the command under way, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 

@@ -3,6 +3,7 @@
 //! Facts: `FORMAT.md`, "Conventions". The checksum covers bytes 4 to 4095; bytes 8 to 15 hold the block's own number, which
 //! catches misdirected writes and stale copies.
 
+use crate::bytes::{get_u32, get_u64, put_u32, put_u64};
 use crate::units::{BLOCK_SIZE, MetadataBlock};
 use std::fmt;
 
@@ -83,15 +84,6 @@ impl fmt::Display for SealFault {
     }
 }
 
-fn word(block: &[u8], offset: usize) -> u32 {
-    u32::from_le_bytes([
-        block[offset],
-        block[offset + 1],
-        block[offset + 2],
-        block[offset + 3],
-    ])
-}
-
 /// The checksum of the contents before the kind's constant is mixed in.
 fn contents_sum(block: &[u8]) -> u32 {
     !crc32c::crc32c(&block[4..BLOCK_SIZE])
@@ -99,13 +91,13 @@ fn contents_sum(block: &[u8]) -> u32 {
 
 /// The kind that the checksum of `block` proves, if any. The block number is not looked at.
 pub fn identify(block: &[u8]) -> Option<BlockKind> {
-    let salt = contents_sum(block) ^ word(block, 0);
+    let salt = contents_sum(block) ^ get_u32(block, 0);
     BlockKind::ALL.into_iter().find(|kind| kind.salt() == salt)
 }
 
 /// The block number that a block claims for itself (bytes 8..16).
 pub fn claimed_location(block: &[u8]) -> MetadataBlock {
-    MetadataBlock(u64::from(word(block, 8)) | u64::from(word(block, 12)) << 32)
+    MetadataBlock(get_u64(block, 8))
 }
 
 /// Verifies that `block` (4096 bytes) is a sealed block of `kind`, written for `location`.
@@ -114,7 +106,7 @@ pub fn claimed_location(block: &[u8]) -> MetadataBlock {
 /// The first [`SealFault`]: zeroed, wrong kind, wrong checksum, wrong place.
 pub fn verify(block: &[u8], kind: BlockKind, location: MetadataBlock) -> Result<(), SealFault> {
     let sum = contents_sum(block);
-    let stored = word(block, 0);
+    let stored = get_u32(block, 0);
     if sum ^ kind.salt() != stored {
         if block.iter().all(|&b| b == 0) {
             return Err(SealFault::Zeroed);
@@ -140,9 +132,9 @@ pub fn verify(block: &[u8], kind: BlockKind, location: MetadataBlock) -> Result<
 
 /// Writes the block number and the checksum into a block that is about to go to disk.
 pub fn seal(block: &mut [u8], kind: BlockKind, location: MetadataBlock) {
-    block[8..16].copy_from_slice(&location.0.to_le_bytes());
+    put_u64(block, 8, location.0);
     let sum = contents_sum(block) ^ kind.salt();
-    block[..4].copy_from_slice(&sum.to_le_bytes());
+    put_u32(block, 0, sum);
 }
 
 #[cfg(test)]

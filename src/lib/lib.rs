@@ -3,6 +3,7 @@
 #[doc = include_str!("FORMAT.md")]
 pub mod format {}
 
+pub mod bytes;
 pub mod checksum;
 pub mod error;
 pub mod io;

@@ -5,6 +5,8 @@ use std::fmt;
 
 /// Bytes in a metadata block.
 pub const BLOCK_SIZE: usize = 4096;
+/// The number at offset 32 of every superblock.
+pub const MAGIC: u64 = 27_022_010;
 /// Entries (2-bit counts) in one space-map bitmap block.
 pub const ENTRIES_PER_BITMAP: u64 = 16_320;
 /// Bitmaps that a metadata space map can have: the slots of its index block.

@@ -264,6 +264,11 @@ fn print_verdict(report: &Report, done: &[String], session: &Session) {
         report.devices, report.mappings
     ));
     session.say(&format!("kernel: {}", verdict.kernel));
+    if let Some(sectors) = report.data_sectors {
+        session.say(&format!(
+            "kernel: it needs a data device of at least {sectors} sectors"
+        ));
+    }
     for action in done {
         session.say(&format!("repaired: {action}"));
     }

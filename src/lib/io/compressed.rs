@@ -3,7 +3,7 @@
 
 use super::FileEngine;
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS};
+use crate::units::{BLOCK_SIZE, MAGIC, MAX_METADATA_BLOCKS};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
@@ -22,7 +22,7 @@ pub(super) enum Compression {
 
 /// Recognises a compressed image by its first bytes. A superblock has its own magic at 32, whatever its checksum bytes are.
 pub(super) fn detect(head: &[u8]) -> Option<Compression> {
-    let is_superblock = head.get(32..40) == Some(27_022_010_u64.to_le_bytes().as_slice());
+    let is_superblock = head.get(32..40) == Some(MAGIC.to_le_bytes().as_slice());
     match head {
         _ if is_superblock => None,
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Some(Compression::Zstd),

@@ -7,10 +7,10 @@
 //! 4. Subtrees of a [`SharedTree`] are attached whole wherever invariant 1 allows it; where a neighbour is too small, the
 //!    subtree at that edge is opened and its parts are attached or, at the leaf, copied.
 
-use super::bytes::{get_u64, put_u32, put_u64};
 use super::counts::CountMap;
 use super::node::{FLAG_INTERNAL, FLAG_LEAF, NODE_HEADER, max_entries};
 use super::space_map::{INDEX_ENTRY_SIZE, IndexEntry};
+use crate::bytes::{get_u64, put_u32, put_u64};
 use crate::checksum::BlockKind;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BLOCK_SIZE, MetadataBlock};
@@ -46,7 +46,7 @@ impl Value for u32 {
     }
 
     fn unpack(bytes: &[u8]) -> Self {
-        super::bytes::get_u32(bytes, 0)
+        crate::bytes::get_u32(bytes, 0)
     }
 }
 

@@ -8,47 +8,61 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const PER_WORD: u64 = 32;
-/// Blocks in a region: 16 KiB of counts, which stay in a core's first cache while a batch is added.
+/// Blocks in a region, as a shift: 16 KiB of counts, which stay in a core's first cache while a batch is added.
 const REGION_BITS: u32 = 16;
 const REGION_WORDS: usize = 1 << (REGION_BITS - 5);
 const WORDS_PER_BITMAP: usize = (ENTRIES_PER_BITMAP / PER_WORD) as usize;
-/// Increments collected before they are added.
-const BATCH: usize = 1024;
-/// Buckets of a batch at most, so that they stay in a core's second cache.
-const MAX_BUCKETS: u64 = 512;
+/// Increments of one region collected before they are added, at most.
+const MAX_BATCH: usize = 1024;
+/// Increments that one [`CountBatch`] collects in all: 8 MiB of them.
+const MAX_COLLECTED: usize = 4 << 20;
 
 /// Count stored in 2 bits that says "three or more, see the map".
 const MANY: u64 = 3;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Region {
-    /// 2-bit counts, natural bit order; empty until something is counted here.
-    words: Vec<u64>,
+    /// 2-bit counts, natural bit order.
+    words: [u64; REGION_WORDS],
     /// Exact counts of blocks whose 2 bits say [`MANY`].
     many: HashMap<u16, u32>,
 }
 
-impl Region {
-    fn add(&mut self, at: u16, n: u32) -> u32 {
-        if self.words.is_empty() {
-            self.words = vec![0; REGION_WORDS];
+impl Default for Region {
+    fn default() -> Self {
+        Self {
+            words: [0; REGION_WORDS],
+            many: HashMap::new(),
         }
+    }
+}
+
+impl Region {
+    fn add_one(&mut self, at: u16) {
         let word = &mut self.words[usize::from(at >> 5)];
         let shift = u32::from(at & 31) * 2;
-        let old = *word >> shift & 3;
+        if (*word >> shift) & 3 < MANY - 1 {
+            *word += 1 << shift;
+        } else {
+            self.add(at, 1);
+        }
+    }
+
+    fn add(&mut self, at: u16, n: u32) {
+        let word = &mut self.words[usize::from(at >> 5)];
+        let shift = u32::from(at & 31) * 2;
+        let old = (*word >> shift) & 3;
         if old != MANY && old + u64::from(n) < MANY {
             *word += u64::from(n) << shift;
-            return old as u32 + n;
+            return;
         }
         *word |= MANY << shift;
         let count = self.many.entry(at).or_insert(old as u32);
         *count = count.saturating_add(n);
-        *count
     }
 
     fn get(&self, at: u16) -> u32 {
-        let word = self.words.get(usize::from(at >> 5)).copied().unwrap_or(0);
-        match word >> (u32::from(at & 31) * 2) & 3 {
+        match (self.words[usize::from(at >> 5)] >> (u32::from(at & 31) * 2)) & 3 {
             MANY => self.many.get(&at).copied().unwrap_or(0),
             few => few as u32,
         }
@@ -56,23 +70,24 @@ impl Region {
 
     fn remove_one(&mut self, at: u16) {
         let count = self.get(at).saturating_sub(1);
-        let Some(word) = self.words.get_mut(usize::from(at >> 5)) else {
-            return;
-        };
         if u64::from(count) >= MANY {
             self.many.insert(at, count);
-        } else {
-            let shift = u32::from(at & 31) * 2;
-            self.many.remove(&at);
-            *word = *word & !(3 << shift) | u64::from(count) << shift;
+            return;
         }
+        let word = &mut self.words[usize::from(at >> 5)];
+        let shift = u32::from(at & 31) * 2;
+        self.many.remove(&at);
+        *word = (*word & !(3 << shift)) | u64::from(count) << shift;
     }
 }
+
+/// A region comes into being when something is counted in it.
+type Slot = Option<Box<Region>>;
 
 /// Counts of the blocks 0 to `nr_blocks` - 1.
 #[derive(Debug)]
 pub struct CountMap {
-    regions: Vec<Mutex<Region>>,
+    regions: Vec<Mutex<Slot>>,
     nr_blocks: u64,
 }
 
@@ -81,7 +96,7 @@ fn split(block: u64) -> (usize, u16) {
 }
 
 impl CountMap {
-    /// All counts zero. Memory is 2 bits a block in regions that are counted in, and about 100 bytes per 65 536 blocks.
+    /// All counts zero. Memory is 2 bits a block in regions that are counted in, and 16 bytes per 65 536 blocks.
     pub fn new(nr_blocks: u64) -> Self {
         let regions = nr_blocks.div_ceil(1 << REGION_BITS);
         Self {
@@ -95,34 +110,35 @@ impl CountMap {
         self.nr_blocks
     }
 
-    fn region(&self, index: usize) -> MutexGuard<'_, Region> {
+    fn slot(&self, index: usize) -> MutexGuard<'_, Slot> {
         self.regions[index]
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn region(&mut self, index: usize) -> &mut Region {
+        let slot = self.regions[index]
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        slot.get_or_insert_default()
+    }
+
     /// Adds `n` to the count of `block`, which must be below [`nr_blocks`](Self::nr_blocks).
     pub fn add(&mut self, block: u64, n: u32) {
         let (region, at) = split(block);
-        self.regions[region]
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner)
-            .add(at, n);
+        self.region(region).add(at, n);
     }
 
     /// Takes one from the count of `block`, which must be below [`nr_blocks`](Self::nr_blocks).
     pub fn remove_one(&mut self, block: u64) {
         let (region, at) = split(block);
-        self.regions[region]
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove_one(at);
+        self.region(region).remove_one(at);
     }
 
     /// The count of `block`, which must be below [`nr_blocks`](Self::nr_blocks).
     pub fn get(&self, block: u64) -> u32 {
         let (region, at) = split(block);
-        self.region(region).get(at)
+        self.slot(region).as_ref().map_or(0, |r| r.get(at))
     }
 
     /// The words that bitmap `index` holds on disk if these counts are right, and the counts of 3 and more, by block.
@@ -139,8 +155,7 @@ impl CountMap {
             if number >= self.regions.len() as u64 {
                 break;
             }
-            let region = self.region(number as usize);
-            if !region.words.is_empty() {
+            if let Some(region) = &*self.slot(number as usize) {
                 for (to, from) in words[done..done + n]
                     .iter_mut()
                     .zip(&region.words[from..from + n])
@@ -169,58 +184,62 @@ fn on_disk(word: u64) -> u64 {
     (word & LOW) << 1 | word >> 1 & LOW
 }
 
-/// One thread's increments on their way to a [`CountMap`]. Whatever is left is added when it is dropped.
+/// One thread's increments on their way to a [`CountMap`].
 #[derive(Debug)]
-pub struct CountBatch<'a> {
-    map: &'a CountMap,
-    /// Blocks per bucket, as a shift.
-    shift: u32,
-    buckets: Vec<Vec<u64>>,
+pub struct CountBatch {
+    /// Increments collected per region before they are added.
+    size: usize,
+    /// `size` places for each region.
+    places: Vec<u16>,
+    /// Places in use, by region.
+    used: Vec<u16>,
+    nr_blocks: u64,
 }
 
-impl<'a> CountBatch<'a> {
-    /// An empty batch.
-    pub fn new(map: &'a CountMap) -> Self {
-        let mut shift = REGION_BITS;
-        while map.nr_blocks >> shift >= MAX_BUCKETS {
-            shift += 1;
-        }
-        let buckets = (map.nr_blocks >> shift) as usize + 1;
+impl CountBatch {
+    /// An empty batch for `map`.
+    pub fn new(map: &CountMap) -> Self {
+        let regions = map.regions.len();
+        let size = (MAX_COLLECTED / regions.max(1)).clamp(16, MAX_BATCH);
         Self {
-            map,
-            shift,
-            buckets: vec![Vec::new(); buckets],
+            size,
+            places: vec![0; regions * size],
+            used: vec![0; regions],
+            nr_blocks: map.nr_blocks,
         }
     }
 
-    /// Counts `block` once more; a block past the end of the map is not counted.
-    pub fn add(&mut self, block: u64) {
-        if block >= self.map.nr_blocks {
+    /// Counts `block` of `map` once more, now or later; a block past the end of the map is not counted.
+    #[inline]
+    pub fn add(&mut self, map: &CountMap, block: u64) {
+        if block >= self.nr_blocks {
             return;
         }
-        let bucket = &mut self.buckets[(block >> self.shift) as usize];
-        bucket.push(block);
-        if bucket.len() >= BATCH {
-            add_all(self.map, bucket);
+        let (region, at) = split(block);
+        let used = usize::from(self.used[region]);
+        self.places[region * self.size + used] = at;
+        self.used[region] = used as u16 + 1;
+        if used + 1 == self.size {
+            self.add_region(map, region);
         }
     }
-}
 
-fn add_all(map: &CountMap, blocks: &mut Vec<u64>) {
-    let mut blocks_left = blocks.drain(..).peekable();
-    while let Some(&block) = blocks_left.peek() {
-        let (index, _) = split(block);
-        let mut region = map.region(index);
-        while let Some(block) = blocks_left.next_if(|&b| split(b).0 == index) {
-            region.add(split(block).1, 1);
+    /// Adds everything that was collected; until then counts of `map` are too low.
+    pub fn flush(&mut self, map: &CountMap) {
+        for region in 0..self.used.len() {
+            self.add_region(map, region);
         }
     }
-}
 
-impl Drop for CountBatch<'_> {
-    fn drop(&mut self) {
-        for bucket in &mut self.buckets {
-            add_all(self.map, bucket);
+    fn add_region(&mut self, map: &CountMap, region: usize) {
+        let used = std::mem::take(&mut self.used[region]);
+        if used == 0 {
+            return;
+        }
+        let mut slot = map.slot(region);
+        let counts = slot.get_or_insert_default();
+        for &at in &self.places[region * self.size..][..usize::from(used)] {
+            counts.add_one(at);
         }
     }
 }
@@ -254,9 +273,10 @@ mod tests {
                 scope.spawn(|| {
                     let mut batch = CountBatch::new(&map);
                     for i in 0..300_000_u64 {
-                        batch.add(i.wrapping_mul(7919) % 300_000);
+                        batch.add(&map, i.wrapping_mul(7919) % 300_000);
                     }
-                    batch.add(300_000);
+                    batch.add(&map, 300_000);
+                    batch.flush(&map);
                 });
             }
         });

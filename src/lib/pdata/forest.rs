@@ -9,7 +9,7 @@ use super::node::{Node, NodeFault};
 use crate::error::Result;
 use crate::io::{BlockEngine, sweep};
 use crate::observer::Observer;
-use crate::units::MetadataBlock;
+use crate::units::{MAX_METADATA_BLOCKS, MetadataBlock};
 use std::fmt;
 use std::ops::Range;
 
@@ -72,6 +72,25 @@ pub enum Leaves {
     Read,
     /// Read one leaf per lowest inner node to learn the height, and leave its siblings alone.
     Find,
+}
+
+/// How trees are read.
+#[derive(Clone, Copy)]
+pub struct Walk<'a> {
+    /// From where.
+    pub engine: &'a dyn BlockEngine,
+    /// Asked whether to stop.
+    pub observer: &'a dyn Observer,
+    /// What kind of trees they are.
+    pub tree: TreeKind,
+    /// How far down.
+    pub leaves: Leaves,
+}
+
+impl fmt::Debug for Walk<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Walk({:?}, {:?})", self.tree, self.leaves)
+    }
 }
 
 /// A pointer from an inner node to a child.
@@ -182,10 +201,10 @@ fn look<S>(node: &Node<'_>, visitor: &mut S, visit: &impl Fn(&mut S, &Node<'_>))
 }
 
 impl Forest {
-    /// An empty forest over a metadata device of `nr_blocks` blocks.
+    /// An empty forest over a metadata device of `nr_blocks` blocks, of which the format can use the first 4 161 600.
     pub fn new(nr_blocks: u64) -> Self {
         Self {
-            index: vec![0; nr_blocks.min(u64::from(NOWHERE - 1)) as usize],
+            index: vec![0; nr_blocks.min(MAX_METADATA_BLOCKS) as usize],
             nodes: Vec::new(),
             edges: Vec::new(),
             problems: Vec::new(),
@@ -291,14 +310,17 @@ impl Forest {
     /// Only when `observer` cancels: damage goes to [`problems`](Self::problems).
     pub fn walk<S: Send>(
         &mut self,
-        engine: &dyn BlockEngine,
-        tree: TreeKind,
+        walk: &Walk<'_>,
         roots: impl IntoIterator<Item = MetadataBlock>,
-        leaves: Leaves,
-        observer: &dyn Observer,
         state: impl Fn() -> S + Sync,
         visit: impl Fn(&mut S, &Node<'_>) + Sync,
     ) -> Result<Vec<S>> {
+        let Walk {
+            engine,
+            observer,
+            tree,
+            leaves,
+        } = *walk;
         let mut states = Vec::new();
         let mut level: Vec<u64> = Vec::new();
         for root in roots {

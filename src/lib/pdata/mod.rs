@@ -1,7 +1,6 @@
 //! Persistent data as the kernel's persistent-data library lays it out: btree nodes, space maps, walks and bulk builds.
 
 mod build;
-pub mod bytes;
 mod counts;
 mod fold;
 mod forest;
@@ -13,7 +12,7 @@ mod writer;
 pub use build::{BlockSink, BuiltTree, SharedTree, TreeBuilder, Value};
 pub use counts::{CountBatch, CountMap};
 pub use fold::{Structure, StructureFault, Summary};
-pub use forest::{Edge, Forest, Leaves, NodeInfo, NodeProblem, Shape, TreeKind};
+pub use forest::{Edge, Forest, Leaves, NodeInfo, NodeProblem, Shape, TreeKind, Walk};
 pub use node::{NODE_HEADER, Node, NodeFault, max_entries};
 pub(crate) use space_map::BITMAP_HEADER;
 pub use space_map::{

@@ -3,7 +3,7 @@
 //! Facts: `FORMAT.md`, "Btree node". Everything that an entry access relies on (counts, sizes, key order) is proved by
 //! [`Node::parse`]; after that no access can leave the block.
 
-use super::bytes::{get_u32, get_u64};
+use crate::bytes::{get_u32, get_u64};
 use crate::checksum::{self, BlockKind, SealFault};
 use crate::units::{BLOCK_SIZE, MetadataBlock};
 use std::fmt;
@@ -207,7 +207,7 @@ impl<'a> Node<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pdata::bytes::{put_u32, put_u64};
+    use crate::bytes::{put_u32, put_u64};
 
     fn leaf(keys: &[u64], value_size: usize) -> Vec<u8> {
         let mut block = vec![0; BLOCK_SIZE];

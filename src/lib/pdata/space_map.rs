@@ -2,7 +2,7 @@
 //!
 //! Facts: `FORMAT.md`, "Space maps".
 
-use super::bytes::{get_u32, get_u64, put_u32, put_u64};
+use crate::bytes::{get_u32, get_u64, put_u32, put_u64};
 use crate::units::{BLOCK_SIZE, ENTRIES_PER_BITMAP, MetadataBlock};
 use serde::Serialize;
 

@@ -1,7 +1,7 @@
 //! What the pool knows of a thin device beside its mappings. Facts: `FORMAT.md`, "Device details tree".
 
+use crate::bytes::{get_u32, get_u64, put_u32, put_u64};
 use crate::pdata::Value;
-use crate::pdata::bytes::{get_u32, get_u64, put_u32, put_u64};
 use serde::Serialize;
 
 /// The value of the device details tree, 24 bytes.

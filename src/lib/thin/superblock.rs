@@ -3,21 +3,19 @@
 //! [`Fields`] are whatever the block says; a [`Superblock`] has been verified against its seal, its magic and the device, so
 //! that its roots can be followed.
 
+use crate::bytes::{get_u32, get_u64, put_u32, put_u64};
 use crate::checksum::{self, BlockKind, SealFault};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{AlignedBuffer, BlockEngine};
 use crate::pdata::SpaceMapRoot;
-use crate::pdata::bytes::{get_u32, get_u64, put_u32, put_u64};
 use crate::units::{
-    BLOCK_SIZE, MAX_METADATA_BLOCKS, MAX_TIME, MetadataBlock, is_legal_data_block_size,
+    BLOCK_SIZE, MAGIC, MAX_METADATA_BLOCKS, MAX_TIME, MetadataBlock, is_legal_data_block_size,
 };
 use std::fmt;
 use std::ops::Deref;
 
 /// Where the superblock lies.
 pub const SUPERBLOCK: MetadataBlock = MetadataBlock(0);
-/// The number at offset 32.
-pub const MAGIC: u64 = 27_022_010;
 /// The version that the kernel writes.
 pub const VERSION: u32 = 2;
 /// The flag that an aborted transaction leaves behind.

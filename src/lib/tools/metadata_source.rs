@@ -6,13 +6,15 @@ use super::sharing::{Sharing, leaves};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{BlockEngine, sweep};
 use crate::observer::Observer;
-use crate::pdata::{Forest, Leaves, Node, NodeProblem, Structure, StructureFault, TreeKind, Value};
+use crate::pdata::{
+    Forest, Leaves, Node, NodeProblem, Structure, StructureFault, TreeKind, Value, Walk,
+};
 use crate::thin::{BlockTime, DeviceDetail, SUPERBLOCK, Superblock};
 use crate::units::{DataBlock, MetadataBlock, ThinBlock, ThinId};
 use std::collections::BTreeMap;
 
-/// Leaves that are read and decoded together: at most 8 MiB of runs.
-const LEAVES_AT_ONCE: usize = 1024;
+/// Leaves that are read and decoded together: at most 2 MiB of runs.
+const LEAVES_AT_ONCE: usize = 256;
 
 /// What of a pool is told.
 #[derive(Clone, Debug, Default)]
@@ -86,11 +88,13 @@ pub(super) fn read_small_tree<V: Value + Send>(
         return Err(damaged(tree, root, &what));
     }
     let parts = forest.walk(
-        engine,
-        tree,
+        &Walk {
+            engine,
+            observer,
+            tree,
+            leaves: Leaves::Read,
+        },
         [root],
-        Leaves::Read,
-        observer,
         Vec::new,
         |entries, node| {
             entries.extend(node.keys().zip(node.values().map(V::unpack)));
@@ -106,7 +110,7 @@ pub(super) fn read_small_tree<V: Value + Send>(
 }
 
 /// The text that a dump has for the uuid field: nothing if it is zeros or no text.
-fn uuid_text(uuid: &[u8; 16]) -> String {
+pub(super) fn uuid_text(uuid: &[u8; 16]) -> String {
     let end = uuid.iter().rposition(|&b| b != 0).map_or(0, |i| i + 1);
     match std::str::from_utf8(&uuid[..end]) {
         Ok(text) if text.bytes().all(|b| (0x20..0x7f).contains(&b)) => text.to_owned(),
@@ -322,11 +326,13 @@ impl MetadataSource<'_> {
         }
         let roots_read = roots.iter().copied();
         forest.walk(
-            self.engine,
-            tree,
+            &Walk {
+                engine: self.engine,
+                observer: self.observer,
+                tree,
+                leaves: Leaves::Find,
+            },
             roots_read,
-            Leaves::Find,
-            self.observer,
             || (),
             |(), _| (),
         )?;

@@ -1,5 +1,6 @@
 //! What the commands do: options in, outcome out, nothing printed.
 
+mod affected;
 pub mod check;
 pub mod event;
 mod metadata_source;
@@ -11,6 +12,7 @@ mod sharing;
 pub mod text;
 mod xml;
 
+pub use affected::Affected;
 pub use metadata_source::{MetadataSource, Selection, Trees, held_root};
 pub use overrides::{Overridden, Overrides};
 pub use restore::{MARKER, Restored, restore};

@@ -4,13 +4,13 @@
 //! writes; the superblock comes last, after a flush.
 
 use super::event::{Device, PoolInfo, Run, Sink};
+use crate::bytes::{get_u32, get_u64};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::BlockEngine;
 use crate::observer::Observer;
-use crate::pdata::bytes::{get_u32, get_u64};
 use crate::pdata::{
-    BlockSink, CountMap, MetadataWriter, NODE_HEADER, SharedTree, TreeBuilder, build_data_map,
-    build_metadata_map, max_entries, nr_bitmaps,
+    BlockSink, CountBatch, CountMap, MetadataWriter, NODE_HEADER, SharedTree, TreeBuilder,
+    build_data_map, build_metadata_map, max_entries, nr_bitmaps,
 };
 use crate::thin::{BlockTime, DeviceDetail, Fields};
 use crate::units::{
@@ -41,6 +41,7 @@ pub struct Restorer<'a> {
     observer: &'a dyn Observer,
     pool: Option<PoolInfo>,
     data_counts: CountMap,
+    batch: CountBatch,
     shared: SharedTree,
     definitions: HashMap<String, Definition>,
     devices: BTreeMap<u64, (MetadataBlock, DeviceDetail)>,
@@ -72,11 +73,13 @@ impl<'a> Restorer<'a> {
         nr_blocks: u64,
         observer: &'a dyn Observer,
     ) -> Self {
+        let data_counts = CountMap::new(0);
         Self {
             writer: MetadataWriter::new(engine, CountMap::new(nr_blocks.min(MAX_METADATA_BLOCKS))),
             observer,
             pool: None,
-            data_counts: CountMap::new(0),
+            batch: CountBatch::new(&data_counts),
+            data_counts,
             shared: SharedTree::default(),
             definitions: HashMap::new(),
             devices: BTreeMap::new(),
@@ -120,6 +123,7 @@ impl<'a> Restorer<'a> {
         }
         let mapping_root = roots.finish(&mut self.writer, &mut none)?.root;
         let details_root = details.finish(&mut self.writer, &mut none)?.root;
+        self.batch.flush(&self.data_counts);
         self.settle_shared()?;
         let data_space_map = build_data_map(&mut self.writer, &self.data_counts, &|_| None)?;
         let metadata_space_map = build_metadata_map(&mut self.writer, &[])?;
@@ -333,6 +337,7 @@ impl Sink for Restorer<'_> {
             return Err(fault.with_kind(kind));
         }
         self.data_counts = CountMap::new(pool.nr_data_blocks);
+        self.batch = CountBatch::new(&self.data_counts);
         self.pool = Some(pool.clone());
         Ok(())
     }
@@ -454,7 +459,7 @@ impl Sink for Restorer<'_> {
                 let thin = run.thin_begin.0 + i;
                 self.tree
                     .push(&mut self.writer, &mut self.shared, thin, value.pack())?;
-                self.data_counts.add(data, 1);
+                self.batch.add(&self.data_counts, data);
             }
             self.next_thin = run.thin_begin.0 + run.length;
             self.mapped += run.length;

@@ -34,6 +34,8 @@ pub struct TextSink<'a> {
     out: &'a mut dyn Write,
     format: &'a dyn Format,
     pending: Vec<u8>,
+    /// Text of a large batch, one part per core's share; kept because fresh memory costs more than the formatting.
+    parts: Vec<Vec<u8>>,
 }
 
 impl std::fmt::Debug for TextSink<'_> {
@@ -52,6 +54,7 @@ impl<'a> TextSink<'a> {
             out,
             format,
             pending: Vec::new(),
+            parts: Vec::new(),
         }
     }
 
@@ -105,19 +108,20 @@ impl Sink for TextSink<'_> {
         }
         self.write()?;
         let format = self.format;
-        let parts: Vec<Vec<u8>> = runs
-            .par_chunks(PARALLEL)
-            .map(|runs| {
-                let mut part = Vec::with_capacity(runs.len() * 80);
+        let shares = runs.len().div_ceil(PARALLEL);
+        self.parts
+            .resize_with(shares.max(self.parts.len()), Vec::new);
+        runs.par_chunks(PARALLEL)
+            .zip(&mut self.parts)
+            .for_each(|(runs, part)| {
+                part.clear();
                 for run in runs {
-                    format.run(&mut part, run);
+                    format.run(part, run);
                 }
-                part
-            })
-            .collect();
-        for part in parts {
+            });
+        for part in &self.parts[..shares] {
             self.out
-                .write_all(&part)
+                .write_all(part)
                 .map_err(|e| Error::io("cannot write the output", e))?;
         }
         Ok(())
@@ -205,23 +209,24 @@ impl Format for Xml {
     }
 
     fn run(&self, out: &mut Vec<u8>, run: &Run) {
-        let time = ("\" time=\"", run.time.into());
-        if run.length == 1 {
-            let thin = ("    <single_mapping origin_block=\"", run.thin_begin.0);
-            put(
-                out,
-                &[thin, ("\" data_block=\"", run.data_begin.0), time],
-                "\"/>\n",
-            );
-        } else {
-            let thin = ("    <range_mapping origin_begin=\"", run.thin_begin.0);
-            let data = ("\" data_begin=\"", run.data_begin.0);
-            put(
-                out,
-                &[thin, data, ("\" length=\"", run.length), time],
-                "\"/>\n",
-            );
+        // The one hot place: texts of known length are copied without a call.
+        let mut digits = itoa::Buffer::new();
+        macro_rules! put {
+            ($text:literal, $number:expr) => {
+                out.extend_from_slice($text);
+                out.extend_from_slice(digits.format($number).as_bytes());
+            };
         }
+        if run.length == 1 {
+            put!(b"    <single_mapping origin_block=\"", run.thin_begin.0);
+            put!(b"\" data_block=\"", run.data_begin.0);
+        } else {
+            put!(b"    <range_mapping origin_begin=\"", run.thin_begin.0);
+            put!(b"\" data_begin=\"", run.data_begin.0);
+            put!(b"\" length=\"", run.length);
+        }
+        put!(b"\" time=\"", run.time);
+        out.extend_from_slice(b"\"/>\n");
     }
 
     fn reference(&self, out: &mut Vec<u8>, name: &str) {

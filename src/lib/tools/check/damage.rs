@@ -2,6 +2,7 @@
 //!
 //! Codes are stable: scripts may match on them. Facts about the kernel: `FORMAT.md`, "What the kernel does with damage".
 
+use crate::tools::affected::Affected;
 use crate::units::{MetadataBlock, ThinId};
 use serde::{Serialize, Serializer};
 use std::fmt;
@@ -47,6 +48,8 @@ pub enum KernelEffect {
     AllocationFails,
     /// It may hand out blocks that are in use, or write over shared ones: data is lost silently.
     Corrupts,
+    /// It activates the pool read-only until the metadata device is extended.
+    ActivatesFull,
     /// It activates the pool read-only, with needs_check.
     ActivatesReadOnly,
     /// It refuses to activate the pool.
@@ -91,6 +94,7 @@ codes! {
     SuperblockOdd = ("superblock-odd-field", Note, None, "a field that the kernel never writes so and does not look at");
     DeviceTooSmall = ("device-too-small", Fatal, Refuses, "the device is smaller than its metadata, or than the format allows");
     NeedsCheck = ("needs-check", Note, ActivatesReadOnly, "a transaction was aborted; the flag asks for this check");
+    MetadataFull = ("metadata-full", Note, ActivatesFull, "no metadata block is free beyond the kernel's reserve");
     ReadError = ("read-error", Fatal, DevicesFail, "a block cannot be read");
     NodeZeroed = ("node-zeroed", Fatal, DevicesFail, "zeros where a node of a tree should be");
     NodeChecksum = ("node-checksum", Fatal, DevicesFail, "a node with a wrong checksum");
@@ -153,30 +157,6 @@ impl Code {
 impl Serialize for Code {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(self.name())
-    }
-}
-
-/// A range of keys that a damage puts out of reach.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub struct Affected {
-    /// The device whose virtual blocks are meant; none when the keys are ids of devices.
-    pub device: Option<ThinId>,
-    /// First key.
-    pub begin: u64,
-    /// First key that is not meant; none without an upper bound.
-    pub end: Option<u64>,
-}
-
-impl fmt::Display for Affected {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.device {
-            Some(device) => write!(f, "device {device} blocks {}..", self.begin)?,
-            None => write!(f, "device ids {}..", self.begin)?,
-        }
-        match self.end {
-            Some(end) => write!(f, "{end}"),
-            None => Ok(()),
-        }
     }
 }
 

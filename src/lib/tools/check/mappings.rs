@@ -32,7 +32,8 @@ impl Wrong {
 
 /// One thread's view of the leaves.
 pub(super) struct MappingVisitor<'a> {
-    batch: CountBatch<'a>,
+    counts: &'a CountMap,
+    batch: CountBatch,
     nr_data_blocks: u64,
     clock: u32,
     latest: u32,
@@ -42,6 +43,7 @@ pub(super) struct MappingVisitor<'a> {
 impl<'a> MappingVisitor<'a> {
     pub(super) fn new(counts: &'a CountMap, nr_data_blocks: u64, clock: u32) -> Self {
         Self {
+            counts,
             batch: CountBatch::new(counts),
             nr_data_blocks,
             clock,
@@ -54,7 +56,7 @@ impl<'a> MappingVisitor<'a> {
         let mut latest = 0;
         let mut furthest = 0;
         for value in node.values_u64() {
-            self.batch.add(value >> 24);
+            self.batch.add(self.counts, value >> 24);
             latest = latest.max(value as u32 & MAX_TIME);
             furthest = furthest.max(value >> 24);
         }
@@ -82,7 +84,8 @@ impl<'a> MappingVisitor<'a> {
     }
 
     /// The leaves with wrong entries, and the latest time of any entry.
-    pub(super) fn finish(self) -> (Vec<Leaf>, u32) {
+    pub(super) fn finish(mut self) -> (Vec<Leaf>, u32) {
+        self.batch.flush(self.counts);
         (self.wrong, self.latest)
     }
 }

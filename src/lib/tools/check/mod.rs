@@ -3,7 +3,6 @@
 //! The order of work is that of `ARCHITECTURE.md`, "The life of a thin_check". Nothing here writes; [`fix`] does, from what a
 //! whole and clean enough check has found.
 
-pub(super) mod affected;
 mod damage;
 mod fix;
 mod mappings;
@@ -11,7 +10,7 @@ mod space_maps;
 mod trees;
 mod verdict;
 
-pub use damage::{Affected, Code, Damage, KernelEffect, Severity};
+pub use damage::{Code, Damage, KernelEffect, Severity};
 pub use fix::fix;
 pub use verdict::{Activation, Verdict};
 
@@ -60,6 +59,8 @@ pub struct Report {
     pub metadata_free_blocks: Option<u64>,
     /// The needs_check flag is set.
     pub needs_check: bool,
+    /// Sectors of 512 bytes that the data device must have at least; the kernel refuses a smaller one.
+    pub data_sectors: Option<u64>,
     /// Devices in the top-level tree.
     pub devices: u64,
     /// Mappings of all devices; a shared one counts for each.
@@ -126,6 +127,7 @@ pub fn check(
         let message = "needs_check is set: a transaction was aborted (an I/O error, or the metadata device was full)";
         damages.push(Damage::new(Code::NeedsCheck, SUPERBLOCK, message));
     }
+    damages.extend(metadata_full(&superblock));
     let mut checker = Checker {
         engine,
         observer,
@@ -179,11 +181,34 @@ fn report(
             map.nr_blocks.saturating_sub(map.nr_allocated)
         }),
         needs_check: superblock.is_some_and(|s| s.needs_check()),
+        data_sectors: superblock.map(|s| {
+            s.data_space_map
+                .nr_blocks
+                .saturating_mul(s.data_block_size.into())
+        }),
         devices,
         mappings,
         verdict: Verdict::of(&damages),
         damages,
     }
+}
+
+/// Blocks that the kernel keeps back of every metadata device.
+fn metadata_reserve(nr_blocks: u64) -> u64 {
+    (nr_blocks / 10).min(4096)
+}
+
+fn metadata_full(superblock: &Superblock) -> Option<Damage> {
+    let map = superblock.metadata_space_map;
+    let free = map.nr_blocks.saturating_sub(map.nr_allocated);
+    let reserve = metadata_reserve(map.nr_blocks);
+    (free <= reserve).then(|| {
+        let message = format!(
+            "{free} metadata blocks of {} are free, the kernel keeps {reserve} back",
+            map.nr_blocks
+        );
+        Damage::new(Code::MetadataFull, SUPERBLOCK, message)
+    })
 }
 
 fn superblock_damage(fault: &SuperblockFault) -> Damage {

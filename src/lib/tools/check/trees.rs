@@ -1,6 +1,5 @@
 //! Walks every tree that the superblock and the metadata snapshot lead to, and judges devices against each other.
 
-use super::affected::affected;
 use super::damage::{Code, Damage, KernelEffect};
 use super::mappings::{Leaf, MappingVisitor};
 use super::space_maps::{self, Counted};
@@ -9,8 +8,10 @@ use crate::checksum::SealFault;
 use crate::error::Result;
 use crate::pdata::{
     CountMap, Leaves, NodeFault, NodeProblem, Shape, Structure, StructureFault, TreeKind, Value,
+    Walk,
 };
 use crate::thin::{DeviceDetail, Superblock};
+use crate::tools::affected::affected;
 use crate::units::{MAX_THIN_ID, MAX_TIME, MetadataBlock, ThinId};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -207,11 +208,13 @@ impl Checker<'_> {
         by_leaf: &mut ByLeaf<V>,
     ) -> Result<()> {
         let parts = self.forest.walk(
-            self.engine,
-            tree,
+            &Walk {
+                engine: self.engine,
+                observer: self.observer,
+                tree,
+                leaves: Leaves::Read,
+            },
             root,
-            Leaves::Read,
-            self.observer,
             Vec::new,
             |leaves, node| {
                 let entries: Vec<(u64, V)> =
@@ -266,11 +269,13 @@ impl Checker<'_> {
         let nr_data_blocks = self.superblock.data_space_map.nr_blocks;
         let clock = self.superblock.time;
         let visitors = self.forest.walk(
-            self.engine,
-            TreeKind::Mappings,
+            &Walk {
+                engine: self.engine,
+                observer: self.observer,
+                tree: TreeKind::Mappings,
+                leaves: Leaves::Read,
+            },
             roots,
-            Leaves::Read,
-            self.observer,
             || MappingVisitor::new(data_counts, nr_data_blocks, clock),
             MappingVisitor::visit,
         )?;

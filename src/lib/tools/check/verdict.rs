@@ -9,6 +9,8 @@ use serde::Serialize;
 pub enum Activation {
     /// The pool comes up read-write.
     ReadWrite,
+    /// It comes up read-only, for want of free metadata blocks.
+    ReadOnlyFull,
     /// It comes up read-only, with needs_check.
     ReadOnlyNeedsCheck,
     /// It does not come up.
@@ -40,6 +42,8 @@ impl Verdict {
             Activation::Refused
         } else if has(KernelEffect::ActivatesReadOnly) {
             Activation::ReadOnlyNeedsCheck
+        } else if has(KernelEffect::ActivatesFull) {
+            Activation::ReadOnlyFull
         } else {
             Activation::ReadWrite
         };
@@ -50,6 +54,9 @@ impl Verdict {
             Activation::Refused => "it would refuse to activate this pool",
             Activation::ReadOnlyNeedsCheck => {
                 "it would activate this pool read-only, with needs_check"
+            }
+            Activation::ReadOnlyFull => {
+                "it would activate this pool read-only until its metadata device is extended"
             }
             Activation::ReadWrite => "it would activate this pool read-write",
         });
@@ -109,6 +116,7 @@ fn next_step(severity: Option<Severity>, damages: &[Damage]) -> &'static str {
         Some(Severity::Leak) => {
             "nothing is at risk, a crash of a healthy pool leaves such leaks; thin_check --auto-repair DEV frees the blocks"
         }
+        _ if has(Code::MetadataFull) => "extend the metadata device (lvextend --poolmetadatasize)",
         _ if has(Code::NeedsCheck) => "run thin_check --clear-needs-check-flag DEV",
         _ if has(Code::SuperblockLastTime) => {
             "take no more snapshots; dump and restore cannot lower the clock, copy the data to a new pool"

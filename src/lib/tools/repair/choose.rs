@@ -5,11 +5,14 @@ use super::scan::{Liveness, Scan};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::BlockEngine;
 use crate::observer::Observer;
-use crate::pdata::{Forest, Leaves, Structure, TreeKind, Value};
+use crate::pdata::{Forest, Leaves, Structure, TreeKind, Value, Walk};
 use crate::thin::{DeviceDetail, Fields, Superblock};
-use crate::tools::check::affected::affected;
+use crate::tools::affected::{Affected, affected};
 use crate::units::MetadataBlock;
 use std::collections::{BTreeMap, HashMap, HashSet};
+
+/// A candidate's root with all its entries.
+type DetailsTree = (MetadataBlock, BTreeMap<u64, DeviceDetail>);
 
 /// The devices that a repair starts from.
 #[derive(Debug, Default)]
@@ -42,11 +45,13 @@ impl<V: Value + Send> Small<V> {
         let mut forest = Forest::new(engine.nr_blocks());
         let root = (root.0 > 0 && root.0 < forest.nr_blocks()).then_some(root);
         let parts = forest.walk(
-            engine,
-            tree,
+            &Walk {
+                engine,
+                observer,
+                tree,
+                leaves: Leaves::Read,
+            },
             root,
-            Leaves::Read,
-            observer,
             Vec::new,
             |entries, node| {
                 entries.extend(node.keys().zip(node.values().map(V::unpack)));
@@ -199,7 +204,7 @@ fn nothing_found(best: Option<&Candidate>, report: &RepairReport) -> Error {
     Error::new(ErrorKind::Damaged, what)
 }
 
-fn lost_ids(tree: &Small<u64>, root: MetadataBlock) -> Vec<crate::tools::check::Affected> {
+fn lost_ids(tree: &Small<u64>, root: MetadataBlock) -> Vec<Affected> {
     let ranges = affected(&tree.forest, &[(None, root)], &tree.damaged);
     let mut lost: Vec<_> = ranges.into_values().flat_map(|(list, _)| list).collect();
     lost.sort_unstable();
@@ -239,8 +244,7 @@ impl Search<'_> {
         details: Option<MetadataBlock>,
         wanted: Option<&[u64]>,
     ) -> Result<Vec<Candidate>> {
-        let mut by_ids: HashMap<Vec<u64>, Vec<(MetadataBlock, BTreeMap<u64, DeviceDetail>)>> =
-            HashMap::new();
+        let mut by_ids: HashMap<Vec<u64>, Vec<DetailsTree>> = HashMap::new();
         let all = self.scan.details.iter().copied();
         for root in details.map_or_else(|| all.collect(), |d| vec![d]) {
             self.observer.check_cancelled()?;
@@ -276,20 +280,21 @@ impl Search<'_> {
 
     /// Entries of every whole mapping tree that a candidate points to.
     fn sizes(&self, tops: &[(MetadataBlock, BTreeMap<u64, u64>)]) -> Result<HashMap<u64, u64>> {
-        let limit = self.engine.nr_blocks();
+        let mut forest = Forest::new(self.engine.nr_blocks());
         let all = tops.iter().flat_map(|(_, entries)| entries.values());
         let roots: Vec<MetadataBlock> = all
-            .filter(|r| **r < limit)
+            .filter(|r| **r < forest.nr_blocks())
             .map(|&r| MetadataBlock(r))
             .collect();
-        let mut forest = Forest::new(limit);
         let tree = TreeKind::Mappings;
         forest.walk(
-            self.engine,
-            tree,
+            &Walk {
+                engine: self.engine,
+                observer: self.observer,
+                tree,
+                leaves: Leaves::Read,
+            },
             roots.iter().copied(),
-            Leaves::Read,
-            self.observer,
             || (),
             |(), _| (),
         )?;

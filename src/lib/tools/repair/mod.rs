@@ -10,15 +10,14 @@ mod scan;
 pub use report::{Candidate, RecoveredDevice, RepairReport};
 
 use self::choose::{Chosen, choose};
-use super::check::Affected;
-use super::check::affected::affected;
+use super::affected::{Affected, affected};
 use super::event::PoolInfo;
-use super::metadata_source::{MetadataSource, Selection, Trees};
+use super::metadata_source::{MetadataSource, Selection, Trees, uuid_text};
 use super::overrides::Overrides;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{AlignedBuffer, BlockEngine};
 use crate::observer::Observer;
-use crate::pdata::{Forest, Leaves, Shape, Structure, StructureFault, TreeKind};
+use crate::pdata::{Forest, Leaves, Shape, Structure, StructureFault, TreeKind, Walk};
 use crate::thin::{DeviceDetail, Fields, SUPERBLOCK, Superblock, VERSION};
 use crate::units::{MAX_TIME, MetadataBlock, ThinId, is_legal_data_block_size};
 use std::collections::{BTreeMap, HashSet};
@@ -65,8 +64,8 @@ pub fn recover(
         ..RepairReport::default()
     };
     let chosen = choose(engine, superblock.as_ref(), &mut report, observer)?;
-    let limit = engine.nr_blocks();
-    let mut forest = Forest::new(limit);
+    let mut forest = Forest::new(engine.nr_blocks());
+    let limit = forest.nr_blocks();
     let roots: Vec<MetadataBlock> = chosen
         .roots
         .values()
@@ -76,11 +75,13 @@ pub fn recover(
     let nr_data_blocks = superblock.map_or(u64::MAX, |s| s.data_space_map.nr_blocks);
     observer.progress("reading mappings", 0, 1);
     let spans = forest.walk(
-        engine,
-        TreeKind::Mappings,
+        &Walk {
+            engine,
+            observer,
+            tree: TreeKind::Mappings,
+            leaves: Leaves::Read,
+        },
         roots.iter().copied(),
-        Leaves::Read,
-        observer,
         Span::default,
         |span, node| span.see(node.values_u64(), nr_data_blocks),
     )?;
@@ -241,7 +242,7 @@ fn pool_info(
         note("the superblock is lost and was rebuilt".to_owned());
     }
     Ok(PoolInfo {
-        uuid: String::new(),
+        uuid: fields.map_or_else(String::new, |f| uuid_text(&f.uuid)),
         time,
         transaction,
         flags: 0,

@@ -1,6 +1,6 @@
 //! What a repair chose, on which evidence, and what it could not get back.
 
-use crate::tools::check::Affected;
+use crate::tools::affected::Affected;
 use crate::units::{MetadataBlock, ThinId};
 use serde::Serialize;
 use std::fmt;

@@ -1,13 +1,13 @@
 //! Reads every block of a damaged device once and keeps what may help: candidates for roots, and readable space maps.
 
+use crate::bytes::get_u32;
 use crate::checksum::{self, BlockKind};
 use crate::error::Result;
 use crate::io::{BlockEngine, sweep};
 use crate::observer::Observer;
-use crate::pdata::bytes::get_u32;
 use crate::pdata::{BITMAP_HEADER, Bitmap, INDEX_ENTRY_SIZE, IndexEntry, Node};
-use crate::thin::{Fields, MAGIC};
-use crate::units::{ENTRIES_PER_BITMAP, MAX_METADATA_BLOCKS, MAX_THIN_ID, MetadataBlock};
+use crate::thin::Fields;
+use crate::units::{ENTRIES_PER_BITMAP, MAGIC, MAX_METADATA_BLOCKS, MAX_THIN_ID, MetadataBlock};
 use std::collections::{HashMap, HashSet};
 
 /// A sealed block that may matter.

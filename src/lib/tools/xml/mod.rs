@@ -7,7 +7,7 @@ mod parse;
 mod segments;
 
 use self::parse::{Parsed, Tag, parse};
-use self::segments::{Segment, Segments};
+use self::segments::{Segment, Segments, line_at};
 use super::event::{PoolInfo, Sink, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::observer::Observer;
@@ -108,6 +108,7 @@ impl Source for XmlSource<'_> {
         std::thread::scope(|scope| {
             scope.spawn(move || self.parse_all(&to));
             let mut teller = Teller {
+                file: &self.file,
                 sink,
                 at: Place::Start,
                 open: None,
@@ -126,7 +127,8 @@ impl Source for XmlSource<'_> {
     }
 }
 
-type Batch = Result<Vec<(Segment, Result<Parsed>)>>;
+/// Segments with their events, or where and why they have none.
+type Batch = Result<Vec<(Segment, std::result::Result<Parsed, (usize, Error)>)>>;
 
 impl XmlSource<'_> {
     /// Reads and parses ahead of the telling, until it ends or nobody listens any more.
@@ -160,8 +162,8 @@ impl XmlSource<'_> {
     }
 }
 
-fn parse_segment(segment: Segment) -> (Segment, Result<Parsed>) {
-    let parsed = parse(&segment);
+fn parse_segment(segment: Segment) -> (Segment, std::result::Result<Parsed, (usize, Error)>) {
+    let parsed = parse(&segment.text);
     (segment, parsed)
 }
 
@@ -176,6 +178,7 @@ enum Place {
 }
 
 struct Teller<'a> {
+    file: &'a File,
     sink: &'a mut dyn Sink,
     at: Place,
     /// A mapping or reference written as a pair of tags, whose end has not come.
@@ -184,14 +187,16 @@ struct Teller<'a> {
 
 impl Teller<'_> {
     fn tell_all(&mut self, from: &Receiver<Batch>, observer: &dyn Observer) -> Result<()> {
-        let mut line = 1;
+        let mut end = 0;
         for batch in from {
             observer.check_cancelled()?;
             for (segment, parsed) in batch? {
-                self.tell(&segment, &parsed?)?;
-                line = segment.line_at(segment.text.len());
+                let parsed = parsed.map_err(|(offset, e)| self.locate(e, &segment, offset))?;
+                self.tell(&segment, &parsed)?;
+                end = segment.position + segment.text.len() as u64;
             }
         }
+        let line = line_at(self.file, end);
         match self.at {
             Place::End => Ok(()),
             Place::Start => Err(invalid(
@@ -210,8 +215,8 @@ impl Teller<'_> {
         for (runs_before, offset, tag) in &parsed.tags {
             self.tell_runs(segment, parsed, told..*runs_before)?;
             told = *runs_before;
-            let at = |e: Error| locate(e, segment, *offset as usize);
-            self.tell_tag(tag).map_err(at)?;
+            let told = self.tell_tag(tag);
+            told.map_err(|e| self.locate(e, segment, *offset as usize))?;
         }
         self.tell_runs(segment, parsed, told..parsed.runs.len())
     }
@@ -228,21 +233,34 @@ impl Teller<'_> {
         let offset = |index: usize| parsed.offsets[range.start + index] as usize;
         if !matches!(self.at, Place::Definition | Place::Device) {
             let e = Error::event(0, "", "a mapping outside of <device> and <def>");
-            return Err(locate(e, segment, offset(0)));
+            return Err(self.locate(e, segment, offset(0)));
         }
         if let Some(open) = self.open {
             let e = Error::event(0, "", format!("a mapping inside <{open}>"));
-            return Err(locate(e, segment, offset(0)));
+            return Err(self.locate(e, segment, offset(0)));
         }
         self.sink
             .mappings(&parsed.runs[range.clone()])
             .map_err(|e| match e.event_fault() {
                 Some(fault) => {
                     let index = fault.index.min(range.len() - 1);
-                    locate(e, segment, offset(index))
+                    self.locate(e, segment, offset(index))
                 }
                 None => e,
             })
+    }
+
+    /// The error with the line of the tag at `offset` and the attribute at fault.
+    fn locate(&self, e: Error, segment: &Segment, offset: usize) -> Error {
+        let Some(fault) = e.event_fault() else {
+            return e;
+        };
+        let line = line_at(self.file, segment.position + offset as u64);
+        let attribute = match fault.attribute {
+            "" => String::new(),
+            name => format!(", attribute {name}"),
+        };
+        e.relabel(|m| format!("line {line}{attribute}: {m}"))
     }
 
     fn tell_tag(&mut self, tag: &Tag) -> Result<()> {
@@ -314,16 +332,6 @@ impl Teller<'_> {
                 format!("</{name}> ends nothing that is open"),
             )),
         }
-    }
-}
-
-/// The error with the line of the tag at `offset` and the attribute at fault.
-fn locate(e: Error, segment: &Segment, offset: usize) -> Error {
-    let line = segment.line_at(offset);
-    match e.event_fault() {
-        Some(fault) if fault.attribute.is_empty() => e.relabel(|m| format!("line {line}: {m}")),
-        Some(fault) => e.relabel(|m| format!("line {line}, attribute {}: {m}", fault.attribute)),
-        None => e,
     }
 }
 

@@ -3,8 +3,7 @@
 //! Mapping tags as every known dump writes them are read by [`plain_mapping`], which takes a tenth of the time; whatever it
 //! does not recognise at once goes to quick-xml, so both read the same language.
 
-use super::segments::Segment;
-use super::{Pool, locate};
+use super::Pool;
 use crate::error::{Error, ErrorKind, Result};
 use crate::tools::event::{Device, Run};
 use crate::units::{DataBlock, ThinBlock, ThinId};
@@ -46,8 +45,8 @@ pub(super) struct Parsed {
     pub(super) tags: Vec<(usize, u32, Tag)>,
 }
 
-pub(super) fn parse(segment: &Segment) -> Result<Parsed> {
-    let text = &segment.text[..];
+/// The events of a segment's text, or the offset of the tag that is wrong and why.
+pub(super) fn parse(text: &[u8]) -> std::result::Result<Parsed, (usize, Error)> {
     let mut parsed = Parsed::default();
     let mut at = 0;
     loop {
@@ -64,7 +63,7 @@ pub(super) fn parse(segment: &Segment) -> Result<Parsed> {
             at += length;
             continue;
         }
-        at += any_tag(&text[at..], at, &mut parsed).map_err(|e| locate(e, segment, at))?;
+        at += any_tag(&text[at..], at, &mut parsed).map_err(|e| (at, e))?;
     }
 }
 

@@ -3,8 +3,9 @@
 
 use super::invalid;
 use crate::error::{Error, Result};
-use memchr::{memchr_iter, memmem, memrchr};
+use memchr::{memchr_iter, memchr2_iter, memmem, memrchr};
 use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 /// Bytes read at a time.
@@ -16,14 +17,27 @@ const LONGEST_TAG: usize = 64 * 1024;
 #[derive(Debug)]
 pub(super) struct Segment {
     pub(super) text: Vec<u8>,
-    first_line: u64,
+    /// Where it begins in the file; blanking does not change its length.
+    pub(super) position: u64,
 }
 
-impl Segment {
-    /// The line, counted from 1, of the byte at `offset`.
-    pub(super) fn line_at(&self, offset: usize) -> u64 {
-        self.first_line + memchr_iter(b'\n', &self.text[..offset]).count() as u64
+/// The line, counted from 1, of the byte at `position`. Lines are counted only for an error: doing it on the way would cost
+/// a twentieth of a restore.
+pub(super) fn line_at(file: &File, position: u64) -> u64 {
+    let mut line = 1;
+    let mut chunk = vec![0; CHUNK];
+    let mut at = 0;
+    while at < position {
+        let wanted = (position - at).min(CHUNK as u64) as usize;
+        match file.read_at(&mut chunk[..wanted], at) {
+            Ok(0) | Err(_) => break,
+            Ok(n) => {
+                line += memchr_iter(b'\n', &chunk[..n]).count() as u64;
+                at += n as u64;
+            }
+        }
     }
+    line
 }
 
 /// What the text is inside of, where a chunk ends.
@@ -38,8 +52,8 @@ enum Inside {
 pub(super) struct Segments<'a> {
     file: &'a File,
     name: &'a str,
+    /// Where the next chunk begins in the file.
     position: u64,
-    line: u64,
     inside: Inside,
     /// Text after the last cut.
     rest: Vec<u8>,
@@ -52,7 +66,6 @@ impl<'a> Segments<'a> {
             file,
             name,
             position: 0,
-            line: 1,
             inside: Inside::Tags,
             rest: Vec::new(),
             ended: false,
@@ -64,9 +77,11 @@ impl<'a> Segments<'a> {
         let mut text = std::mem::take(&mut self.rest);
         while !self.ended {
             let old = text.len();
-            text.resize(old + CHUNK, 0);
-            let read = self.read(&mut text[old..])?;
-            text.truncate(old + read);
+            let mut file = self.file;
+            let read = file
+                .seek(SeekFrom::Start(self.position))
+                .and_then(|_| file.take(CHUNK as u64).read_to_end(&mut text))
+                .map_err(|e| Error::io(format!("cannot read {}", self.name), e))?;
             self.ended = read < CHUNK;
             if self.position == 0 && text.starts_with(b"\xef\xbb\xbf") {
                 text[..3].fill(b' ');
@@ -89,37 +104,23 @@ impl<'a> Segments<'a> {
                 break;
             }
             if text.len() > LONGEST_TAG {
-                return Err(invalid(
-                    self.line,
-                    &format!("no tag ends within {LONGEST_TAG} bytes: this is no XML dump"),
-                ));
+                let what = format!("no tag ends within {LONGEST_TAG} bytes: this is no XML dump");
+                return Err(self.fault(&text, 0, &what));
             }
         }
         if text.is_empty() {
             return Ok(None);
         }
-        let segment = Segment {
-            text,
-            first_line: self.line,
-        };
-        self.line = segment.line_at(segment.text.len());
-        Ok(Some(segment))
+        let position = self.position - (text.len() + self.rest.len()) as u64;
+        Ok(Some(Segment { text, position }))
     }
 
-    fn read(&self, to: &mut [u8]) -> Result<usize> {
-        let mut filled = 0;
-        while filled < to.len() {
-            match self
-                .file
-                .read_at(&mut to[filled..], self.position + filled as u64)
-            {
-                Ok(0) => break,
-                Ok(n) => filled += n,
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(Error::io(format!("cannot read {}", self.name), e)),
-            }
-        }
-        Ok(filled)
+    /// An error at a byte of a text that has been read up to now.
+    fn fault(&self, text: &[u8], at: usize, what: &str) -> Error {
+        invalid(
+            line_at(self.file, self.position - (text.len() - at) as u64),
+            what,
+        )
     }
 
     /// Blanks comments and instructions in `text` from about `from` on. Returns how much of the text is final: a `<` at the
@@ -130,9 +131,10 @@ impl<'a> Segments<'a> {
         loop {
             match self.inside {
                 Inside::Tags => {
-                    let special = memmem::find(&text[at..], b"<!").into_iter();
-                    let special = special.chain(memmem::find(&text[at..], b"<?")).min();
-                    let Some(found) = special.map(|f| at + f) else {
+                    let mut marks = memchr2_iter(b'!', b'?', &text[at..]).map(|f| at + f);
+                    let Some(found) =
+                        marks.find_map(|m| (text[..m].ends_with(b"<")).then(|| m - 1))
+                    else {
                         return Ok(text.len());
                     };
                     let head = &text[found..];
@@ -143,8 +145,11 @@ impl<'a> Segments<'a> {
                     } else if !self.ended && head.len() < 4 {
                         return Ok(found);
                     } else {
-                        let line = self.line + memchr_iter(b'\n', &text[..found]).count() as u64;
-                        return Err(invalid(line, "only comments may begin with <! in a dump"));
+                        return Err(self.fault(
+                            text,
+                            found,
+                            "only comments may begin with <! in a dump",
+                        ));
                     };
                     // Past its first characters, so that <!--> is not taken for a whole comment.
                     let past = found + if self.inside == Inside::Comment { 4 } else { 2 };
@@ -167,8 +172,9 @@ impl<'a> Segments<'a> {
                     at = upto;
                     if found.is_none() {
                         if self.ended {
-                            return Err(invalid(
-                                self.line,
+                            return Err(self.fault(
+                                text,
+                                text.len(),
                                 "a comment or declaration that does not end",
                             ));
                         }

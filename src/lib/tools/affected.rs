@@ -1,9 +1,34 @@
 //! Finds which devices, and which of their blocks, a damaged node puts out of reach.
 
-use super::damage::Affected;
 use crate::pdata::Forest;
 use crate::units::{MetadataBlock, ThinId};
+use serde::Serialize;
 use std::collections::{HashMap, HashSet};
+use std::fmt;
+
+/// A range of keys that a damage puts out of reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Affected {
+    /// The device whose virtual blocks are meant; none when the keys are ids of devices.
+    pub device: Option<ThinId>,
+    /// First key.
+    pub begin: u64,
+    /// First key that is not meant; none without an upper bound.
+    pub end: Option<u64>,
+}
+
+impl fmt::Display for Affected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.device {
+            Some(device) => write!(f, "device {device} blocks {}..", self.begin)?,
+            None => write!(f, "device ids {}..", self.begin)?,
+        }
+        match self.end {
+            Some(end) => write!(f, "{end}"),
+            None => Ok(()),
+        }
+    }
+}
 
 /// Ranges kept for one block; a damaged leaf of five hundred snapshots is told with this many.
 const MOST: usize = 512;
@@ -11,10 +36,10 @@ const MOST: usize = 512;
 const BUDGET: u64 = 4_000_000;
 
 /// The ranges per damaged block, and whether some were left out.
-pub(in crate::tools) type Ranges = HashMap<MetadataBlock, (Vec<Affected>, bool)>;
+pub(super) type Ranges = HashMap<MetadataBlock, (Vec<Affected>, bool)>;
 
 /// Follows the trees at `roots` to the `damaged` blocks. Keys of a tree without a device are device ids themselves.
-pub(in crate::tools) fn affected(
+pub(super) fn affected(
     forest: &Forest,
     roots: &[(Option<ThinId>, MetadataBlock)],
     damaged: &HashSet<MetadataBlock>,
