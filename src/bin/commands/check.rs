@@ -31,27 +31,47 @@ pub(crate) const PAGE: Page = Page {
          do with the pool in this state, and which command to run next. The needs_check flag, \
          which the kernel sets after a failed metadata operation and which keeps a pool from \
          being used for writing, is reported whenever it is set.",
-        "Damage is of three kinds. Leaked blocks are marked as used but used by nothing. Other \
-         wrong counters in the space maps can lead to data being overwritten and must be \
-         corrected before the pool is used; --auto-repair corrects both kinds in place. Damaged \
-         trees cannot be corrected in place: thin_repair writes what can be recovered to another \
-         device.",
+        "Damage is of three kinds, and the exit status tells them apart. Leaked blocks are counted \
+         more often than they are used: space is lost, nothing else; a crash of a healthy pool \
+         leaves such leaks. Repairable damage is a wrong counter of a space map, or a snapshot \
+         clock behind its mappings. --auto-repair corrects both in place. Everything else is \
+         fatal, blocks that are counted too low among it, because their data may be overwritten \
+         already: thin_repair writes what can be recovered to another device.",
         "Changes are safe against a crash or a loss of power at any moment: new copies of what \
          changes go to blocks that are not in use and are flushed to the disk, and only then the \
          superblock is written to refer to them, and flushed. To check a pool that is active, \
          reserve a metadata snapshot and give -m. The input of a check that writes nothing may \
          also be a regular file, and an image compressed with zstd or gzip.",
     ],
-    sections: &[(
-        "JSON OUTPUT",
-        &[
-            "With --json standard output is one JSON object that has the transaction id, the \
-             number of free metadata blocks, whether needs_check is set, every damage with its \
-             code, and the verdict, in place of the lines for humans. The exit status is the same \
-             with and without --json. Programs should ignore members they do not know; later \
-             versions may add some.",
-        ],
-    )],
+    sections: &[
+        (
+            "OUTPUT",
+            &[
+                "A line on standard error begins with the severity (note, leak, repairable, fatal) \
+                 and the code of the damage (see DAMAGE CODES), followed by the metadata block at \
+                 fault, the device if it is one device's own record, the values that are wrong, \
+                 and which virtual blocks of which devices are out of reach because of it. Ranges \
+                 are written BEGIN..END, END not included; without END there is no upper bound.",
+                "With --json standard output is one JSON object instead of the lines for humans: \
+                 report has transaction_id, metadata_free_blocks, needs_check, data_sectors, \
+                 devices, mappings, damages (each with code, severity, effect, block, device, \
+                 affected, more_affected and message) and verdict (severity, activation, kernel, \
+                 next); repaired lists what was changed; exit_status is the exit status. Programs \
+                 should ignore members they do not know; later versions may add some. With \
+                 --quiet nothing is printed, --json or not.",
+            ],
+        ),
+        (
+            "LVM",
+            &[
+                "LVM runs thin_check -q --clear-needs-check-flag when it activates a pool and \
+                 stops at any exit status but 0. With these options leaks and wrong counters are \
+                 corrected, and needs_check is cleared, if nothing else is wrong. If the metadata \
+                 device is too full for corrected space maps beside the old ones, nothing is \
+                 changed and the status tells of the leaks: extend the metadata device.",
+            ],
+        ),
+    ],
     examples: &[
         (
             "Check the metadata of an inactive LVM pool, which LVM lets be activated for reading:",
@@ -89,8 +109,8 @@ pub(crate) struct Args {
     #[arg(value_name = "INPUT")]
     pub(crate) input: PathBuf,
 
-    /// Correct wrong counters in the space maps and free leaked blocks. Does nothing if there is
-    /// damage of any other kind.
+    /// Free leaked blocks, correct counters of the space maps and a snapshot clock behind its
+    /// mappings, and clear needs_check. Does nothing if there is fatal damage.
     #[arg(
         long,
         conflicts_with_all = [

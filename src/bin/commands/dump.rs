@@ -47,10 +47,12 @@ pub(crate) const PAGE: Page = Page {
     sections: &[(
         "JSON OUTPUT",
         &[
-            "With --format json the output is one JSON object with the content of the XML: the \
-             values of the superblock, and the devices with their details and mappings. \
-             thin_restore does not read this form. Programs should ignore members they do not \
-             know; later versions may add some.",
+            "With --format json each line is one JSON object, told apart by its member type: \
+             superblock, def, end_def, device, mapping, ref, end_device, end_superblock, in the \
+             order of the XML and with its values under the same names, but for mapping, which has \
+             thin_begin, data_begin, length and time. thin_restore does not read this form. \
+             Programs should ignore members and types they do not know; later versions may add \
+             some.",
         ],
     )],
     examples: &[

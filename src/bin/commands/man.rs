@@ -8,6 +8,8 @@ use clap::Command;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
 
+use thintools::tools::check::Code;
+
 use super::{COMMANDS, PROGRAM, Page, TITLE as PROGRAM_TITLE, VERSION};
 use crate::exit::{self, Exit};
 use crate::output;
@@ -122,6 +124,14 @@ fn render(
     man.render_options_section(&mut out)?;
     for (heading, text) in page.sections {
         section(&mut out, heading, |roff| paragraphs(roff, text))?;
+    }
+    if name == super::check::NAME {
+        section(&mut out, "DAMAGE CODES", |roff| {
+            for code in Code::ALL {
+                let meaning = format!("{}: {}.", code.severity(), code.meaning());
+                item(roff, code.name(), &meaning);
+            }
+        })?;
     }
     section(&mut out, "EXIT STATUS", |roff| {
         for (exit, meaning) in exit::TABLE {

@@ -273,12 +273,12 @@ pub(crate) struct Overrides {
     #[arg(long, value_name = "SECTORS", value_parser = data_block_size)]
     pub(crate) data_block_size: Option<u32>,
 
-    /// Use this size of the data device, in data blocks.
+    /// Use at least this size of the data device, in data blocks; it is never made smaller.
     #[arg(long, value_name = "N")]
     pub(crate) nr_data_blocks: Option<u64>,
 
-    /// Use this transaction id. It must be the one the volume manager has on record for the pool;
-    /// LVM does not activate a pool that has another.
+    /// Use at least this transaction id; it is never lowered. It must be the one the volume manager
+    /// has on record for the pool; LVM does not activate a pool that has another.
     #[arg(long, value_name = "N")]
     pub(crate) transaction_id: Option<u64>,
 }

@@ -40,10 +40,11 @@ pub(crate) const PAGE: Page = Page {
     sections: &[(
         "JSON OUTPUT",
         &[
-            "With --json the report on standard output is one JSON object: the roots that were \
-             chosen, the devices that were recovered and those that were lost, and whether the \
-             output is complete. The exit status is the same with and without --json. Programs \
-             should ignore members they do not know; later versions may add some.",
+            "With --json standard output is one JSON object: report has mapping_root, details_root, \
+             why they were chosen, the other candidates, devices (each with dev_id, mappings, \
+             expected and the lost ranges), lost_ids, notes and is_complete; mappings is the number \
+             of mappings written; exit_status is the exit status. Programs should ignore members \
+             they do not know; later versions may add some.",
         ],
     )],
     examples: &[
