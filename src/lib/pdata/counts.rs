@@ -141,6 +141,14 @@ impl CountMap {
         self.slot(region).as_ref().map_or(0, |r| r.get(at))
     }
 
+    /// True when no block of bitmap `index` can have a count: a large pool is mostly of this kind.
+    pub fn is_untouched(&self, index: u64) -> bool {
+        let first = (index * ENTRIES_PER_BITMAP) >> REGION_BITS;
+        let last = ((index + 1) * ENTRIES_PER_BITMAP - 1) >> REGION_BITS;
+        (first..=last.min(self.regions.len() as u64 - 1))
+            .all(|region| self.slot(region as usize).is_none())
+    }
+
     /// The words that bitmap `index` holds on disk if these counts are right, and the counts of 3 and more, by block.
     pub fn bitmap(&self, index: u64) -> ([u64; WORDS_PER_BITMAP], Vec<(u64, u32)>) {
         let mut words = [0; WORDS_PER_BITMAP];

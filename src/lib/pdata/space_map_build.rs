@@ -4,7 +4,7 @@
 use super::build::{BlockSink, SharedTree, TreeBuilder};
 use super::counts::CountMap;
 use super::space_map::{
-    BITMAP_HEADER, Bitmap, INDEX_ENTRY_SIZE, IndexEntry, SpaceMapRoot, nr_bitmaps,
+    BITMAP_BYTES, BITMAP_HEADER, Bitmap, INDEX_ENTRY_SIZE, IndexEntry, SpaceMapRoot, nr_bitmaps,
 };
 use crate::checksum::BlockKind;
 use crate::error::Result;
@@ -21,14 +21,21 @@ pub fn build_data_map(
     let mut index = TreeBuilder::<IndexEntry>::new();
     let mut many = TreeBuilder::<u32>::new();
     let mut nr_allocated = 0;
+    let empty = Bitmap::from_words(&[0; BITMAP_BYTES / 8]);
     for number in 0..nr_bitmaps(counts.nr_blocks()) {
-        let (words, counts_of_many) = counts.bitmap(number);
-        let bitmap = Bitmap::from_words(&words);
+        let touched;
+        let (bitmap, counts_of_many) = if counts.is_untouched(number) {
+            (&empty, Vec::new())
+        } else {
+            let (words, counts_of_many) = counts.bitmap(number);
+            touched = Bitmap::from_words(&words);
+            (&touched, counts_of_many)
+        };
         let block = match existing(number) {
             Some(block) => block,
-            None => write_bitmap(sink, &bitmap)?,
+            None => write_bitmap(sink, bitmap)?,
         };
-        let entry = index_entry(block, &bitmap);
+        let entry = index_entry(block, bitmap);
         nr_allocated += ENTRIES_PER_BITMAP - u64::from(entry.nr_free);
         index.push(sink, &mut none, number, entry)?;
         for (block, count) in counts_of_many {

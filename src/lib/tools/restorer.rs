@@ -93,7 +93,7 @@ impl<'a> Restorer<'a> {
         }
     }
 
-    /// Mappings told so far, those of references included.
+    /// Mappings of all devices told so far, those of references included.
     pub fn mappings(&self) -> u64 {
         self.total
     }
@@ -431,6 +431,7 @@ impl Sink for Restorer<'_> {
             creation_time: device.creation_time,
             snapshotted_time: device.snap_time,
         };
+        self.total = self.total.saturating_add(self.mapped);
         self.devices.insert(device.dev_id.0, (root, detail));
         Ok(())
     }
@@ -463,7 +464,6 @@ impl Sink for Restorer<'_> {
             }
             self.next_thin = run.thin_begin.0 + run.length;
             self.mapped += run.length;
-            self.total += run.length;
         }
         Ok(())
     }
@@ -502,7 +502,6 @@ impl Sink for Restorer<'_> {
         }
         self.next_thin = definition.last + 1;
         self.mapped += definition.mappings;
-        self.total += definition.mappings;
         Ok(())
     }
 
