@@ -8,6 +8,7 @@ use super::node::max_entries;
 use crate::units::MetadataBlock;
 use std::collections::HashSet;
 use std::fmt;
+use std::mem::{Discriminant, discriminant};
 
 /// What a parent needs to know of a subtree.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -114,8 +115,9 @@ impl fmt::Display for StructureFault {
 #[derive(Debug)]
 pub struct Structure {
     summaries: Vec<Option<Summary>>,
-    /// Everything wrong between nodes, with the block at fault.
+    /// Everything wrong between nodes, with the block at fault; each kind once a block, however many parents see it.
     pub faults: Vec<(MetadataBlock, StructureFault)>,
+    known: HashSet<(MetadataBlock, Discriminant<StructureFault>)>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -131,9 +133,9 @@ impl Structure {
         let mut structure = Self {
             summaries: vec![None; forest.nodes().len()],
             faults: Vec::new(),
+            known: HashSet::new(),
         };
         let mut visits = vec![Visit::Not; forest.nodes().len()];
-        let mut under_full = vec![false; forest.nodes().len()];
         let mut stack: Vec<(usize, usize)> = Vec::new();
         for number in roots.iter().filter_map(|&root| forest.number(root)) {
             if visits[number] == Visit::Not {
@@ -152,17 +154,17 @@ impl Structure {
                                 visits[child] = Visit::Open;
                                 stack.push((child, 0));
                             }
-                            Visit::Open => structure.faults.push((
+                            Visit::Open => structure.note(
                                 forest.nodes()[child].block,
                                 StructureFault::Cycle { parent: node.block },
-                            )),
+                            ),
                             Visit::Done => {}
                         }
                     }
                     continue;
                 }
                 visits[number] = Visit::Done;
-                let summary = structure.summarise(forest, tree, node, &mut under_full);
+                let summary = structure.summarise(forest, tree, node);
                 structure.summaries[number] = Some(summary);
             }
         }
@@ -174,13 +176,13 @@ impl Structure {
         self.summaries[forest.number(block)?]
     }
 
-    fn summarise(
-        &mut self,
-        forest: &Forest,
-        tree: TreeKind,
-        node: &NodeInfo,
-        under_full: &mut [bool],
-    ) -> Summary {
+    fn note(&mut self, block: MetadataBlock, fault: StructureFault) {
+        if self.known.insert((block, discriminant(&fault))) {
+            self.faults.push((block, fault));
+        }
+    }
+
+    fn summarise(&mut self, forest: &Forest, tree: TreeKind, node: &NodeInfo) -> Summary {
         let damaged = Summary {
             damaged: true,
             ..Summary::default()
@@ -225,7 +227,7 @@ impl Structure {
                     let expected = *height.get_or_insert(below.height);
                     let high = edges.get(i + 1).map(|e| e.key);
                     let mut fault = |fault| {
-                        self.faults.push((child.block, fault));
+                        self.note(child.block, fault);
                         sum.damaged = true;
                     };
                     if below.height != expected {
@@ -263,7 +265,7 @@ impl Structure {
                         }
                         _ => {}
                     }
-                    self.note_under_full(tree, child, &mut under_full[number]);
+                    self.note_under_full(tree, child);
                 }
                 sum.height = height.map_or(0, |h| h.saturating_add(1));
                 sum
@@ -271,16 +273,15 @@ impl Structure {
         }
     }
 
-    fn note_under_full(&mut self, tree: TreeKind, node: &NodeInfo, noted: &mut bool) {
+    fn note_under_full(&mut self, tree: TreeKind, node: &NodeInfo) {
         let (entries, capacity) = match node.shape {
             Shape::Leaf { entries, .. } if entries > 0 => (entries, max_entries(tree.value_size())),
             Shape::Internal { entries, .. } => (entries, max_entries(8)),
             _ => return,
         };
         let min = (capacity / 3) as u16;
-        if entries < min && !std::mem::replace(noted, true) {
-            self.faults
-                .push((node.block, StructureFault::UnderFull { entries, min }));
+        if entries < min {
+            self.note(node.block, StructureFault::UnderFull { entries, min });
         }
     }
 }

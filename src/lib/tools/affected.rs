@@ -51,32 +51,48 @@ pub(super) fn affected(
     let leads = leads_to(forest, &numbers, damaged);
     let mut ranges = Ranges::new();
     let mut budget = BUDGET;
+    let mut on_path = vec![false; forest.nodes().len()];
     for &(device, root) in roots {
-        let Some(root) = forest.number(root) else {
+        let Some(root) = forest.number(root).filter(|&n| leads[n]) else {
             continue;
         };
-        let mut stack = vec![(root, 0, None)];
-        while let Some((number, begin, end)) = stack.pop() {
-            let node = &forest.nodes()[number];
-            if budget == 0 || !leads[number] {
+        // One frame per level: a node, its next edge, and the range of keys that its parents give it.
+        let mut path = Vec::new();
+        let mut entered = Some((root, 0, None));
+        while budget > 0 {
+            if let Some((number, begin, end)) = entered.take() {
+                let block = forest.nodes()[number].block;
+                if damaged.contains(&block) {
+                    let (list, more) = ranges.entry(block).or_default();
+                    if list.len() < MOST {
+                        list.push(Affected { device, begin, end });
+                    } else {
+                        *more = true;
+                    }
+                }
+                on_path[number] = true;
+                path.push((number, 0, begin, end));
+            }
+            let Some((number, next, begin, end)) = path.last_mut() else {
+                break;
+            };
+            let edges = forest.edges(&forest.nodes()[*number]);
+            let Some(edge) = edges.get(*next) else {
+                on_path[*number] = false;
+                path.pop();
                 continue;
-            }
+            };
             budget -= 1;
-            if damaged.contains(&node.block) {
-                let (list, more) = ranges.entry(node.block).or_default();
-                if list.len() < MOST {
-                    list.push(Affected { device, begin, end });
-                } else {
-                    *more = true;
-                }
+            let begin = if *next == 0 { *begin } else { edge.key };
+            *next += 1;
+            let end = edges.get(*next).map_or(*end, |e| Some(e.key));
+            let child = forest.child(edge).and_then(|b| forest.number(b));
+            if let Some(child) = child.filter(|&c| leads[c] && !on_path[c]) {
+                entered = Some((child, begin, end));
             }
-            let edges = forest.edges(node);
-            for (i, edge) in edges.iter().enumerate().rev() {
-                if let Some(child) = forest.child(edge).and_then(|b| forest.number(b)) {
-                    let begin = if i == 0 { begin } else { edge.key };
-                    stack.push((child, begin, edges.get(i + 1).map_or(end, |e| Some(e.key))));
-                }
-            }
+        }
+        for (number, ..) in path {
+            on_path[number] = false;
         }
     }
     if budget == 0 {

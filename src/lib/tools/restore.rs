@@ -5,6 +5,7 @@ use super::restorer::Restorer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{AlignedBuffer, BlockEngine};
 use crate::observer::{Observer, Silent};
+use crate::pdata::nr_bitmaps;
 use crate::thin::SUPERBLOCK;
 use crate::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS};
 
@@ -95,16 +96,22 @@ fn rehearse(source: &dyn Source, nr_blocks: u64, observer: &dyn Observer) -> Res
 
 /// Finds out how large the output must be, for the error that says that it is not.
 fn tell_size(source: &dyn Source, has: u64, why: Error) -> Error {
-    match rehearse(source, MAX_METADATA_BLOCKS, &Silent) {
-        Ok(needs) => Error::new(
-            ErrorKind::OutputTooSmall,
-            format!(
-                "the output has {has} blocks ({} bytes); this metadata needs {needs} blocks ({} bytes) and more to grow; \
-                 nothing was written",
-                has * BLOCK_SIZE as u64,
-                needs * BLOCK_SIZE as u64
-            ),
-        ),
-        Err(_) => why.context("the output is too small; nothing was written"),
+    let Ok(used) = rehearse(source, MAX_METADATA_BLOCKS, &Silent) else {
+        return why.context("the output is too small; nothing was written");
+    };
+    // That rehearsal has the bitmaps of the largest device; how many are needed depends on the size looked for.
+    let rest = used - nr_bitmaps(MAX_METADATA_BLOCKS);
+    let mut needs = rest;
+    while needs < rest + nr_bitmaps(needs) {
+        needs = rest + nr_bitmaps(needs);
     }
+    Error::new(
+        ErrorKind::OutputTooSmall,
+        format!(
+            "the output has {has} blocks ({} bytes); this metadata needs {needs} blocks ({} bytes) and more to grow; nothing \
+             was written",
+            has * BLOCK_SIZE as u64,
+            needs * BLOCK_SIZE as u64
+        ),
+    )
 }

@@ -55,6 +55,8 @@ pub(super) struct Segments<'a> {
     /// Where the next chunk begins in the file.
     position: u64,
     inside: Inside,
+    /// Where that begins.
+    began: u64,
     /// Text after the last cut.
     rest: Vec<u8>,
     ended: bool,
@@ -67,6 +69,7 @@ impl<'a> Segments<'a> {
             name,
             position: 0,
             inside: Inside::Tags,
+            began: 0,
             rest: Vec::new(),
             ended: false,
         }
@@ -91,15 +94,15 @@ impl<'a> Segments<'a> {
             if self.ended {
                 break;
             }
-            // Cut after a complete tag and the white space behind it, or before the last tag, which may be incomplete.
+            // Cut before the last tag, which may be incomplete; or, when there is only one and much white space (a blanked
+            // comment) behind it, after that.
             let end = text[..kept].trim_ascii_end();
-            let is_complete = end.is_empty() || end.ends_with(b">");
-            let cut = if is_complete {
-                Some(kept)
-            } else {
-                memrchr(b'<', &text[..kept])
-            };
-            if let Some(cut) = cut.filter(|&cut| cut > 0) {
+            let is_complete = end.is_empty() || end.ends_with(b">") && end.len() < LONGEST_TAG;
+            let before_last = memrchr(b'<', &text[..kept]).filter(|&cut| cut > 0);
+            if let Some(cut) = before_last
+                .or(is_complete.then_some(kept))
+                .filter(|&cut| cut > 0)
+            {
                 self.rest = text.split_off(cut);
                 break;
             }
@@ -151,6 +154,7 @@ impl<'a> Segments<'a> {
                             "only comments may begin with <! in a dump",
                         ));
                     };
+                    self.began = self.position - (text.len() - found) as u64;
                     // Past its first characters, so that <!--> is not taken for a whole comment.
                     let past = found + if self.inside == Inside::Comment { 4 } else { 2 };
                     text[found..past].fill(b' ');
@@ -172,11 +176,8 @@ impl<'a> Segments<'a> {
                     at = upto;
                     if found.is_none() {
                         if self.ended {
-                            return Err(self.fault(
-                                text,
-                                text.len(),
-                                "a comment or declaration that does not end",
-                            ));
+                            let what = "a comment or declaration that does not end";
+                            return Err(invalid(line_at(self.file, self.began), what));
                         }
                         return Ok(upto);
                     }

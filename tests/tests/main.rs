@@ -1,0 +1,9 @@
+//! Integration tests of the library and the binary, against metadata made by the kernel.
+
+mod commands;
+mod damage;
+mod failures;
+mod fixtures;
+mod repair_in_place;
+mod support;
+mod xml_input;
