@@ -2,7 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use thintools::io::remove_temporary_files;
 use thintools::observer::Observer;
 use thintools::tools::Overrides;
 use thintools::{Error, ErrorKind};
@@ -12,13 +16,16 @@ use crate::exit::Exit;
 use crate::output;
 use crate::progress::Bar;
 
+/// How long a command may take to end in an orderly way after a signal. Blocked in a read or write it would not end at all.
+const GRACE: Duration = Duration::from_millis(800);
+
 /// Watches over one command.
 pub(crate) struct Session {
     /// Where progress is shown.
     bar: Bar,
     /// Whether warnings are dropped.
     quiet: bool,
-    /// Set by SIGINT, SIGTERM and SIGHUP; a second signal ends the process at once.
+    /// Set by SIGINT, SIGTERM and SIGHUP.
     stop: Arc<AtomicBool>,
 }
 
@@ -26,15 +33,23 @@ impl Session {
     /// Begins to watch; `title` stands before the progress bar.
     pub(crate) fn new(title: &'static str, quiet: bool) -> anyhow::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
-        for signal in [
-            signal_hook::consts::SIGINT,
-            signal_hook::consts::SIGTERM,
-            signal_hook::consts::SIGHUP,
-        ] {
-            let code = i32::from(Exit::Interrupted.code());
-            signal_hook::flag::register_conditional_shutdown(signal, code, Arc::clone(&stop))?;
-            signal_hook::flag::register(signal, Arc::clone(&stop))?;
-        }
+        let heeded = [SIGINT, SIGTERM, SIGHUP]
+            .into_iter()
+            .filter(|&s| !is_ignored(s));
+        let mut signals = Signals::new(heeded)?;
+        let flag = Arc::clone(&stop);
+        std::thread::spawn(move || {
+            if signals.forever().next().is_none() {
+                return;
+            }
+            flag.store(true, Ordering::Relaxed);
+            let deadline = Instant::now() + GRACE;
+            while Instant::now() < deadline && signals.pending().next().is_none() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            remove_temporary_files();
+            std::process::exit(Exit::Interrupted.code().into());
+        });
         Ok(Self {
             bar: Bar::new(title, quiet),
             quiet,
@@ -65,6 +80,14 @@ impl Observer for Session {
     fn is_cancelled(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
+}
+
+/// Whether whoever started the process wants it to ignore a signal, as nohup and background jobs of shells do.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|l| l.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|m| u64::from_str_radix(m.trim(), 16).ok());
+    mask.unwrap_or(0) >> (signal - 1) & 1 != 0
 }
 
 /// The exit status for an error of the library.

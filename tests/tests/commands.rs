@@ -859,16 +859,13 @@ fn output_lost_to_a_full_device_is_an_error() {
     wrong.end();
 }
 
+/// Before `main` Rust's runtime puts /dev/null in place of a closed descriptor, so the loss cannot be seen.
 #[test]
-fn output_lost_to_a_closed_descriptor_is_an_error() {
+fn a_closed_descriptor_breaks_nothing() {
     let bench = Bench::new();
-    let mut wrong = Complaints::default();
     for args in talkative(&bench) {
-        let finished = redirected(">&-", &args);
-        not_broken(&finished, &args);
-        wrong.unless(finished.code == Some(1), &args, &finished);
+        not_broken(&redirected(">&-", &args), &args);
     }
-    wrong.end();
 }
 
 #[test]

@@ -115,9 +115,9 @@ refused! {
     bytes_that_are_no_text_in_a_name_are_refused:
         in_pool("<def name=\"??\">\n</def>").replace("??", "\u{1}\u{2}").into_bytes().iter()
             .map(|&b| if b == 1 || b == 2 { 0xff } else { b }).collect::<Vec<u8>>(), ["line 2"];
-    metadata_in_place_of_xml_is_refused: expand("snap-mix-a/meta.img"), ["line 1"];
+    metadata_in_place_of_xml_is_refused: expand("snap-mix-a/meta.img"), ["binary metadata", "thin_dump"];
     a_compressed_dump_is_refused:
-        fs::read(crate::support::testdata().join("snap-mix-a/meta.dump-0.9.xml.zst")).expect("read"), ["line 1"];
+        fs::read(crate::support::testdata().join("snap-mix-a/meta.dump-0.9.xml.zst")).expect("read"), ["compressed"];
     a_doctype_is_refused: format!("<!DOCTYPE superblock>\n{}", plain()), ["line 1"];
     cdata_is_refused: in_device("<![CDATA[ x ]]>"), ["line 3"];
     a_comment_without_an_end_is_refused: in_device("<!-- and so on"), ["does not end"];

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::Context;
 use thintools::ErrorKind;
 use thintools::io::{Access, open_read, open_write};
 use thintools::tools::check::{CheckOptions, Code, Report, Scope, Severity, check, fix};
@@ -248,7 +249,7 @@ fn check_and_fix(args: &Args, session: &Session) -> anyhow::Result<Exit> {
     if args.json && !args.quiet {
         let all =
             serde_json::json!({ "report": report, "repaired": done, "exit_status": exit.code() });
-        output::stdout_line(&serde_json::to_string_pretty(&all)?)?;
+        output::stdout_line(&serde_json::to_string_pretty(&all)?).context(STDOUT)?;
     } else {
         print_verdict(report, &done, session);
     }
@@ -258,13 +259,16 @@ fn check_and_fix(args: &Args, session: &Session) -> anyhow::Result<Exit> {
 /// The two lines that scripts read.
 fn print_ids(report: &Report) -> anyhow::Result<()> {
     if let Some(id) = report.transaction_id {
-        output::stdout_line(&format!("TRANSACTION_ID={id}"))?;
+        output::stdout_line(&format!("TRANSACTION_ID={id}")).context(STDOUT)?;
     }
     if let Some(free) = report.metadata_free_blocks {
-        output::stdout_line(&format!("METADATA_FREE_BLOCKS={free}"))?;
+        output::stdout_line(&format!("METADATA_FREE_BLOCKS={free}")).context(STDOUT)?;
     }
     Ok(())
 }
+
+/// What is said when the two lines cannot be printed.
+const STDOUT: &str = "cannot write to standard output";
 
 /// What it all comes to, on standard error.
 fn print_verdict(report: &Report, done: &[String], session: &Session) {

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 
+use anyhow::Context;
 use clap::ValueEnum;
 
 use thintools::io::{Access, BlockEngine, open_read, write_replacing};
@@ -163,10 +164,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         no_shared: args.no_shared,
     };
     let overrides = Overrides::from(&args.overrides);
+    let name = || args.input.display().to_string();
     let recovery;
     let mut exit = Exit::Ok;
     let source = if args.repair {
-        recovery = recover(&*engine, &overrides, &session)?;
+        recovery = recover(&*engine, &overrides, &session).with_context(name)?;
         if !recovery.report.is_complete {
             exit = Exit::Repairable;
         }
@@ -175,7 +177,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     } else {
         MetadataSource {
             engine: &*engine,
-            trees: trees(&args, &*engine, &session)?,
+            trees: trees(&args, &*engine, &session).with_context(name)?,
             selection,
             recovered: None,
             observer: &session,

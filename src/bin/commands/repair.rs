@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use anyhow::Context;
 use thintools::io::{Access, open_output, open_read};
 use thintools::tools::repair::{RepairReport, recover};
 use thintools::tools::{Overridden, Selection, restore};
@@ -119,7 +120,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let input = open_read(&args.input, Access::Exclusive)?;
     let output = open_output(&args.output, Some(&args.input))?;
     let overrides = (&args.overrides).into();
-    let recovery = recover(&*input, &overrides, &session)?;
+    let recovery =
+        recover(&*input, &overrides, &session).with_context(|| args.input.display().to_string())?;
     let source = recovery.source(&*input, Selection::default(), &session);
     let source = Overridden {
         source: &source,
@@ -138,7 +140,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
             "mappings": restored.mappings,
             "exit_status": exit.code(),
         });
-        output::stdout_line(&serde_json::to_string_pretty(&all)?)?;
+        output::stdout_line(&serde_json::to_string_pretty(&all)?)
+            .context("cannot write to standard output")?;
     } else {
         say_report(&recovery.report, &session);
         session.say(&format!(

@@ -1,6 +1,6 @@
 //! `thin_restore`: metadata made from its description in XML.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thintools::io::open_output;
 use thintools::tools::{Overridden, XmlSource, restore};
@@ -89,7 +89,12 @@ pub(crate) fn build() -> clap::Command {
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let session = Session::new("Restoring", args.quiet)?;
     let source = XmlSource::open(&args.input, &session)?;
-    let output = open_output(&args.output, Some(&args.input))?;
+    // Standard input may be the very file that is to be written.
+    let input = match args.input.as_os_str() {
+        name if name == "-" => Path::new("/dev/stdin"),
+        _ => &args.input,
+    };
+    let output = open_output(&args.output, Some(input))?;
     let source = Overridden {
         source: &source,
         overrides: (&args.overrides).into(),

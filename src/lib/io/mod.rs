@@ -11,6 +11,9 @@ mod sweep;
 pub use buffer::AlignedBuffer;
 pub use engine::BlockEngine;
 pub use file::FileEngine;
-pub use open::{Access, FileId, file_id, open_output, open_read, open_write, write_replacing};
+pub use open::{
+    Access, FileId, file_id, open_output, open_read, open_write, remove_temporary_files,
+    write_replacing,
+};
 pub use ram::RamEngine;
 pub use sweep::sweep;

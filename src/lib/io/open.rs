@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 /// How a block device is shared while we read it. Regular files know no such lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,9 +137,10 @@ pub fn open_write(path: &Path) -> Result<Box<dyn BlockEngine>> {
 /// Opens the device or file that a restore or repair fills. It must exist, and must not be the input.
 ///
 /// # Errors
-/// `Unsuitable` when it is the input (also through links), `Busy`, `NotMetadata` for what cannot hold metadata, `Io`.
+/// `Unsuitable` when it is the input (also through links) or cannot hold metadata, `Busy`, `Io`.
 pub fn open_output(path: &Path, input: Option<&Path>) -> Result<Box<dyn BlockEngine>> {
     let is_device = is_device(path, "output").map_err(|e| match e.kind() {
+        ErrorKind::NotMetadata => e.with_kind(ErrorKind::Unsuitable),
         ErrorKind::Io => e.context(format!(
             "the output {} must exist, as a block device or a file of the size the metadata shall have",
             path.display()
@@ -262,6 +264,7 @@ pub fn write_replacing(
         .permissions(permissions(existing.as_ref()))
         .tempfile_in(folder)
         .map_err(|e| cannot("make a temporary file beside", e))?;
+    let _listed = Listed::new(temporary.path());
     fill(&mut temporary)?;
     temporary
         .as_file()
@@ -273,6 +276,39 @@ pub fn write_replacing(
     File::open(folder)
         .and_then(|f| f.sync_all())
         .map_err(|e| cannot("sync the folder of", e))
+}
+
+/// Temporary files that exist at the moment.
+static TEMPORARY: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Removes the temporary files of outputs that are not complete, for a process that is about to end at once.
+pub fn remove_temporary_files() {
+    for path in TEMPORARY
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .drain(..)
+    {
+        // The process ends: there is nobody left to tell that a file stays behind.
+        let _ = fs::remove_file(path);
+    }
+}
+
+/// Keeps a path on the list of temporary files while it lives.
+struct Listed(PathBuf);
+
+impl Listed {
+    fn new(path: &Path) -> Self {
+        let mut list = TEMPORARY.lock().unwrap_or_else(PoisonError::into_inner);
+        list.push(path.to_path_buf());
+        Self(path.to_path_buf())
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        let mut list = TEMPORARY.lock().unwrap_or_else(PoisonError::into_inner);
+        list.retain(|path| *path != self.0);
+    }
 }
 
 /// The permissions of the file that is replaced; for a new file what the umask leaves of 0666.

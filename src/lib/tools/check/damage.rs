@@ -201,6 +201,11 @@ impl Damage {
         Self { effect, ..self }
     }
 
+    /// The same, worse or milder than the code usually is.
+    pub(super) fn with_severity(self, severity: Severity) -> Self {
+        Self { severity, ..self }
+    }
+
     /// The same, said of one device.
     pub(super) fn of_device(self, device: u64) -> Self {
         Self {

@@ -1,9 +1,12 @@
 //! The hot loop: every leaf of every mapping tree, each entry judged and its data block counted.
 
-use super::damage::{Code, Damage};
+use super::damage::{Code, Damage, Severity};
 use crate::pdata::{CountBatch, CountMap, Node};
 use crate::thin::Superblock;
 use crate::units::{MAX_TIME, MetadataBlock};
+
+/// Snapshots that a clock may be behind its mappings and still be set forward.
+const PLAUSIBLE_LAG: u64 = 65_536;
 
 /// A leaf with entries that are wrong.
 #[derive(Debug)]
@@ -13,7 +16,7 @@ pub(super) struct Leaf {
     late: Wrong,
 }
 
-/// How many entries are wrong in one way, and the first of them.
+/// How many entries are wrong in one way, and the furthest of them.
 #[derive(Clone, Copy, Debug, Default)]
 struct Wrong {
     count: u32,
@@ -23,7 +26,7 @@ struct Wrong {
 
 impl Wrong {
     fn add(&mut self, thin: u64, value: u64) {
-        if self.count == 0 {
+        if self.count == 0 || value > self.value {
             (self.thin, self.value) = (thin, value);
         }
         self.count += 1;
@@ -96,7 +99,7 @@ impl Leaf {
         let past_end = (count > 0).then(|| {
             let limit = superblock.data_space_map.nr_blocks;
             let message = format!(
-                "{count} mappings to data blocks that do not exist; the first, of virtual block {thin}, is to data block \
+                "{count} mappings to data blocks that do not exist; the furthest, of virtual block {thin}, is to data block \
                  {value} of {limit}"
             );
             Damage::new(Code::MappingPastEnd, self.block, message)
@@ -105,9 +108,14 @@ impl Leaf {
         let late = (count > 0).then(|| {
             let clock = superblock.time;
             let message = format!(
-                "{count} mappings later than the snapshot clock {clock}; the first, of virtual block {thin}, has time {value}"
+                "{count} mappings later than the snapshot clock {clock}; the latest, of virtual block {thin}, has time {value}"
             );
-            Damage::new(Code::MappingTime, self.block, message)
+            let damage = Damage::new(Code::MappingTime, self.block, message);
+            // Of a clock a little behind, the clock is wrong; of a time from nowhere, the mapping is.
+            match value > u64::from(clock) + PLAUSIBLE_LAG {
+                true => damage.with_severity(Severity::Fatal),
+                false => damage,
+            }
         });
         past_end.into_iter().chain(late)
     }

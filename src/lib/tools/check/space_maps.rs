@@ -36,8 +36,8 @@ impl Which {
 pub(super) struct Index {
     /// By number of the bitmap.
     pub(super) entries: BTreeMap<u64, IndexEntry>,
-    /// Ascending by block.
-    many: Vec<OverflowEntry>,
+    /// Ascending by block; none if the tree of large counts is damaged, which is on record.
+    many: Option<Vec<OverflowEntry>>,
 }
 
 /// Both indexes.
@@ -97,11 +97,9 @@ impl Checker<'_> {
         for (number, entry, _) in self.entries(tree, root, &by_leaf) {
             indexes.data.entries.insert(number, entry);
         }
-        self.judge_numbers(
-            &mut indexes.data,
-            nr_bitmaps(maps.0.nr_blocks),
-            maps.0.bitmap_root,
-        );
+        let is_whole = self.is_whole(tree, root);
+        let needed = nr_bitmaps(maps.0.nr_blocks);
+        self.judge_numbers(&mut indexes.data, needed, maps.0.bitmap_root, is_whole);
         indexes.data.many = self.read_many(TreeKind::DataCounts, maps.0.ref_count_root)?;
         indexes.metadata.entries =
             self.read_metadata_index(maps.1.bitmap_root, maps.1.nr_blocks)?;
@@ -113,11 +111,17 @@ impl Checker<'_> {
         (root.0 > 0 && root.0 < self.forest.nr_blocks()).then_some(root)
     }
 
-    /// The index must have one entry per bitmap, no more and no fewer.
-    fn judge_numbers(&mut self, index: &mut Index, needed: u64, block: MetadataBlock) {
+    /// The index must have one entry per bitmap, no more and no fewer; of a damaged tree that says nothing new.
+    fn judge_numbers(
+        &mut self,
+        index: &mut Index,
+        needed: u64,
+        block: MetadataBlock,
+        is_whole: bool,
+    ) {
         let beyond = index.entries.split_off(&needed).len();
         let has = index.entries.len() as u64;
-        if beyond > 0 || has < needed {
+        if is_whole && (beyond > 0 || has < needed) {
             let message = format!(
                 "the data space map needs {needed} bitmaps; {has} are there, and {beyond} too many"
             );
@@ -126,7 +130,11 @@ impl Checker<'_> {
         }
     }
 
-    fn read_many(&mut self, tree: TreeKind, root: MetadataBlock) -> Result<Vec<OverflowEntry>> {
+    fn read_many(
+        &mut self,
+        tree: TreeKind,
+        root: MetadataBlock,
+    ) -> Result<Option<Vec<OverflowEntry>>> {
         let mut by_leaf = HashMap::new();
         let root = self.usable(root);
         self.walk_small::<u32>(tree, root, &mut by_leaf)?;
@@ -143,7 +151,7 @@ impl Checker<'_> {
         }
         many.sort_unstable();
         many.dedup_by_key(|e| e.0);
-        Ok(many)
+        Ok(self.is_whole(tree, root).then_some(many))
     }
 
     fn read_metadata_index(
@@ -352,7 +360,7 @@ fn judge_bitmap(
         add(Code::IndexFreeHint, message);
     }
     let base = number * ENTRIES_PER_BITMAP;
-    let tail = bitmap.nr_used_from((nr_blocks - base).min(ENTRIES_PER_BITMAP));
+    let tail = bitmap.nr_used_from(nr_blocks.saturating_sub(base).min(ENTRIES_PER_BITMAP));
     if tail > 0 {
         add(
             Code::BitmapTail,
@@ -364,18 +372,20 @@ fn judge_bitmap(
         let past = many.partition_point(|e| e.0 < base + ENTRIES_PER_BITMAP);
         many[first..past].to_vec()
     };
-    let stored_many = in_range(&index.many);
+    let stored_many = index.many.as_deref().map(in_range);
     let has_pair = |e: &OverflowEntry| bitmap.get(e.0 - base) == 3;
-    let matching = stored_many.iter().filter(|e| has_pair(e)).count();
-    if matching != stored_many.len() || matching as u64 != bitmap.nr_many() {
-        let message = format!(
-            "{} entries say 3 or more, the tree of counts has {} of this bitmap's blocks, {matching} agree",
-            bitmap.nr_many(),
-            stored_many.len()
-        );
-        add(Code::CountTree, message);
+    if let Some(stored_many) = &stored_many {
+        let matching = stored_many.iter().filter(|e| has_pair(e)).count();
+        if matching != stored_many.len() || matching as u64 != bitmap.nr_many() {
+            let message = format!(
+                "{} entries say 3 or more, the tree of counts has {} of this bitmap's blocks, {matching} agree",
+                bitmap.nr_many(),
+                stored_many.len()
+            );
+            add(Code::CountTree, message);
+        }
     }
-    if let Some(expected) = expected {
+    if let (Some(expected), Some(stored_many)) = (expected, stored_many) {
         let (words, expected_many) = expected.bitmap(number);
         let differences = bitmap.differences(number, &stored_many, &words, &expected_many);
         sighting.is_right = bitmap.equals(&words) && stored_many == expected_many;

@@ -187,7 +187,7 @@ impl Checker<'_> {
     }
 
     /// True when every node below `root` was read.
-    fn is_whole(&self, tree: TreeKind, root: Option<MetadataBlock>) -> bool {
+    pub(super) fn is_whole(&self, tree: TreeKind, root: Option<MetadataBlock>) -> bool {
         let number = root.and_then(|root| self.forest.number(root));
         let nodes = self.forest.children_first(number.as_slice());
         let is_good = |&number: &usize| {

@@ -194,7 +194,9 @@ pub(super) fn choose(
 
 fn nothing_found(best: Option<&Candidate>, report: &RepairReport) -> Error {
     let what = match best {
-        None => String::from("nothing on this device looks like the top-level tree of a pool"),
+        None => String::from(
+            "nothing on this device looks like the top-level tree of a pool; make sure that it is the metadata device",
+        ),
         Some(best) => format!(
             "the top-level tree is lost; {} older ones are left, all of them freed since, so that devices could be missing, \
              deleted ones back and blocks overwritten; the latest: {best}",

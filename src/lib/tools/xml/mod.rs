@@ -11,9 +11,11 @@ use self::segments::{Segment, Segments, line_at};
 use super::event::{PoolInfo, Sink, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::observer::Observer;
+use crate::units::MAGIC;
 use rayon::prelude::*;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, IsTerminal, Read};
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
@@ -40,7 +42,7 @@ impl<'a> XmlSource<'a> {
     /// first, because everything is judged before anything is written.
     ///
     /// # Errors
-    /// `Io`, `Unsuitable` for a directory.
+    /// `Io`, `InvalidDescription` for what cannot be XML.
     pub fn open(path: &Path, observer: &'a dyn Observer) -> Result<Self> {
         let is_stdin = path == Path::new("-");
         let path = if is_stdin {
@@ -56,17 +58,34 @@ impl<'a> XmlSource<'a> {
         let open = |e| Error::io(format!("cannot open input {name}"), e);
         let file = File::open(path).map_err(open)?;
         let meta = file.metadata().map_err(open)?;
+        let refuse = |what: &str| {
+            Err(Error::new(
+                ErrorKind::InvalidDescription,
+                format!("input {name} is {what}"),
+            ))
+        };
         if meta.is_dir() {
-            return Err(Error::new(
-                ErrorKind::Unsuitable,
-                format!("input {name} is a directory, not an XML file"),
-            ));
+            return refuse("a directory, not an XML file");
+        }
+        if meta.file_type().is_char_device() && !file.is_terminal() {
+            return refuse("a character device, not an XML file");
         }
         let file = if meta.is_file() {
             file
         } else {
             spool(file, &name, observer)?
         };
+        let mut head = [0; 40];
+        let len = file.read_at(&mut head, 0).map_err(open)?;
+        match identify_input(&head[..len]) {
+            NotText::Metadata => {
+                return refuse(
+                    "binary metadata; this command reads XML, which thin_dump makes of it",
+                );
+            }
+            NotText::Compressed => return refuse("compressed; expand it and pipe it to -i -"),
+            NotText::No => {}
+        }
         Ok(Self {
             file,
             name,
@@ -81,6 +100,23 @@ impl<'a> XmlSource<'a> {
             name: name.to_owned(),
             observer,
         }
+    }
+}
+
+/// What an input may be instead of XML.
+enum NotText {
+    Metadata,
+    Compressed,
+    No,
+}
+
+fn identify_input(head: &[u8]) -> NotText {
+    if head.get(32..40) == Some(MAGIC.to_le_bytes().as_slice()) {
+        return NotText::Metadata;
+    }
+    match head {
+        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x1f, 0x8b, ..] => NotText::Compressed,
+        _ => NotText::No,
     }
 }
 
