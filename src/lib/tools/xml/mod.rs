@@ -3,24 +3,21 @@
 //! The text is cut into segments that begin with a tag; segments are parsed on all cores and their events told in order.
 //! What stands between two tags must be white space. Comments and declarations are blanked before parsing.
 
+mod ahead;
 mod parse;
 mod segments;
 
-use self::parse::{Parsed, Tag, parse};
+use self::ahead::{Ahead, Told};
+use self::parse::{Parsed, Tag};
 use self::segments::{Segment, Segments, line_at};
 use super::event::{PoolInfo, Sink, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::observer::Observer;
 use crate::units::MAGIC;
-use rayon::prelude::*;
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-
-/// Segments that are read and parsed together.
-const TOGETHER: usize = 4;
 
 /// A dump in XML.
 pub struct XmlSource<'a> {
@@ -140,17 +137,20 @@ fn spool(mut from: File, name: &str, observer: &dyn Observer) -> Result<File> {
 
 impl Source for XmlSource<'_> {
     fn emit(&self, sink: &mut dyn Sink) -> Result<()> {
-        let (to, from) = sync_channel(1);
+        let ahead = Ahead::new(Segments::new(&self.file, &self.name));
+        let workers = std::thread::available_parallelism().map_or(1, usize::from);
         std::thread::scope(|scope| {
-            scope.spawn(move || self.parse_all(&to));
+            for _ in 0..workers {
+                scope.spawn(|| ahead.work());
+            }
+            let _stop = ahead.stop_when_dropped();
             let mut teller = Teller {
                 file: &self.file,
                 sink,
                 at: Place::Start,
                 open: None,
             };
-            let told = teller.tell_all(&from, self.observer);
-            drop(from);
+            let told = teller.tell_all(&ahead, self.observer);
             told.map_err(|e| match e.kind() {
                 ErrorKind::InvalidDescription | ErrorKind::OutputTooSmall
                     if e.event_fault().is_none() =>
@@ -161,46 +161,6 @@ impl Source for XmlSource<'_> {
             })
         })
     }
-}
-
-/// Segments with their events, or where and why they have none.
-type Batch = Result<Vec<(Segment, std::result::Result<Parsed, (usize, Error)>)>>;
-
-impl XmlSource<'_> {
-    /// Reads and parses ahead of the telling, until it ends or nobody listens any more.
-    fn parse_all(&self, to: &SyncSender<Batch>) {
-        let mut segments = Segments::new(&self.file, &self.name);
-        loop {
-            let mut read = Vec::with_capacity(TOGETHER);
-            while read.len() < TOGETHER {
-                match segments.next() {
-                    Ok(Some(segment)) => read.push(segment),
-                    Ok(None) => break,
-                    Err(e) => {
-                        // Whoever listened has an error of its own already if this cannot be sent.
-                        let _ = to.send(Err(e));
-                        return;
-                    }
-                }
-            }
-            if read.is_empty() {
-                return;
-            }
-            let parsed = if read.len() == 1 {
-                read.into_iter().map(parse_segment).collect()
-            } else {
-                read.into_par_iter().map(parse_segment).collect()
-            };
-            if to.send(Ok(parsed)).is_err() {
-                return;
-            }
-        }
-    }
-}
-
-fn parse_segment(segment: Segment) -> (Segment, std::result::Result<Parsed, (usize, Error)>) {
-    let parsed = parse(&segment.text);
-    (segment, parsed)
 }
 
 /// Where the telling stands between the tags.
@@ -222,15 +182,14 @@ struct Teller<'a> {
 }
 
 impl Teller<'_> {
-    fn tell_all(&mut self, from: &Receiver<Batch>, observer: &dyn Observer) -> Result<()> {
+    fn tell_all(&mut self, from: &Ahead<'_>, observer: &dyn Observer) -> Result<()> {
         let mut end = 0;
-        for batch in from {
+        while let Some(Told { segment, parsed }) = from.next()? {
             observer.check_cancelled()?;
-            for (segment, parsed) in batch? {
-                let parsed = parsed.map_err(|(offset, e)| self.locate(e, &segment, offset))?;
-                self.tell(&segment, &parsed)?;
-                end = segment.position + segment.text.len() as u64;
-            }
+            let parsed = parsed.map_err(|(offset, e)| self.locate(e, &segment, offset))?;
+            self.tell(&segment, &parsed)?;
+            end = segment.position + segment.text.len() as u64;
+            from.give_back(segment, parsed);
         }
         let line = line_at(self.file, end);
         match self.at {

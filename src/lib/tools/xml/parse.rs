@@ -45,9 +45,14 @@ pub(super) struct Parsed {
     pub(super) tags: Vec<(usize, u32, Tag)>,
 }
 
-/// The events of a segment's text, or the offset of the tag that is wrong and why.
-pub(super) fn parse(text: &[u8]) -> std::result::Result<Parsed, (usize, Error)> {
-    let mut parsed = Parsed::default();
+/// The events of a segment's text (in memory that was used before), or the offset of the tag that is wrong and why.
+pub(super) fn parse(
+    text: &[u8],
+    mut parsed: Parsed,
+) -> std::result::Result<Parsed, (usize, Error)> {
+    parsed.runs.clear();
+    parsed.offsets.clear();
+    parsed.tags.clear();
     let mut at = 0;
     loop {
         at += text[at..]

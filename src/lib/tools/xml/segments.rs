@@ -5,7 +5,6 @@ use super::invalid;
 use crate::error::{Error, Result};
 use memchr::{memchr_iter, memchr2_iter, memmem, memrchr};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 /// Bytes read at a time.
@@ -75,16 +74,15 @@ impl<'a> Segments<'a> {
         }
     }
 
-    /// The next segment; none at the end.
-    pub(super) fn next(&mut self) -> Result<Option<Segment>> {
-        let mut text = std::mem::take(&mut self.rest);
+    /// The next segment; none at the end. `text` is memory to use for it.
+    pub(super) fn next(&mut self, mut text: Vec<u8>) -> Result<Option<Segment>> {
+        text.clear();
+        text.append(&mut self.rest);
         while !self.ended {
             let old = text.len();
-            let mut file = self.file;
-            let read = file
-                .seek(SeekFrom::Start(self.position))
-                .and_then(|_| file.take(CHUNK as u64).read_to_end(&mut text))
-                .map_err(|e| Error::io(format!("cannot read {}", self.name), e))?;
+            text.resize(old + CHUNK, 0);
+            let read = self.read(&mut text[old..])?;
+            text.truncate(old + read);
             self.ended = read < CHUNK;
             if self.position == 0 && text.starts_with(b"\xef\xbb\xbf") {
                 text[..3].fill(b' ');
@@ -103,7 +101,8 @@ impl<'a> Segments<'a> {
                 .or(is_complete.then_some(kept))
                 .filter(|&cut| cut > 0)
             {
-                self.rest = text.split_off(cut);
+                self.rest.extend_from_slice(&text[cut..]);
+                text.truncate(cut);
                 break;
             }
             if text.len() > LONGEST_TAG {
@@ -116,6 +115,22 @@ impl<'a> Segments<'a> {
         }
         let position = self.position - (text.len() + self.rest.len()) as u64;
         Ok(Some(Segment { text, position }))
+    }
+
+    fn read(&self, to: &mut [u8]) -> Result<usize> {
+        let mut filled = 0;
+        while filled < to.len() {
+            match self
+                .file
+                .read_at(&mut to[filled..], self.position + filled as u64)
+            {
+                Ok(0) => break,
+                Ok(n) => filled += n,
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(Error::io(format!("cannot read {}", self.name), e)),
+            }
+        }
+        Ok(filled)
     }
 
     /// An error at a byte of a text that has been read up to now.
