@@ -487,7 +487,7 @@ same_as_plain! {
     dos_line_ends_are_accepted: plain().replace('\n', "\r\n");
     no_line_ends_are_accepted: plain().replace('\n', "");
     tabs_are_accepted: plain().replace('\n', "\n\t").replace("\" ", "\"\t");
-    no_final_newline_is_accepted: plain().trim_end().to_owned();
+    no_final_newline_is_accepted: plain().trim_end();
     blank_lines_at_the_end_are_accepted: plain() + "\n\n \t\r\n";
     single_quotes_are_accepted: plain().replace('"', "'");
     space_around_the_equals_sign_is_accepted: plain().replace('=', " = ");

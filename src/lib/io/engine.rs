@@ -24,3 +24,75 @@ pub trait BlockEngine: Send + Sync {
     /// How many requests it pays to have in flight.
     fn depth(&self) -> usize;
 }
+
+/// What every implementer promises, run against each.
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::{AlignedBuffer, FileEngine, RamEngine};
+    use crate::units::BLOCK_SIZE;
+
+    fn keeps_the_contract(engine: &dyn BlockEngine) {
+        assert_eq!(engine.nr_blocks(), 8);
+        assert!(engine.depth() >= 1);
+        let mut run = AlignedBuffer::new(3);
+        for (i, block) in run.blocks_mut(3).chunks_exact_mut(BLOCK_SIZE).enumerate() {
+            block.fill(i as u8 + 1);
+        }
+        engine.write(MetadataBlock(5), run.blocks(3)).unwrap();
+        engine.sync().unwrap();
+        let mut read = AlignedBuffer::new(2);
+        engine.read(MetadataBlock(6), read.blocks_mut(2)).unwrap();
+        assert_eq!(read.blocks(2), &run.blocks(3)[BLOCK_SIZE..]);
+        engine.read(MetadataBlock(4), read.blocks_mut(2)).unwrap();
+        assert!(
+            read.blocks(1).iter().all(|&b| b == 0),
+            "other blocks are untouched"
+        );
+        for (start, blocks) in [(7, 2), (8, 1), (u64::MAX, 1), (1 << 60, 1)] {
+            let at = MetadataBlock(start);
+            assert!(
+                engine.read(at, read.blocks_mut(blocks)).is_err(),
+                "read at {start}"
+            );
+            assert!(
+                engine.write(at, run.blocks(blocks)).is_err(),
+                "write at {start}"
+            );
+        }
+        assert_eq!(
+            engine.nr_blocks(),
+            8,
+            "a failed write does not make it larger"
+        );
+        engine.read(MetadataBlock(7), read.blocks_mut(1)).unwrap();
+        assert!(
+            read.blocks(1).iter().all(|&b| b == 3),
+            "nor does it write in part"
+        );
+        std::thread::scope(|scope| {
+            for start in 5..8 {
+                scope.spawn(move || {
+                    let mut own = AlignedBuffer::new(1);
+                    engine
+                        .read(MetadataBlock(start), own.blocks_mut(1))
+                        .unwrap();
+                    assert!(own.blocks(1).iter().all(|&b| u64::from(b) == start - 4));
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn memory_keeps_the_contract() {
+        keeps_the_contract(&RamEngine::new(8));
+    }
+
+    #[test]
+    fn a_file_keeps_the_contract() {
+        let file = tempfile::tempfile().unwrap();
+        // An incomplete block at the end does not count.
+        file.set_len(8 * BLOCK_SIZE as u64 + 100).unwrap();
+        keeps_the_contract(&FileEngine::from_file(file, false).unwrap());
+    }
+}
