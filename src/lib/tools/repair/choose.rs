@@ -123,6 +123,7 @@ pub(super) fn choose(
         let given = top.as_ref().map(|t| t.0);
         let mut candidates =
             search.pairs(given, details.as_ref().map(|d| d.0), wanted.as_deref())?;
+        order_generations(&mut candidates, engine.nr_blocks());
         candidates.sort_by_key(|c| std::cmp::Reverse(rank(c)));
         report.candidates = candidates;
         match (&top, report.candidates.first()) {
@@ -213,10 +214,33 @@ fn lost_ids(tree: &Small<u64>, root: MetadataBlock) -> Vec<Affected> {
     lost
 }
 
+/// Numbers the candidates that are whole and in use by the age of the space map that says so.
+///
+/// The kernel allocates metadata blocks in ascending order, from the beginning again after the end, so index blocks of
+/// successive transactions follow each other around the device, and the latest stands before the widest gap: behind it lies
+/// what is overwritten next.
+fn order_generations(candidates: &mut [Candidate], size: u64) {
+    let counts = |c: &Candidate| c.whole_devices == c.devices && c.details_root.is_some();
+    let whole = candidates.iter().filter(|c| counts(c));
+    let mut places: Vec<u64> = whole.filter_map(|c| c.space_map).map(|b| b.0).collect();
+    places.sort_unstable();
+    places.dedup();
+    let gap = |i: usize| (places[(i + 1) % places.len()] + size - places[i] - 1) % size;
+    let Some(latest) = (0..places.len()).max_by_key(|&i| gap(i)) else {
+        return;
+    };
+    places.rotate_left(latest + 1);
+    for candidate in candidates.iter_mut().filter(|c| counts(c)) {
+        let place = candidate.space_map.map(|b| b.0);
+        candidate.generation = places.iter().position(|&p| Some(p) == place);
+    }
+}
+
 /// What makes one candidate better than another, the most important first.
-fn rank(candidate: &Candidate) -> (bool, bool, u32, u64, u64, MetadataBlock) {
+fn rank(candidate: &Candidate) -> impl Ord + use<> {
     (
         candidate.in_use == Some(true),
+        candidate.generation,
         candidate.details_root.is_some(),
         candidate.time,
         candidate.transaction_id,
@@ -234,8 +258,15 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    fn in_use(&self, block: MetadataBlock) -> Option<bool> {
-        (!self.maps.is_empty()).then(|| self.maps.iter().any(|m| m.is_used(block)))
+    /// The index block of a readable space map that has both roots in use.
+    fn space_map(
+        &self,
+        root: MetadataBlock,
+        details_root: Option<MetadataBlock>,
+    ) -> Option<MetadataBlock> {
+        let has_both =
+            |map: &&Liveness| map.is_used(root) && details_root.is_none_or(|d| map.is_used(d));
+        self.maps.iter().find(has_both).map(|map| map.index)
     }
 
     /// Every whole top-level tree with the details trees of the same devices. `top` and `details` narrow the search to one
@@ -318,6 +349,7 @@ impl Search<'_> {
         sizes: &HashMap<u64, u64>,
     ) -> Candidate {
         let details_root = (details_root.0 != 0).then_some(details_root);
+        let space_map = self.space_map(root, details_root);
         let is_whole = |(id, root): &(&u64, &u64)| {
             let expected = details.get(id).map(|d| d.mapped_blocks);
             sizes
@@ -339,9 +371,9 @@ impl Search<'_> {
                 .map(|d| d.transaction_id)
                 .max()
                 .unwrap_or(0),
-            in_use: self
-                .in_use(root)
-                .map(|used| used && details_root.is_none_or(|d| self.in_use(d) != Some(false))),
+            in_use: (!self.maps.is_empty()).then_some(space_map.is_some()),
+            space_map,
+            generation: None,
         }
     }
 }

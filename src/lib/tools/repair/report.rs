@@ -22,6 +22,10 @@ pub struct Candidate {
     pub transaction_id: u64,
     /// Whether a readable space map says that both roots are in use; none when there is no readable space map.
     pub in_use: Option<bool>,
+    /// The index block of the space map that says so.
+    pub space_map: Option<MetadataBlock>,
+    /// The age of that space map among those with whole candidates, the oldest being 0.
+    pub generation: Option<usize>,
 }
 
 impl fmt::Display for Candidate {
@@ -37,7 +41,7 @@ impl fmt::Display for Candidate {
             self.devices, self.whole_devices, self.time, self.transaction_id
         )?;
         f.write_str(match self.in_use {
-            Some(true) => "in use by the metadata space map",
+            Some(true) => "in use by a metadata space map",
             Some(false) => "freed in the metadata space map",
             None => "no readable space map says whether in use",
         })

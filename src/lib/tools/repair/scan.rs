@@ -87,7 +87,7 @@ impl Scan {
         Ok(scan)
     }
 
-    /// The space maps that can be read whole: that of `known` (from a superblock), or all that account for themselves.
+    /// The space maps that can be read whole, by place: that of `known` (from a superblock), or all that account for themselves.
     pub(super) fn space_maps(
         &self,
         engine: &dyn BlockEngine,
@@ -179,6 +179,8 @@ fn look_at_node(node: &Node<'_>, value_size: usize, limit: u64) -> Found {
 /// Which metadata blocks a space map on disk says are in use.
 #[derive(Debug)]
 pub(super) struct Liveness {
+    /// Its index block.
+    pub(super) index: MetadataBlock,
     bitmaps: Vec<Bitmap>,
 }
 
@@ -194,7 +196,10 @@ impl Liveness {
             checksum::verify(data.blocks(1), BlockKind::Bitmap, entry.block).ok()?;
             bitmaps.push(Bitmap::from_block(data.blocks(1)));
         }
-        let map = Self { bitmaps };
+        let map = Self {
+            index: *block,
+            bitmaps,
+        };
         let own = entries.iter().map(|e| e.block).chain([*block]);
         own.into_iter().all(|b| map.is_used(b)).then_some(map)
     }
