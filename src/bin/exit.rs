@@ -51,7 +51,9 @@ pub(crate) const TABLE: &[(Exit, &str)] = &[
     ),
     (
         Exit::Failure,
-        "I/O or system error: something cannot be opened, read or written, or is in use.",
+        "I/O or system error: something cannot be opened, read or written, or is in use; or what \
+         was asked for is not there (a device, a metadata snapshot) or makes no sense (an output \
+         that is the input).",
     ),
     (
         Exit::Usage,
@@ -64,9 +66,10 @@ pub(crate) const TABLE: &[(Exit, &str)] = &[
     ),
     (
         Exit::Repairable,
-        "thin_check: there is damage, all of it of the kind --auto-repair corrects. thin_repair \
-         and thin_dump --repair: the output was written, but some metadata could not be \
-         recovered.",
+        "thin_check: there is damage, all of it of the kind --auto-repair corrects; or a \
+         needs_check flag was to be cleared after an incomplete check. thin_repair and thin_dump \
+         --repair: the output was written, but some metadata could not be recovered or had to be \
+         guessed.",
     ),
     (
         Exit::Fatal,

@@ -38,7 +38,7 @@ impl Session {
             .filter(|&s| !is_ignored(s));
         let mut signals = Signals::new(heeded)?;
         let flag = Arc::clone(&stop);
-        std::thread::spawn(move || {
+        std::thread::Builder::new().spawn(move || {
             if signals.forever().next().is_none() {
                 return;
             }
@@ -49,7 +49,7 @@ impl Session {
             }
             remove_temporary_files();
             std::process::exit(Exit::Interrupted.code().into());
-        });
+        })?;
         Ok(Self {
             bar: Bar::new(title, quiet),
             quiet,

@@ -21,13 +21,13 @@ use thintools::ErrorKind;
 use thintools::checksum;
 use thintools::io::{BlockEngine, RamEngine};
 use thintools::observer::Silent;
+use thintools::thin::MARKER;
 use thintools::thin::Superblock;
 use thintools::tools::check::{self as checking, CheckOptions, Code, Severity};
 use thintools::tools::event::Source;
 use thintools::tools::repair::recover;
 use thintools::tools::{
-    MARKER, MetadataSource, Overrides, Selection, TextSink, Trees, XmlSource, restore as restoring,
-    text,
+    MetadataSource, Overrides, Selection, TextSink, Trees, XmlSource, restore as restoring, text,
 };
 use thintools::units::{BLOCK_SIZE, MetadataBlock};
 

@@ -5,5 +5,6 @@ mod damage;
 mod failures;
 mod fixtures;
 mod repair_in_place;
+mod shapes;
 mod support;
 mod xml_input;

@@ -134,7 +134,8 @@ fn what_is_repairable_is_repaired_and_the_second_check_is_clean() {
         for option in ["--auto-repair", "--clear-needs-check-flag"] {
             println!("{}, {option}", row.0);
             let image = spoiled(row);
-            let before = dump(&["--no-shared"], image.path())
+            // A dump refuses mappings later than the clock, so the sound image tells what must come out.
+            let before = dump(&["--no-shared"], Image::of(row.1).path())
                 .expect(0)
                 .out()
                 .replace(" flags=\"1\"", "");
@@ -169,20 +170,11 @@ fn what_is_repairable_is_repaired_and_the_second_check_is_clean() {
             assert!(image.bytes() == bytes, "{}: the second repair wrote", row.0);
             assert!(!image.superblock().needs_check(), "{}", row.0);
             let after = dump(&["--no-shared"], image.path()).expect(0).out();
-            if row.0 == "a clock behind its mappings" {
-                assert_eq!(
-                    after.replace("time=\"28\" tr", "time=\"3\" tr"),
-                    before,
-                    "{}",
-                    row.0
-                );
-            } else {
-                assert!(
-                    after.replace(" flags=\"0\"", "") == before.replace(" flags=\"0\"", ""),
-                    "{}",
-                    row.0
-                );
-            }
+            assert!(
+                after.replace(" flags=\"0\"", "") == before.replace(" flags=\"0\"", ""),
+                "{}",
+                row.0
+            );
         }
     }
 }

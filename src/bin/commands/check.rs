@@ -57,7 +57,9 @@ pub(crate) const PAGE: Page = Page {
                  report has transaction_id, metadata_free_blocks, needs_check, data_sectors, \
                  devices, mappings, damages (each with code, severity, effect, block, device, \
                  affected, more_affected and message) and verdict (severity, activation, kernel, \
-                 next); repaired lists what was changed; exit_status is the exit status. Programs \
+                 next); left_out says what was not checked, if something was not; repaired lists \
+                 what was changed; exit_status is the exit status. An error before the check (no \
+                 such device, not metadata) is a line on standard error only. Programs \
                  should ignore members they do not know; later versions may add some. With \
                  --quiet nothing is printed, --json or not.",
             ],
@@ -70,6 +72,9 @@ pub(crate) const PAGE: Page = Page {
                  corrected, and needs_check is cleared, if nothing else is wrong. If the metadata \
                  device is too full for corrected space maps beside the old ones, nothing is \
                  changed and the status tells of the leaks: extend the metadata device.",
+                "With --skip-mappings or --super-block-only as well, a needs_check flag that is \
+                 set stays set, and the exit status is 4: the flag is there to have everything \
+                 checked. thin_check 1.3.3 cleared it unseen.",
             ],
         ),
     ],
@@ -247,11 +252,15 @@ fn check_and_fix(args: &Args, session: &Session) -> anyhow::Result<Exit> {
         }
     }
     if args.json && !args.quiet {
-        let all =
-            serde_json::json!({ "report": report, "repaired": done, "exit_status": exit.code() });
+        let all = serde_json::json!({
+            "report": report,
+            "left_out": left_out(args),
+            "repaired": done,
+            "exit_status": exit.code(),
+        });
         output::stdout_line(&serde_json::to_string_pretty(&all)?).context(STDOUT)?;
     } else {
-        print_verdict(report, &done, session);
+        print_verdict(report, &done, left_out(args), session);
     }
     Ok(exit)
 }
@@ -270,8 +279,23 @@ fn print_ids(report: &Report) -> anyhow::Result<()> {
 /// What is said when the two lines cannot be printed.
 const STDOUT: &str = "cannot write to standard output";
 
+/// What was left out of a check as asked, so that its result is no verdict on the pool.
+fn left_out(args: &Args) -> Option<&'static str> {
+    if args.super_block_only {
+        Some("only the superblock was checked")
+    } else if args.skip_mappings {
+        Some("mappings and space maps were not checked")
+    } else if args.metadata_snap {
+        Some("only the metadata snapshot was checked")
+    } else if args.override_mapping_root.is_some() || args.override_details_root.is_some() {
+        Some("other roots than the superblock's were checked; the kernel does not use them")
+    } else {
+        None
+    }
+}
+
 /// What it all comes to, on standard error.
-fn print_verdict(report: &Report, done: &[String], session: &Session) {
+fn print_verdict(report: &Report, done: &[String], left_out: Option<&str>, session: &Session) {
     let verdict = &report.verdict;
     let found = report
         .damages
@@ -283,6 +307,10 @@ fn print_verdict(report: &Report, done: &[String], session: &Session) {
         1 => String::from("1 damage"),
         n => format!("{n} damages"),
     };
+    if let Some(left_out) = left_out {
+        session.say(&format!("{what}; {left_out}"));
+        return;
+    }
     session.say(&format!(
         "{} devices, {} mappings: {what}",
         report.devices, report.mappings

@@ -90,7 +90,7 @@ pub(crate) enum Format {
     /// Lines for reading
     #[value(name = "human_readable")]
     HumanReadable,
-    /// One JSON object, for programs
+    /// JSON, an object a line, for programs
     #[value(name = "json")]
     Json,
 }
@@ -187,6 +187,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         source: &source,
         overrides,
         observer: &session,
+        heard: Default::default(),
     };
     let format: &dyn text::Format = match args.format {
         Format::Xml => &text::Xml,

@@ -23,6 +23,12 @@ pub(crate) const TITLE: &str = "Write the manual pages to a directory";
 /// The section of the manual all pages belong to: system administration.
 const SECTION: &str = "8";
 
+/// What the one environment variable does.
+const TMPDIR: &str = "Where temporary files go, /tmp if it is not set: a compressed image is expanded there, XML \
+                      from a pipe is copied there because it is read twice, and thin_restore and thin_repair keep \
+                      there what devices share while they work out the size. They have no names and vanish with \
+                      the process. A folder in memory counts against the memory.";
+
 /// The page of `thintools` itself.
 const PAGE: Page = Page {
     description: &[
@@ -154,6 +160,7 @@ fn render(
             roff.control("RE", []);
         }
     })?;
+    section(&mut out, "ENVIRONMENT", |roff| item(roff, "TMPDIR", TMPDIR))?;
     if !page.files.is_empty() {
         section(&mut out, "FILES", |roff| {
             for (path, meaning) in page.files {
@@ -261,7 +268,7 @@ mod tests {
             ] {
                 assert!(text.contains(&format!(".SH {heading}\n")), "{heading}");
             }
-            assert!((2..=4).contains(&page.description.len()), "{}", spec.name);
+            assert!((2..=5).contains(&page.description.len()), "{}", spec.name);
         }
         Ok(())
     }

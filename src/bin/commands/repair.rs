@@ -27,9 +27,15 @@ pub(crate) const PAGE: Page = Page {
          counted anew, to another device or file. The input is never changed; keep it until the \
          recovered pool has proved to be good.",
         "If the superblock or a root it names cannot be used, thin_repair searches all blocks for \
-         roots that can, and says which ones it chose. It also says which devices were lost, in \
-         whole or in part. When something is missing from the output the exit status is 4; it is \
-         0 only if the output is complete.",
+         roots that can, and says which ones it chose and which others there were. Trees that a \
+         readable space map says have been freed are not used: they bring deleted devices back \
+         and lead to blocks that may belong to others by now. If only such trees are left, nothing \
+         is written and the exit status is 5.",
+        "It also says which devices were lost, in whole or in part, with the ranges of their \
+         blocks. When something is missing from the output, or had to be guessed, the exit status \
+         is 4; it is 0 only if the output is complete. lvconvert --repair takes any status but 0 \
+         for a failure: in the case of 4, look at the report, and swap the metadata volumes by \
+         hand with lvconvert --thinpool POOL --poolmetadata NEWMETA.",
         "A superblock that is lost takes the transaction id, the data block size and the size of \
          the data device with it. Those values can be given as options. The data block size must \
          be the one the pool was made with: with another, every device shows the wrong data.",
@@ -127,6 +133,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         source: &source,
         overrides,
         observer: &session,
+        heard: Default::default(),
     };
     let restored = restore(&source, &*output, &session)?;
     let exit = if recovery.report.is_complete {
@@ -164,6 +171,9 @@ pub(crate) fn say_report(report: &RepairReport, session: &Session) {
     ));
     for candidate in &report.candidates {
         session.say(&format!("considered: {candidate}"));
+    }
+    if report.more_candidates > 0 {
+        session.say(&format!("considered: {} more", report.more_candidates));
     }
     for note in &report.notes {
         session.say(&format!("note: {note}"));

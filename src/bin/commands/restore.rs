@@ -99,6 +99,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         source: &source,
         overrides: (&args.overrides).into(),
         observer: &session,
+        heard: Default::default(),
     };
     restore(&source, &*output, &session)?;
     Ok(Exit::Ok)

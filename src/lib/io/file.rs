@@ -2,7 +2,7 @@
 
 use super::{AlignedBuffer, BlockEngine};
 use crate::units::{BLOCK_SIZE, MetadataBlock};
-use rustix::fs::{Advice, OFlags, fadvise};
+use rustix::fs::{Advice, FlockOperation, OFlags, fadvise};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::num::NonZeroU64;
@@ -60,6 +60,15 @@ impl FileEngine {
         } else {
             plain()?
         };
+        if flags.write && !flags.is_device {
+            // What O_EXCL is for devices: two of our own kind do not write to one file. Where locks are not known, nothing is lost.
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(e) if e == rustix::io::Errno::WOULDBLOCK => {
+                    return Err(io::ErrorKind::ResourceBusy.into());
+                }
+                _ => {}
+            }
+        }
         Self::from_file(file, flags.is_device)
     }
 

@@ -75,7 +75,7 @@ fn open_engine(path: &Path, role: &str, flags: Flags) -> Result<FileEngine> {
             return Error::with_source(
                 ErrorKind::Busy,
                 format!(
-                    "{role} {shown} is in use, most likely by an active pool: live metadata changes while it is read; \
+                    "{role} {shown} is in use, most likely by an active pool or another command that writes to it: live metadata changes while it is read; \
                      deactivate the pool first, or reserve a metadata snapshot and use -m where the command has it"
                 ),
                 e,

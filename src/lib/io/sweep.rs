@@ -55,15 +55,23 @@ pub fn sweep<S: Send>(
     }
     let states = Mutex::new(Vec::with_capacity(threads));
     std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                let state = work();
-                states
-                    .lock()
-                    .unwrap_or_else(std::sync::PoisonError::into_inner)
-                    .push(state);
-            });
+        let run = || {
+            let state = work();
+            states
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .push(state);
+        };
+        // Where no more threads can be had, those there are do the work, at the least this one.
+        for _ in 1..threads {
+            if std::thread::Builder::new()
+                .spawn_scoped(scope, run)
+                .is_err()
+            {
+                break;
+            }
         }
+        run();
     });
     states
         .into_inner()

@@ -70,8 +70,11 @@ pub trait BlockSink {
     /// Takes the contents (4096 bytes, not sealed) of an allocated block.
     fn write(&mut self, block: MetadataBlock, kind: BlockKind, contents: &[u8]) -> Result<()>;
 
-    /// The contents of a block written before; `None` from a sink that keeps nothing (a rehearsal).
-    fn read_back(&mut self, block: MetadataBlock) -> Result<Option<Vec<u8>>>;
+    /// Takes note of the contents of a leaf that may be read back, before it is written.
+    fn keep(&mut self, block: MetadataBlock, contents: &[u8]) -> Result<()>;
+
+    /// The contents of a leaf that was kept.
+    fn read_back(&mut self, block: MetadataBlock) -> Result<Vec<u8>>;
 
     /// References to metadata blocks; every allocated block has one until somebody says otherwise.
     fn counts(&mut self) -> &mut CountMap;
@@ -218,7 +221,7 @@ impl<V: Value> TreeBuilder<V> {
             return self.add_item(sink, trees, height, Item { key, block, shared });
         }
         if height == 0 {
-            for (key, value) in self.copy_leaf(sink, block, key, entries)? {
+            for (key, value) in self.copy_leaf(sink, block, entries)? {
                 self.push(sink, trees, key, value)?;
             }
             return Ok(());
@@ -391,6 +394,9 @@ impl<V: Value> TreeBuilder<V> {
         children: Vec<u32>,
     ) -> Result<()> {
         let block = sink.allocate()?;
+        if self.record && height == 0 {
+            sink.keep(block, contents)?;
+        }
         sink.write(block, BlockKind::Node, contents)?;
         let key = get_u64(contents, NODE_HEADER);
         let shared = self.record.then(|| {
@@ -424,7 +430,7 @@ impl<V: Value> TreeBuilder<V> {
         let node = node.ok_or_else(|| internal("a small node without a shared neighbour"))?;
         let node = trees.nodes[node as usize].clone();
         if height == 0 {
-            let entries = self.copy_leaf(sink, node.block, node.key, node.entries)?;
+            let entries = self.copy_leaf(sink, node.block, node.entries)?;
             self.entries.splice(..0, entries);
             return Ok(());
         }
@@ -438,24 +444,18 @@ impl<V: Value> TreeBuilder<V> {
         Ok(())
     }
 
-    /// The entries of a shared leaf. A rehearsal gets as many of no value: only their number matters to it.
+    /// The entries of a shared leaf.
     fn copy_leaf(
         &mut self,
         sink: &mut dyn BlockSink,
         block: MetadataBlock,
-        key: u64,
         entries: u16,
     ) -> Result<Vec<(u64, V)>> {
-        let entries = usize::from(entries);
-        let Some(contents) = sink.read_back(block)? else {
-            return Ok((0..entries)
-                .map(|i| (key.saturating_add(i as u64), V::default()))
-                .collect());
-        };
+        let contents = sink.read_back(block)?;
         let (keys, values) = contents[NODE_HEADER..].split_at(8 * Self::LEAF_MAX);
         let keys = keys.chunks_exact(8).map(|k| get_u64(k, 0));
         let values = values.chunks_exact(V::SIZE).map(V::unpack);
-        let copied: Vec<_> = keys.zip(values).take(entries).collect();
+        let copied: Vec<_> = keys.zip(values).take(usize::from(entries)).collect();
         self.copied.extend(copied.iter().map(|e| e.1));
         Ok(copied)
     }

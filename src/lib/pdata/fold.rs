@@ -8,13 +8,12 @@ use super::node::max_entries;
 use crate::units::MetadataBlock;
 use std::collections::HashSet;
 use std::fmt;
-use std::mem::{Discriminant, discriminant};
 
 /// What a parent needs to know of a subtree.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// Levels below this node: 0 for a leaf.
-    pub height: u8,
+    /// Levels below this node: 0 for a leaf; none if nothing below it can be read.
+    pub height: Option<u8>,
     /// Smallest key at or below; none when empty or unknown.
     pub first: Option<u64>,
     /// Largest key at or below.
@@ -23,6 +22,16 @@ pub struct Summary {
     pub entries: u64,
     /// Something at or below this node is damaged, so the rest of the summary covers only what is whole.
     pub damaged: bool,
+}
+
+impl Summary {
+    const DAMAGED: Self = Self {
+        height: None,
+        first: None,
+        last: None,
+        entries: 0,
+        damaged: true,
+    };
 }
 
 /// What can be wrong between whole nodes.
@@ -74,6 +83,20 @@ pub enum StructureFault {
     },
 }
 
+impl StructureFault {
+    /// The parent whose pointer to the node is at fault; none if the node itself is.
+    pub fn parent(&self) -> Option<MetadataBlock> {
+        match *self {
+            Self::ChildKeys { parent, .. }
+            | Self::Depth { parent, .. }
+            | Self::Cycle { parent }
+            | Self::Repeated { parent }
+            | Self::EmptyLeaf { parent } => Some(parent),
+            Self::UnderFull { .. } => None,
+        }
+    }
+}
+
 impl fmt::Display for StructureFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -115,9 +138,8 @@ impl fmt::Display for StructureFault {
 #[derive(Debug)]
 pub struct Structure {
     summaries: Vec<Option<Summary>>,
-    /// Everything wrong between nodes, with the block at fault; each kind once a block, however many parents see it.
+    /// Everything wrong between nodes, with the block at fault; once for each parent that sees it.
     pub faults: Vec<(MetadataBlock, StructureFault)>,
-    known: HashSet<(MetadataBlock, Discriminant<StructureFault>)>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -133,7 +155,6 @@ impl Structure {
         let mut structure = Self {
             summaries: vec![None; forest.nodes().len()],
             faults: Vec::new(),
-            known: HashSet::new(),
         };
         let mut visits = vec![Visit::Not; forest.nodes().len()];
         let mut stack: Vec<(usize, usize)> = Vec::new();
@@ -154,10 +175,10 @@ impl Structure {
                                 visits[child] = Visit::Open;
                                 stack.push((child, 0));
                             }
-                            Visit::Open => structure.note(
+                            Visit::Open => structure.faults.push((
                                 forest.nodes()[child].block,
                                 StructureFault::Cycle { parent: node.block },
-                            ),
+                            )),
                             Visit::Done => {}
                         }
                     }
@@ -176,101 +197,76 @@ impl Structure {
         self.summaries[forest.number(block)?]
     }
 
-    fn note(&mut self, block: MetadataBlock, fault: StructureFault) {
-        if self.known.insert((block, discriminant(&fault))) {
-            self.faults.push((block, fault));
-        }
-    }
-
     fn summarise(&mut self, forest: &Forest, tree: TreeKind, node: &NodeInfo) -> Summary {
-        let damaged = Summary {
-            damaged: true,
-            ..Summary::default()
-        };
-        if node.tree != tree {
-            return damaged;
-        }
         match node.shape {
-            Shape::Bad => damaged,
-            Shape::UnreadLeaf => Summary::default(),
+            _ if node.tree != tree => Summary::DAMAGED,
+            Shape::Bad => Summary::DAMAGED,
+            Shape::UnreadLeaf => Summary {
+                height: Some(0),
+                ..Summary::default()
+            },
             Shape::Leaf {
                 first,
                 last,
                 entries,
             } => Summary {
-                height: 0,
+                height: Some(0),
                 first: (entries > 0).then_some(first),
                 last: (entries > 0).then_some(last),
                 entries: u64::from(entries),
                 damaged: false,
             },
-            Shape::Internal { .. } => {
-                let mut sum = Summary::default();
-                let mut height = None;
-                let mut unread = HashSet::new();
-                let edges = forest.edges(node);
-                for (i, edge) in edges.iter().enumerate() {
-                    let child = forest.child(edge).and_then(|block| forest.number(block));
-                    // A child that is still open is an ancestor: the cycle is on record.
-                    let Some((number, below)) =
-                        child.and_then(|number| Some((number, self.summaries[number]?)))
-                    else {
-                        sum.damaged = true;
-                        continue;
-                    };
-                    let child = &forest.nodes()[number];
-                    sum.entries = sum.entries.saturating_add(below.entries);
-                    sum.damaged |= below.damaged;
-                    if child.tree != tree || child.shape == Shape::Bad {
-                        continue;
-                    }
-                    let expected = *height.get_or_insert(below.height);
-                    let high = edges.get(i + 1).map(|e| e.key);
-                    let mut fault = |fault| {
-                        self.note(child.block, fault);
-                        sum.damaged = true;
-                    };
-                    if below.height != expected {
-                        fault(StructureFault::Depth {
-                            parent: node.block,
-                            found: below.height,
-                            expected,
-                        });
-                    }
-                    if child.shape == Shape::UnreadLeaf {
-                        // Its keys are not known, but where they begin is.
-                        if !unread.insert(number) {
-                            fault(StructureFault::Repeated { parent: node.block });
-                        }
-                        sum.first = sum.first.or(Some(edge.key));
-                        sum.last = Some(edge.key);
-                        continue;
-                    }
-                    match (below.first, below.last) {
-                        (Some(first), Some(last)) => {
-                            if first < edge.key || high.is_some_and(|high| last >= high) {
-                                fault(StructureFault::ChildKeys {
-                                    parent: node.block,
-                                    low: edge.key,
-                                    high,
-                                    first,
-                                    last,
-                                });
-                            }
-                            sum.first = sum.first.or(Some(first));
-                            sum.last = Some(last);
-                        }
-                        _ if matches!(child.shape, Shape::Leaf { .. }) => {
-                            fault(StructureFault::EmptyLeaf { parent: node.block });
-                        }
-                        _ => {}
-                    }
-                    self.note_under_full(tree, child);
-                }
-                sum.height = height.map_or(0, |h| h.saturating_add(1));
-                sum
-            }
+            Shape::Internal { .. } => self.summarise_inner(forest, tree, node),
         }
+    }
+
+    /// Sums up the children of an inner node. What a faulty child holds is not part of the sum.
+    fn summarise_inner(&mut self, forest: &Forest, tree: TreeKind, node: &NodeInfo) -> Summary {
+        let mut sum = Summary::default();
+        let mut seen = HashSet::new();
+        let edges = forest.edges(node);
+        let below = |structure: &Self, i: usize| {
+            let number = forest
+                .child(&edges[i])
+                .and_then(|block| forest.number(block))?;
+            // A child without a summary is still open, so an ancestor: the cycle is on record.
+            Some((number, structure.summaries[number]?))
+        };
+        let heights = (0..edges.len()).filter_map(|i| below(self, i)?.1.height);
+        let expected = most_common(heights);
+        for (i, edge) in edges.iter().enumerate() {
+            let Some((number, mut below)) = below(self, i) else {
+                sum.damaged = true;
+                continue;
+            };
+            let child = &forest.nodes()[number];
+            if child.shape == Shape::UnreadLeaf {
+                // Its keys are not known, but where they begin is.
+                (below.first, below.last) = (Some(edge.key), Some(edge.key));
+            }
+            let place = Place {
+                parent: node.block,
+                low: edge.key,
+                high: edges.get(i + 1).map(|e| e.key),
+                expected,
+                is_first: seen.insert(number),
+            };
+            sum.damaged |= below.damaged;
+            if child.tree != tree || child.shape == Shape::Bad {
+                continue;
+            }
+            if let Some(fault) = place.judge(child, &below) {
+                self.faults.push((child.block, fault));
+                sum.damaged = true;
+                continue;
+            }
+            sum.entries = sum.entries.saturating_add(below.entries);
+            sum.first = sum.first.or(below.first);
+            sum.last = below.last.or(sum.last);
+            self.note_under_full(tree, child);
+        }
+        sum.height = expected.map(|h| h.saturating_add(1));
+        sum
     }
 
     fn note_under_full(&mut self, tree: TreeKind, node: &NodeInfo) {
@@ -281,7 +277,61 @@ impl Structure {
         };
         let min = (capacity / 3) as u16;
         if entries < min {
-            self.note(node.block, StructureFault::UnderFull { entries, min });
+            self.faults
+                .push((node.block, StructureFault::UnderFull { entries, min }));
         }
     }
+}
+
+/// What a parent expects of one of its children.
+struct Place {
+    parent: MetadataBlock,
+    low: u64,
+    high: Option<u64>,
+    expected: Option<u8>,
+    /// The parent has not pointed to this child before.
+    is_first: bool,
+}
+
+impl Place {
+    fn judge(&self, child: &NodeInfo, below: &Summary) -> Option<StructureFault> {
+        let parent = self.parent;
+        if !self.is_first {
+            return Some(StructureFault::Repeated { parent });
+        }
+        if let (Some(found), Some(expected)) = (below.height, self.expected)
+            && found != expected
+        {
+            return Some(StructureFault::Depth {
+                parent,
+                found,
+                expected,
+            });
+        }
+        match (below.first, below.last) {
+            (Some(first), Some(last))
+                if first < self.low || self.high.is_some_and(|high| last >= high) =>
+            {
+                Some(StructureFault::ChildKeys {
+                    parent,
+                    low: self.low,
+                    high: self.high,
+                    first,
+                    last,
+                })
+            }
+            (None, _) if matches!(child.shape, Shape::Leaf { .. }) => {
+                Some(StructureFault::EmptyLeaf { parent })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The height that most children have: one that differs is at fault, whichever of them comes first.
+fn most_common(heights: impl Iterator<Item = u8>) -> Option<u8> {
+    let mut counts = [0_u32; 256];
+    heights.for_each(|h| counts[usize::from(h)] += 1);
+    let (height, count) = (0..=u8::MAX).zip(counts).max_by_key(|(_, count)| *count)?;
+    (count > 0).then_some(height)
 }

@@ -227,6 +227,20 @@ impl Forest {
         number.checked_sub(1).map(|n| n as usize)
     }
 
+    /// Takes the pointers from `parent` to `child` out; others may still lead to it.
+    pub fn cut(&mut self, parent: MetadataBlock, child: MetadataBlock) {
+        let Some(Shape::Internal { start, entries }) =
+            self.number(parent).map(|n| self.nodes[n].shape)
+        else {
+            return;
+        };
+        for edge in &mut self.edges[start as usize..][..usize::from(entries)] {
+            if u64::from(edge.child) == child.0 {
+                edge.child = NOWHERE;
+            }
+        }
+    }
+
     /// Takes the node at `block` out: it counts as damaged from here on.
     pub fn exclude(&mut self, block: MetadataBlock) {
         if let Some(number) = self.number(block) {
@@ -330,7 +344,8 @@ impl Forest {
         }
         // Children that are read only if their eldest sibling turns out to be an inner node: (eldest, the rest).
         let mut waiting: Vec<(u64, Range<u32>)> = Vec::new();
-        while !level.is_empty() {
+        // Siblings may wait for an eldest that an earlier walk or a shallower tree has read: then there is nothing to read.
+        while !level.is_empty() || !waiting.is_empty() {
             observer.check_cancelled()?;
             level.sort_unstable();
             let found = sweep(

@@ -6,6 +6,8 @@ use crate::checksum::{self, BlockKind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{AlignedBuffer, BlockEngine};
 use crate::units::{BLOCK_SIZE, MetadataBlock};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 /// Blocks gathered before they are written: 1 MiB.
 const RUN: usize = 256;
@@ -19,6 +21,8 @@ pub struct MetadataWriter<'a> {
     run: AlignedBuffer,
     run_start: u64,
     run_blocks: usize,
+    /// What a rehearsal keeps, in an unlinked temporary file: block after block.
+    kept: Option<File>,
 }
 
 impl std::fmt::Debug for MetadataWriter<'_> {
@@ -43,6 +47,7 @@ impl<'a> MetadataWriter<'a> {
             run: AlignedBuffer::new(RUN),
             run_start: 0,
             run_blocks: 0,
+            kept: None,
         }
     }
 
@@ -72,6 +77,13 @@ impl<'a> MetadataWriter<'a> {
                 )
             })
     }
+}
+
+fn cannot_keep(e: std::io::Error) -> Error {
+    Error::io(
+        "cannot keep shared mappings in a temporary file; set TMPDIR to a folder with room",
+        e,
+    )
 }
 
 impl BlockSink for MetadataWriter<'_> {
@@ -109,16 +121,34 @@ impl BlockSink for MetadataWriter<'_> {
         Ok(())
     }
 
-    fn read_back(&mut self, block: MetadataBlock) -> Result<Option<Vec<u8>>> {
-        let Some(engine) = self.engine else {
-            return Ok(None);
+    fn keep(&mut self, block: MetadataBlock, contents: &[u8]) -> Result<()> {
+        if self.engine.is_some() {
+            return Ok(());
+        }
+        let file = match self.kept.take() {
+            Some(file) => file,
+            None => tempfile::tempfile().map_err(cannot_keep)?,
         };
-        self.flush()?;
+        file.write_all_at(contents, block.0 * BLOCK_SIZE as u64)
+            .map_err(cannot_keep)?;
+        self.kept = Some(file);
+        Ok(())
+    }
+
+    fn read_back(&mut self, block: MetadataBlock) -> Result<Vec<u8>> {
         let mut buffer = AlignedBuffer::new(1);
-        engine
-            .read(block, buffer.blocks_mut(1))
-            .map_err(|e| Error::io(format!("cannot read back metadata block {block}"), e))?;
-        Ok(Some(buffer.blocks(1).to_vec()))
+        let read = match (self.engine, &self.kept) {
+            (Some(engine), _) => {
+                self.flush()?;
+                engine.read(block, buffer.blocks_mut(1))
+            }
+            (None, Some(file)) => {
+                file.read_exact_at(buffer.blocks_mut(1), block.0 * BLOCK_SIZE as u64)
+            }
+            (None, None) => Err(std::io::ErrorKind::NotFound.into()),
+        };
+        read.map_err(|e| Error::io(format!("cannot read back metadata block {block}"), e))?;
+        Ok(buffer.blocks(1).to_vec())
     }
 
     fn counts(&mut self) -> &mut CountMap {

@@ -7,4 +7,6 @@ mod superblock;
 pub use block_time::BlockTime;
 pub use device_detail::DeviceDetail;
 pub(crate) use superblock::read_block;
-pub use superblock::{Fields, NEEDS_CHECK, SUPERBLOCK, Superblock, SuperblockFault, VERSION};
+pub use superblock::{
+    Fields, MARKER, NEEDS_CHECK, SUPERBLOCK, Superblock, SuperblockFault, VERSION,
+};

@@ -20,6 +20,9 @@ pub const SUPERBLOCK: MetadataBlock = MetadataBlock(0);
 pub const VERSION: u32 = 2;
 /// The flag that an aborted transaction leaves behind.
 pub const NEEDS_CHECK: u32 = 1;
+/// What block 0 holds while a device is being written. Not zeros: of those the kernel would make a new, empty pool.
+pub const MARKER: &[u8] =
+    b"thintools: writing metadata to this device has not finished; run the command again\n";
 const METADATA_BLOCK_SECTORS: u32 = 8;
 
 /// The fields of a superblock, not judged.
@@ -190,6 +193,8 @@ impl Fields {
 /// Something wrong or unusual about a superblock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SuperblockFault {
+    /// [`MARKER`] stands in its place: a restore or repair to this device did not finish.
+    Unfinished,
     /// Checksum or place.
     Seal(SealFault),
     /// Not the number that thin metadata begins with.
@@ -240,7 +245,11 @@ impl SuperblockFault {
     pub fn forbids_reading(&self) -> bool {
         matches!(
             self,
-            Self::Seal(_) | Self::Magic(_) | Self::IncompatFlags(_) | Self::TooLarge { .. }
+            Self::Unfinished
+                | Self::Seal(_)
+                | Self::Magic(_)
+                | Self::IncompatFlags(_)
+                | Self::TooLarge { .. }
         )
     }
 }
@@ -248,6 +257,7 @@ impl SuperblockFault {
 impl fmt::Display for SuperblockFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
+            Self::Unfinished => f.write_str("writing metadata to this device has not finished"),
             Self::Seal(fault) => fault.fmt(f),
             Self::Magic(magic) => write!(f, "the magic is {magic}, thin metadata has {MAGIC}"),
             Self::IncompatFlags(bits) => write!(f, "unknown incompatible feature bits {bits:#x}"),
@@ -317,6 +327,9 @@ impl Superblock {
         location: MetadataBlock,
         device_blocks: u64,
     ) -> (Option<Self>, Vec<SuperblockFault>) {
+        if block.starts_with(MARKER) {
+            return (None, vec![SuperblockFault::Unfinished]);
+        }
         if let Err(fault) = checksum::verify(block, BlockKind::Superblock, location) {
             return (None, vec![SuperblockFault::Seal(fault)]);
         }
@@ -341,7 +354,9 @@ impl Superblock {
         superblock.ok_or_else(|| {
             let fault = faults.iter().find(|f| f.forbids_reading());
             let fault = fault.map_or_else(String::new, ToString::to_string);
-            let next = if location == SUPERBLOCK {
+            let next = if faults.contains(&SuperblockFault::Unfinished) {
+                "; run the thin_restore or thin_repair that was to fill it again"
+            } else if location == SUPERBLOCK {
                 "; thin_check says what the kernel would do, thin_repair can rebuild it on another device"
             } else {
                 ""

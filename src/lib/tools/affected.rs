@@ -38,7 +38,8 @@ const BUDGET: u64 = 4_000_000;
 /// The ranges per damaged block, and whether some were left out.
 pub(super) type Ranges = HashMap<MetadataBlock, (Vec<Affected>, bool)>;
 
-/// Follows the trees at `roots` to the `damaged` blocks. Keys of a tree without a device are device ids themselves.
+/// Follows the trees at `roots` to the `damaged` blocks, and to pointers that lead nowhere, whose ranges stand under the block
+/// that holds them. Keys of a tree without a device are device ids themselves.
 pub(super) fn affected(
     forest: &Forest,
     roots: &[(Option<ThinId>, MetadataBlock)],
@@ -61,14 +62,9 @@ pub(super) fn affected(
         let mut entered = Some((root, 0, None));
         while budget > 0 {
             if let Some((number, begin, end)) = entered.take() {
-                let block = forest.nodes()[number].block;
-                if damaged.contains(&block) {
-                    let (list, more) = ranges.entry(block).or_default();
-                    if list.len() < MOST {
-                        list.push(Affected { device, begin, end });
-                    } else {
-                        *more = true;
-                    }
+                let node = &forest.nodes()[number];
+                if damaged.contains(&node.block) && !has_hole(forest, number) {
+                    add(&mut ranges, node.block, Affected { device, begin, end });
                 }
                 on_path[number] = true;
                 path.push((number, 0, begin, end));
@@ -86,6 +82,10 @@ pub(super) fn affected(
             let begin = if *next == 0 { *begin } else { edge.key };
             *next += 1;
             let end = edges.get(*next).map_or(*end, |e| Some(e.key));
+            let block = forest.nodes()[*number].block;
+            if forest.child(edge).is_none() {
+                add(&mut ranges, block, Affected { device, begin, end });
+            }
             let child = forest.child(edge).and_then(|b| forest.number(b));
             if let Some(child) = child.filter(|&c| leads[c] && !on_path[c]) {
                 entered = Some((child, begin, end));
@@ -103,12 +103,28 @@ pub(super) fn affected(
     ranges
 }
 
-/// Which nodes have a damaged block at or below them.
+fn add(ranges: &mut Ranges, block: MetadataBlock, range: Affected) {
+    let (list, more) = ranges.entry(block).or_default();
+    if list.len() < MOST {
+        list.push(range);
+    } else {
+        *more = true;
+    }
+}
+
+/// True for an inner node with a pointer that leads nowhere.
+fn has_hole(forest: &Forest, number: usize) -> bool {
+    let edges = forest.edges(&forest.nodes()[number]);
+    edges.iter().any(|e| forest.child(e).is_none())
+}
+
+/// Which nodes have a damaged block, or a pointer to nowhere, at or below them.
 fn leads_to(forest: &Forest, roots: &[usize], damaged: &HashSet<MetadataBlock>) -> Vec<bool> {
     let mut leads = vec![false; forest.nodes().len()];
     for number in forest.children_first(roots) {
         let node = &forest.nodes()[number];
         leads[number] = damaged.contains(&node.block)
+            || has_hole(forest, number)
             || forest
                 .edges(node)
                 .iter()

@@ -11,7 +11,7 @@ use crate::pdata::{
 };
 use crate::thin::{BlockTime, DeviceDetail, SUPERBLOCK, Superblock};
 use crate::units::{DataBlock, MetadataBlock, ThinBlock, ThinId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// Leaves that are read and decoded together: at most 2 MiB of runs.
 const LEAVES_AT_ONCE: usize = 256;
@@ -218,7 +218,7 @@ enum Step {
     Define(MetadataBlock),
     EndDefine,
     Device(Device),
-    EndDevice,
+    EndDevice(Device, MetadataBlock),
     Reference(MetadataBlock),
     Leaf(MetadataBlock),
 }
@@ -247,11 +247,15 @@ impl Source for MetadataSource<'_> {
         let mut teller = Teller {
             engine: self.engine,
             observer: self.observer,
+            pool: &self.trees.pool,
             sink,
             steps: Vec::new(),
             leaves: 0,
             runs: Vec::new(),
             limit: self.recovered.map(|_| self.trees.pool.nr_data_blocks),
+            defined: HashMap::new(),
+            open: None,
+            told: 0,
         };
         let is_shared = |leaf| !self.selection.no_shared && sharing.is_shared(leaf);
         let block = |leaf: usize| forest.nodes()[leaf].block;
@@ -268,7 +272,9 @@ impl Source for MetadataSource<'_> {
             }
             teller.step(Step::EndDefine)?;
         }
-        for (device, root) in selected {
+        let total = selected.len() as u64;
+        for (done, (device, root)) in (0..).zip(selected) {
+            self.observer.progress("devices", done, total);
             teller.step(Step::Device(device))?;
             for leaf in forest
                 .number(root)
@@ -281,7 +287,7 @@ impl Source for MetadataSource<'_> {
                     teller.step(Step::Reference(block(leaf)))?;
                 }
             }
-            teller.step(Step::EndDevice)?;
+            teller.step(Step::EndDevice(device, root))?;
         }
         teller.play()?;
         sink.end()
@@ -348,6 +354,7 @@ impl MetadataSource<'_> {
 struct Teller<'a> {
     engine: &'a dyn BlockEngine,
     observer: &'a dyn Observer,
+    pool: &'a PoolInfo,
     sink: &'a mut dyn Sink,
     steps: Vec<Step>,
     leaves: usize,
@@ -355,6 +362,12 @@ struct Teller<'a> {
     runs: Vec<Run>,
     /// Leave out mappings to this data block and those after it.
     limit: Option<u64>,
+    /// Mappings of each definition told.
+    defined: HashMap<MetadataBlock, u64>,
+    /// The definition that is being told.
+    open: Option<MetadataBlock>,
+    /// Mappings told of the open definition or device.
+    told: u64,
 }
 
 impl Teller<'_> {
@@ -378,22 +391,36 @@ impl Teller<'_> {
                     let at = leaves.binary_search_by_key(&block, |l| l.0);
                     let runs = at.map_or(&[][..], |i| &leaves[i].1);
                     match self.limit {
-                        None => self.add_runs(block, runs)?,
+                        None => {
+                            self.judge_runs(block, runs)?;
+                            self.add_runs(block, runs)?;
+                        }
                         Some(limit) => self.add_runs(block, &within(runs, limit))?,
                     }
                 }
-                Step::Define(block) => self.sink.define(&block.to_string())?,
+                Step::Define(block) => {
+                    (self.open, self.told) = (Some(block), 0);
+                    self.sink.define(&block.to_string())?;
+                }
                 Step::EndDefine => {
                     self.tell_runs(0)?;
+                    if let Some(block) = self.open.take() {
+                        self.defined.insert(block, self.told);
+                    }
                     self.sink.end_define()?;
                 }
-                Step::Device(device) => self.sink.device(&device)?,
-                Step::EndDevice => {
+                Step::Device(device) => {
+                    self.told = 0;
+                    self.sink.device(&device)?;
+                }
+                Step::EndDevice(device, root) => {
                     self.tell_runs(0)?;
+                    self.judge_told(&device, root)?;
                     self.sink.end_device()?;
                 }
                 Step::Reference(block) => {
                     self.tell_runs(0)?;
+                    self.told += self.defined.get(&block).copied().unwrap_or(0);
                     self.sink.reference(&block.to_string())?;
                 }
             }
@@ -405,10 +432,51 @@ impl Teller<'_> {
     fn tell_runs(&mut self, keep: usize) -> Result<()> {
         let told = self.runs.len().saturating_sub(keep);
         if told > 0 {
+            self.told += self.runs[..told].iter().map(|r| r.length).sum::<u64>();
             self.sink.mappings(&self.runs[..told])?;
             self.runs.drain(..told);
         }
         Ok(())
+    }
+
+    /// Mappings that the pool cannot have are an error: no restore would take them.
+    fn judge_runs(&self, block: MetadataBlock, runs: &[Run]) -> Result<()> {
+        let PoolInfo {
+            time,
+            nr_data_blocks,
+            ..
+        } = *self.pool;
+        let past_end = |r: &&Run| {
+            r.data_begin.0 >= nr_data_blocks || r.length > nr_data_blocks - r.data_begin.0
+        };
+        if let Some(run) = runs.iter().find(past_end) {
+            let what = format!(
+                "virtual block {} is mapped to data block {}, past the last of {nr_data_blocks}",
+                run.thin_begin, run.data_begin
+            );
+            return Err(damaged(TreeKind::Mappings, block, &what));
+        }
+        if let Some(run) = runs.iter().find(|r| r.time > time) {
+            let what = format!(
+                "virtual block {} was mapped at time {}, later than the snapshot clock {time}",
+                run.thin_begin, run.time
+            );
+            return Err(damaged(TreeKind::Mappings, block, &what));
+        }
+        Ok(())
+    }
+
+    /// A device told with another number of mappings than its details have is an error: nobody should keep such a dump. A
+    /// repair has said before what is missing.
+    fn judge_told(&self, device: &Device, root: MetadataBlock) -> Result<()> {
+        if self.limit.is_some() || self.told == device.mapped_blocks {
+            return Ok(());
+        }
+        let what = format!(
+            "device {} has {} mappings, its details say {}",
+            device.dev_id, self.told, device.mapped_blocks
+        );
+        Err(damaged(TreeKind::Mappings, root, &what))
     }
 
     fn add_runs(&mut self, block: MetadataBlock, mut runs: &[Run]) -> Result<()> {

@@ -15,7 +15,7 @@ mod xml;
 pub use affected::Affected;
 pub use metadata_source::{MetadataSource, Selection, Trees, held_root};
 pub use overrides::{Overridden, Overrides};
-pub use restore::{MARKER, Restored, restore};
+pub use restore::{Restored, restore};
 pub use restorer::Restorer;
 pub use text::TextSink;
 pub use xml::XmlSource;

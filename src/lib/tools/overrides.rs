@@ -2,7 +2,8 @@
 
 use super::event::{Device, PoolInfo, Run, Sink, Source};
 use crate::error::Result;
-use crate::observer::Observer;
+use crate::observer::{Observer, Silent};
+use std::cell::Cell;
 
 /// What to put in place. As with the other tools of this name, the transaction id and the number of data blocks are only
 /// ever raised: lowering them makes LVM refuse the pool, or cuts mappings off.
@@ -48,6 +49,8 @@ pub struct Overridden<'a> {
     pub overrides: Overrides,
     /// Hears of values that were not lowered.
     pub observer: &'a dyn Observer,
+    /// The observer has heard of them: a source is told more than once.
+    pub heard: Cell<bool>,
 }
 
 impl std::fmt::Debug for Overridden<'_> {
@@ -69,8 +72,12 @@ struct Overriding<'a> {
 
 impl Sink for Overriding<'_> {
     fn pool(&mut self, pool: &PoolInfo) -> Result<()> {
-        self.to
-            .pool(&self.by.overrides.apply(pool, self.by.observer))
+        let observer: &dyn Observer = if self.by.heard.replace(true) {
+            &Silent
+        } else {
+            self.by.observer
+        };
+        self.to.pool(&self.by.overrides.apply(pool, observer))
     }
 
     fn define(&mut self, name: &str) -> Result<()> {

@@ -6,12 +6,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::{AlignedBuffer, BlockEngine};
 use crate::observer::{Observer, Silent};
 use crate::pdata::nr_bitmaps;
-use crate::thin::SUPERBLOCK;
+use crate::thin::{MARKER, SUPERBLOCK};
 use crate::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS};
-
-/// What block 0 holds while a device is being written. Not zeros: of those the kernel would make a new, empty pool.
-pub const MARKER: &[u8] =
-    b"thintools: writing metadata to this device has not finished; run the command again\n";
 
 /// What was written.
 #[derive(Clone, Copy, Debug)]
@@ -38,7 +34,6 @@ pub fn restore(
     observer: &dyn Observer,
 ) -> Result<Restored> {
     let nr_blocks = output.nr_blocks().min(MAX_METADATA_BLOCKS);
-    observer.progress("checking the source", 0, 1);
     if let Err(e) = rehearse(source, nr_blocks, observer) {
         return Err(if e.kind() == ErrorKind::OutputTooSmall {
             tell_size(source, output.nr_blocks(), e)
@@ -55,7 +50,6 @@ pub fn restore(
             .map_err(|e| Error::io("cannot write block 0 of the output", e))
     };
     write_zero(&marker)?;
-    observer.progress("writing", 0, 1);
     // What the rehearsal warned of need not be said again.
     let quiet = Quiet(observer);
     let mut restorer = Restorer::new(Some(output), nr_blocks, &quiet);

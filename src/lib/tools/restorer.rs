@@ -151,7 +151,8 @@ impl<'a> Restorer<'a> {
             }
             if references == 0 {
                 self.writer.counts().remove_one(block.0);
-                if is_leaf && let Some(contents) = self.writer.read_back(block)? {
+                if is_leaf {
+                    let contents = self.writer.read_back(block)?;
                     let entries = get_u32(&contents, 16) as usize;
                     for i in 0..entries {
                         let value = get_u64(&contents, NODE_HEADER + 8 * (max_entries(8) + i));
@@ -292,9 +293,12 @@ fn judge_time(index: usize, attribute: &'static str, time: u32, clock: u32) -> R
     Ok(())
 }
 
-/// The uuid field for a dumped text: its first 16 bytes.
-fn uuid_bytes(text: &str) -> [u8; 16] {
-    let mut bytes = [0; 16];
+/// Bytes of the uuid field.
+const UUID_BYTES: usize = 16;
+
+/// The uuid field for a dumped text.
+fn uuid_bytes(text: &str) -> [u8; UUID_BYTES] {
+    let mut bytes = [0; UUID_BYTES];
     for (to, from) in bytes.iter_mut().zip(text.bytes()) {
         *to = from;
     }
@@ -317,6 +321,13 @@ impl Sink for Restorer<'_> {
             ));
         }
         judge_time(0, "time", pool.time, MAX_TIME)?;
+        if pool.uuid.len() > UUID_BYTES {
+            return Err(Error::event(
+                0,
+                "uuid",
+                format!("uuid {:?} is longer than {UUID_BYTES} bytes", pool.uuid),
+            ));
+        }
         let nr_blocks = self.writer.nr_blocks();
         let bitmaps = nr_bitmaps(pool.nr_data_blocks);
         if bitmaps >= nr_blocks {

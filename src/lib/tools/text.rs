@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use rayon::prelude::*;
 use serde_json::json;
 use std::io::Write;
+use std::sync::OnceLock;
 
 /// Runs formatted by one core at a time.
 const PARALLEL: usize = 4096;
@@ -72,6 +73,12 @@ impl<'a> TextSink<'a> {
     }
 }
 
+/// False when rayon's threads cannot be started; text is then formatted by the calling thread.
+fn has_threads() -> bool {
+    static STARTED: OnceLock<bool> = OnceLock::new();
+    *STARTED.get_or_init(|| rayon::ThreadPoolBuilder::new().build_global().is_ok())
+}
+
 impl Sink for TextSink<'_> {
     fn pool(&mut self, pool: &PoolInfo) -> Result<()> {
         self.format.pool(&mut self.pending, pool);
@@ -100,7 +107,7 @@ impl Sink for TextSink<'_> {
     }
 
     fn mappings(&mut self, runs: &[Run]) -> Result<()> {
-        if runs.len() < 2 * PARALLEL {
+        if runs.len() < 2 * PARALLEL || !has_threads() {
             for run in runs {
                 self.format.run(&mut self.pending, run);
             }

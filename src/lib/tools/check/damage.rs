@@ -81,6 +81,7 @@ macro_rules! codes {
 
 codes! {
     SuperblockZeroed = ("superblock-zeroed", Fatal, Formats, "block 0 is all zeros");
+    SuperblockUnfinished = ("superblock-unfinished", Fatal, Refuses, "a restore or repair to this device did not finish");
     SuperblockSeal = ("superblock-checksum", Fatal, Refuses, "block 0 has a wrong checksum, or is no superblock");
     SuperblockLocation = ("superblock-location", Fatal, Refuses, "block 0 says that it is another block");
     SuperblockMagic = ("superblock-magic", Fatal, Refuses, "the checksum is right but this is no thin metadata");

@@ -214,6 +214,7 @@ fn metadata_full(superblock: &Superblock) -> Option<Damage> {
 fn superblock_damage(fault: &SuperblockFault) -> Damage {
     use SuperblockFault as F;
     let code = match fault {
+        F::Unfinished => Code::SuperblockUnfinished,
         F::Seal(SealFault::Zeroed) => Code::SuperblockZeroed,
         F::Seal(SealFault::Location { .. }) => Code::SuperblockLocation,
         F::Seal(_) => Code::SuperblockSeal,

@@ -305,6 +305,8 @@ struct Sighting {
     allocated: Option<u64>,
     /// It holds exactly the right counts.
     is_right: bool,
+    /// It, its index entry or its counts of 3 and more must be written anew.
+    is_wrong: bool,
     damages: Vec<Damage>,
 }
 
@@ -322,6 +324,7 @@ fn judge_bitmap(
         number,
         allocated: None,
         is_right: false,
+        is_wrong: false,
         damages: Vec::new(),
     };
     let fault = match &data {
@@ -369,7 +372,7 @@ fn judge_bitmap(
     }
     let in_range = |many: &[OverflowEntry]| -> Vec<OverflowEntry> {
         let first = many.partition_point(|e| e.0 < base);
-        let past = many.partition_point(|e| e.0 < base + ENTRIES_PER_BITMAP);
+        let past = many.partition_point(|e| e.0 < base.saturating_add(ENTRIES_PER_BITMAP));
         many[first..past].to_vec()
     };
     let stored_many = index.many.as_deref().map(in_range);
@@ -393,6 +396,7 @@ fn judge_bitmap(
             .damages
             .extend(count_damages(which, number, block, &differences));
     }
+    sighting.is_wrong = !sighting.damages.is_empty();
     sighting.allocated = Some(ENTRIES_PER_BITMAP - u64::from(nr_free) - tail);
     sighting
 }
@@ -476,45 +480,24 @@ pub(super) fn compare(
         }
         return Ok(None);
     };
-    let judged =
-        |index: Index, counts, seen: &[Sighting], nr_allocated, codes: &[Code], which: Which| {
-            let of_map =
-                |d: &Damage| codes.contains(&d.code) && d.message.starts_with(which.name());
-            Judged {
-                index,
-                counts,
-                right: seen
-                    .iter()
-                    .filter(|s| s.is_right)
-                    .map(|s| s.number)
-                    .collect(),
-                nr_allocated,
-                is_wrong: checker.damages.iter().any(of_map),
-            }
-        };
-    const REWRITES: &[Code] = &[
-        Code::DataLeak,
-        Code::MetadataLeak,
-        Code::IndexFreeCount,
-        Code::IndexFreeHint,
-        Code::BitmapTail,
-    ];
+    let judged = |index: Index, counts, seen: &[Sighting], nr_allocated| Judged {
+        index,
+        counts,
+        right: seen
+            .iter()
+            .filter(|s| s.is_right)
+            .map(|s| s.number)
+            .collect(),
+        nr_allocated,
+        is_wrong: seen.iter().any(|s| s.is_wrong),
+    };
     Ok(Some(Counted {
-        data: judged(
-            indexes.data,
-            data_counts,
-            &data_seen,
-            data_allocated,
-            REWRITES,
-            Which::Data,
-        ),
+        data: judged(indexes.data, data_counts, &data_seen, data_allocated),
         metadata: judged(
             indexes.metadata,
             metadata_counts,
             &metadata_seen,
             metadata_allocated,
-            REWRITES,
-            Which::Metadata,
         ),
         data_nodes: checker.nodes_of(&[TreeKind::DataIndex, TreeKind::DataCounts]),
         metadata_nodes: checker.nodes_of(&[TreeKind::MetadataCounts]),

@@ -302,8 +302,13 @@ impl Checker<'_> {
         let mut mappings = None;
         for &tree in kinds {
             let structure = Structure::of(&self.forest, tree, &self.roots(pools, tree));
+            // Five hundred parents may see the same fault of one node.
+            let mut known = HashSet::new();
             for &(block, fault) in &structure.faults {
-                found.push((tree, structure_damage(block, tree, &fault)));
+                let damage = structure_damage(block, tree, &fault);
+                if known.insert((block, damage.code)) {
+                    found.push((tree, damage));
+                }
             }
             if tree == TreeKind::Mappings {
                 mappings = Some(structure);

@@ -109,6 +109,9 @@ fn next_step(severity: Option<Severity>, damages: &[Damage]) -> &'static str {
         _ if has(Code::DeviceTooSmall) => {
             "give the metadata device its full size back; if that is not possible, thin_repair -i DEV -o NEWDEV"
         }
+        _ if has(Code::SuperblockUnfinished) => {
+            "run the thin_restore or thin_repair that was to fill this device again"
+        }
         Some(Severity::Fatal) => {
             "deactivate the pool and run thin_repair -i DEV -o NEWDEV, then thin_check NEWDEV"
         }

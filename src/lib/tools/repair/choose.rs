@@ -14,6 +14,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 /// A candidate's root with all its entries.
 type DetailsTree = (MetadataBlock, BTreeMap<u64, DeviceDetail>);
 
+/// Candidates that a report lists.
+const MOST_CANDIDATES: usize = 16;
+
 /// The devices that a repair starts from.
 #[derive(Debug, Default)]
 pub(super) struct Chosen {
@@ -23,6 +26,8 @@ pub(super) struct Chosen {
     pub(super) top_nodes: Vec<MetadataBlock>,
     /// Details of each device, as far as they are left.
     pub(super) details: BTreeMap<u64, DeviceDetail>,
+    /// The superblock names the details, or a space map has them in use.
+    pub(super) details_are_current: bool,
     /// A metadata snapshot's superblock, which has the block size when block 0 is lost.
     pub(super) copy: Option<Fields>,
 }
@@ -125,6 +130,22 @@ pub(super) fn choose(
             search.pairs(given, details.as_ref().map(|d| d.0), wanted.as_deref())?;
         order_generations(&mut candidates, engine.nr_blocks());
         candidates.sort_by_key(|c| std::cmp::Reverse(rank(c)));
+        let equals = candidates
+            .iter()
+            .filter(|c| hard_evidence(c) == hard_evidence(&candidates[0]))
+            .count();
+        if top.is_none() && equals > 1 {
+            report.notes.push(format!(
+                "{equals} pairs of roots are alike in use, time and transaction; which is the latest was judged by where the kernel \
+                 put them, and may be wrong: compare the devices with what LVM knows"
+            ));
+        }
+        let details_known = details.as_ref().is_some_and(|d| !d.1.entries.is_empty());
+        // An empty leaf is an empty pool only if nothing else speaks of devices.
+        let others = details_known || candidates.iter().any(|c| c.devices > 0);
+        candidates.retain(|c| c.devices > 0 || !others);
+        report.more_candidates = candidates.len().saturating_sub(MOST_CANDIDATES);
+        candidates.truncate(MOST_CANDIDATES);
         report.candidates = candidates;
         match (&top, report.candidates.first()) {
             // The top-level tree is there, so only details are looked for: of the same devices, and in use.
@@ -187,6 +208,9 @@ pub(super) fn choose(
     }
     if let Some((root, tree)) = details {
         report.details_root = Some(root);
+        let in_use = |c: &Candidate| c.details_root == Some(root) && c.in_use == Some(true);
+        chosen.details_are_current = superblock.is_some_and(|s| s.details_root == root)
+            || report.candidates.first().is_some_and(in_use);
         report.is_complete &= tree.damaged.is_empty();
         chosen.details = tree.entries;
     }
@@ -220,7 +244,10 @@ fn lost_ids(tree: &Small<u64>, root: MetadataBlock) -> Vec<Affected> {
 /// successive transactions follow each other around the device, and the latest stands before the widest gap: behind it lies
 /// what is overwritten next.
 fn order_generations(candidates: &mut [Candidate], size: u64) {
-    let counts = |c: &Candidate| c.whole_devices == c.devices && c.details_root.is_some();
+    // One device of several may be damaged.
+    let spare = |c: &Candidate| u64::from(c.devices >= 4);
+    let counts =
+        |c: &Candidate| c.whole_devices + spare(c) >= c.devices && c.details_root.is_some();
     let whole = candidates.iter().filter(|c| counts(c));
     let mut places: Vec<u64> = whole.filter_map(|c| c.space_map).map(|b| b.0).collect();
     places.sort_unstable();
@@ -236,14 +263,21 @@ fn order_generations(candidates: &mut [Candidate], size: u64) {
     }
 }
 
-/// What makes one candidate better than another, the most important first.
-fn rank(candidate: &Candidate) -> impl Ord + use<> {
+/// What the metadata itself says of a candidate's age.
+fn hard_evidence(candidate: &Candidate) -> (bool, bool, u32, u64) {
     (
         candidate.in_use == Some(true),
-        candidate.generation,
         candidate.details_root.is_some(),
         candidate.time,
         candidate.transaction_id,
+    )
+}
+
+/// What makes one candidate better than another, the most important first.
+fn rank(candidate: &Candidate) -> impl Ord + use<> {
+    (
+        hard_evidence(candidate),
+        candidate.generation,
         candidate.whole_devices,
         candidate.mapping_root,
     )
@@ -258,6 +292,10 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
+    fn is_used(&self, block: MetadataBlock) -> bool {
+        self.maps.iter().any(|m| m.is_used(block))
+    }
+
     /// The index block of a readable space map that has both roots in use.
     fn space_map(
         &self,
@@ -297,6 +335,22 @@ impl Search<'_> {
             if top.is_some() || tree.damaged.is_empty() && fits {
                 tops.push((root, tree.entries));
             }
+        }
+        // Freed trees matter only where nothing in use is left.
+        if tops.iter().any(|t| self.is_used(t.0)) {
+            tops.retain(|t| self.is_used(t.0));
+        }
+        for trees in by_ids.values_mut() {
+            if trees.iter().any(|t| self.is_used(t.0)) {
+                trees.retain(|t| self.is_used(t.0));
+            }
+            let age = |t: &DetailsTree| {
+                t.1.values()
+                    .map(|d| (d.snapshotted_time, d.transaction_id))
+                    .max()
+            };
+            trees.sort_by_key(|t| std::cmp::Reverse(age(t)));
+            trees.truncate(MOST_CANDIDATES);
         }
         let sizes = self.sizes(&tops)?;
         let mut candidates = Vec::new();

@@ -17,9 +17,9 @@ use super::overrides::Overrides;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{AlignedBuffer, BlockEngine};
 use crate::observer::Observer;
-use crate::pdata::{Forest, Leaves, Shape, Structure, StructureFault, TreeKind, Walk};
-use crate::thin::{DeviceDetail, Fields, SUPERBLOCK, Superblock, VERSION};
-use crate::units::{MAX_TIME, MetadataBlock, ThinId, is_legal_data_block_size};
+use crate::pdata::{Forest, Leaves, Shape, Structure, TreeKind, Walk};
+use crate::thin::{DeviceDetail, Fields, SUPERBLOCK, Superblock, SuperblockFault, VERSION};
+use crate::units::{MAX_THIN_ID, MAX_TIME, MetadataBlock, ThinId, is_legal_data_block_size};
 use std::collections::{BTreeMap, HashSet};
 
 /// Metadata that can be told to a restorer or dumped.
@@ -58,7 +58,7 @@ pub fn recover(
     overrides: &Overrides,
     observer: &dyn Observer,
 ) -> Result<Recovery> {
-    let superblock = usable_superblock(engine);
+    let superblock = usable_superblock(engine)?;
     let mut report = RepairReport {
         is_complete: true,
         ..RepairReport::default()
@@ -72,7 +72,10 @@ pub fn recover(
         .copied()
         .filter(|r| r.0 > 0 && r.0 < limit)
         .collect();
-    let nr_data_blocks = superblock.map_or(u64::MAX, |s| s.data_space_map.nr_blocks);
+    let given = overrides.nr_data_blocks.unwrap_or(u64::MAX);
+    let nr_data_blocks = superblock
+        .as_ref()
+        .map_or(given, |s| s.data_space_map.nr_blocks);
     observer.progress("reading mappings", 0, 1);
     let spans = forest.walk(
         &Walk {
@@ -98,8 +101,9 @@ pub fn recover(
         .top_nodes
         .iter()
         .for_each(|&block| forest.exclude(block));
-    let damaged = exclude_damaged(&mut forest, &roots);
+    let damaged = cut_damaged(&mut forest, &roots);
     let pool = pool_info(superblock.as_ref(), &chosen, span, overrides, &mut report)?;
+    let pool = raise_clock(pool, superblock.is_some(), &chosen, &mut report);
     let trees = describe_devices(&forest, &chosen, pool, &damaged, &mut report);
     Ok(Recovery {
         report,
@@ -109,10 +113,19 @@ pub fn recover(
 }
 
 /// The superblock, if its roots can be believed. A wrong size of the device does not matter to a repair.
-fn usable_superblock(engine: &dyn BlockEngine) -> Option<Superblock> {
+fn usable_superblock(engine: &dyn BlockEngine) -> Result<Option<Superblock>> {
     let mut block = AlignedBuffer::new(1);
-    engine.read(SUPERBLOCK, block.blocks_mut(1)).ok()?;
-    Superblock::verify(block.blocks(1), SUPERBLOCK, engine.nr_blocks()).0
+    if engine.read(SUPERBLOCK, block.blocks_mut(1)).is_err() {
+        return Ok(None);
+    }
+    let (superblock, faults) = Superblock::verify(block.blocks(1), SUPERBLOCK, engine.nr_blocks());
+    if faults.contains(&SuperblockFault::Unfinished) {
+        return Err(Error::new(
+            ErrorKind::Damaged,
+            "writing metadata to this device has not finished: there is nothing to repair; repair the device that it came from",
+        ));
+    }
+    Ok(superblock)
 }
 
 /// The furthest data block and the latest time of mappings, and how many are to data blocks that do not exist.
@@ -141,37 +154,35 @@ impl Span {
     }
 }
 
-/// Takes every node that is damaged, or does not belong where it stands, out of the forest. Returns their blocks.
-fn exclude_damaged(forest: &mut Forest, roots: &[MetadataBlock]) -> HashSet<MetadataBlock> {
-    let mut damaged: HashSet<MetadataBlock> = HashSet::new();
-    // A node taken out may have hidden what is wrong with another, so judge until nothing new is found.
-    loop {
+/// Rounds of judging after which a tree that still shows new faults is left as it is; honest damage needs one or two.
+const MOST_ROUNDS: usize = 16;
+
+/// Cuts every pointer that leads where it should not. Returns the damaged nodes.
+fn cut_damaged(forest: &mut Forest, roots: &[MetadataBlock]) -> HashSet<MetadataBlock> {
+    // A pointer that is cut may have hidden what is wrong with another, so judge until nothing new is found.
+    for round in 0..=MOST_ROUNDS {
         let structure = Structure::of(forest, TreeKind::Mappings, roots);
-        let faults = structure.faults.iter();
-        let faulty = faults.filter(|(_, f)| !matches!(f, StructureFault::UnderFull { .. }));
-        let new: Vec<MetadataBlock> = faulty
-            .map(|f| f.0)
-            .filter(|b| !damaged.contains(b))
+        let cuts: Vec<(MetadataBlock, MetadataBlock)> = structure
+            .faults
+            .iter()
+            .filter_map(|&(child, fault)| Some((fault.parent()?, child)))
             .collect();
-        if new.is_empty() {
+        if cuts.is_empty() {
             break;
         }
-        for block in new {
-            forest.exclude(block);
-            damaged.insert(block);
+        for (parent, child) in cuts {
+            forest.cut(parent, child);
+            if round == MOST_ROUNDS {
+                forest.exclude(parent);
+            }
         }
     }
-    damaged.extend(
-        forest
-            .nodes()
-            .iter()
-            .filter(|n| n.shape == Shape::Bad)
-            .map(|n| n.block),
-    );
-    // A pointer to nowhere loses what its node's other pointers do not cover.
-    let lost = forest.problems.iter().map(|p| p.0);
-    damaged.extend(lost);
-    damaged
+    forest
+        .nodes()
+        .iter()
+        .filter(|n| n.shape == Shape::Bad)
+        .map(|n| n.block)
+        .collect()
 }
 
 fn pool_info(
@@ -235,7 +246,7 @@ fn pool_info(
                     span.data_blocks
                 ));
             }
-            span.data_blocks
+            overrides.nr_data_blocks.unwrap_or(span.data_blocks)
         }
     };
     if superblock.is_none() {
@@ -250,6 +261,32 @@ fn pool_info(
         data_block_size,
         nr_data_blocks,
     })
+}
+
+/// Details that are made up, or may be stale, must presume blocks shared: a block counts as shared when it was mapped before the
+/// device's last snapshot, so that must lie after every mapping. The superblock's own clock does; a guessed one is raised.
+fn raise_clock(
+    pool: PoolInfo,
+    is_known: bool,
+    chosen: &Chosen,
+    report: &mut RepairReport,
+) -> PoolInfo {
+    let all_there = chosen
+        .roots
+        .keys()
+        .all(|id| chosen.details.contains_key(id));
+    if is_known || chosen.details_are_current && all_there {
+        return pool;
+    }
+    if pool.time == MAX_TIME {
+        report.notes.push(format!(
+            "the snapshot clock is at its end, {MAX_TIME}: take no snapshots of this pool"
+        ));
+    }
+    PoolInfo {
+        time: (pool.time + 1).min(MAX_TIME),
+        ..pool
+    }
 }
 
 /// Says of every device what is recovered, and makes up details where they are lost.
@@ -277,6 +314,13 @@ fn describe_devices(
     }
     let mut devices = BTreeMap::new();
     for (&id, &root) in &chosen.roots {
+        if id > MAX_THIN_ID {
+            report.is_complete = false;
+            report.notes.push(format!(
+                "device {id} is left out: the kernel takes ids up to {MAX_THIN_ID}"
+            ));
+            continue;
+        }
         let summary = structure.summary(forest, root).unwrap_or_default();
         let is_there = forest.number(root).is_some();
         let detail = chosen.details.get(&id);
@@ -309,9 +353,17 @@ fn describe_devices(
             creation_time: 0,
             snapshotted_time: pool.time,
         };
+        let known = *detail.unwrap_or(&made_up);
+        let snapshotted_time = if chosen.details_are_current {
+            known.snapshotted_time.min(MAX_TIME)
+        } else {
+            pool.time
+        };
         let detail = DeviceDetail {
             mapped_blocks: summary.entries,
-            ..*detail.unwrap_or(&made_up)
+            creation_time: known.creation_time.min(MAX_TIME),
+            snapshotted_time,
+            ..known
         };
         devices.insert(id, (root, detail));
     }

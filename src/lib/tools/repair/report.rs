@@ -72,6 +72,8 @@ pub struct RepairReport {
     pub why: String,
     /// Other roots that were considered, the best first.
     pub candidates: Vec<Candidate>,
+    /// How many more there were.
+    pub more_candidates: usize,
     /// Every device that was recovered.
     pub devices: Vec<RecoveredDevice>,
     /// Device ids that could not be read: ranges of the top-level tree that are damaged.

@@ -78,7 +78,15 @@ impl Scan {
                 }
             }
         }
-        let is_top = |entries: &[(u64, u64)]| entries.iter().all(|(_, root)| nodes.contains(root));
+        // A device or two may have lost its root.
+        let is_top = |entries: &[(u64, u64)]| {
+            entries
+                .iter()
+                .filter(|(_, root)| nodes.contains(root))
+                .count()
+                * 2
+                >= entries.len()
+        };
         top_leaves.retain(|(_, entries)| is_top(entries));
         scan.tops = top_leaves.into_iter().map(|(block, _)| block).collect();
         add_inner(&mut scan.tops, &inner);

@@ -53,6 +53,8 @@ impl<'a> Ahead<'a> {
 
     /// Reads and parses until the file ends or nobody listens any more; any number of threads may do so at once.
     pub(super) fn work(&self) {
+        // A worker that fails must not leave the telling waiting for it.
+        let _failed = EndWhenPanicking(self);
         while let Some((number, read, spare)) = self.read() {
             let result = match read {
                 Ok(Some(segment)) => Ok(Told {
@@ -126,6 +128,18 @@ impl<'a> Ahead<'a> {
     /// Lets the workers end when the telling does, however it does.
     pub(super) fn stop_when_dropped(&self) -> Stop<'_, 'a> {
         Stop(self)
+    }
+}
+
+struct EndWhenPanicking<'b, 'a>(&'b Ahead<'a>);
+
+impl Drop for EndWhenPanicking<'_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let mut state = lock(&self.0.state);
+            state.end = Some(state.told);
+            self.0.changed.notify_all();
+        }
     }
 }
 

@@ -138,10 +138,15 @@ fn spool(mut from: File, name: &str, observer: &dyn Observer) -> Result<File> {
 impl Source for XmlSource<'_> {
     fn emit(&self, sink: &mut dyn Sink) -> Result<()> {
         let ahead = Ahead::new(Segments::new(&self.file, &self.name));
-        let workers = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers = std::thread::available_parallelism()
+            .map_or(1, usize::from)
+            .min(MOST_WORKERS);
         std::thread::scope(|scope| {
-            for _ in 0..workers {
-                scope.spawn(|| ahead.work());
+            for number in 0..workers {
+                let worker = std::thread::Builder::new().spawn_scoped(scope, || ahead.work());
+                if let (Err(e), 0) = (worker, number) {
+                    return Err(Error::io("cannot start a thread", e));
+                }
             }
             let _stop = ahead.stop_when_dropped();
             let mut teller = Teller {
@@ -162,6 +167,9 @@ impl Source for XmlSource<'_> {
         })
     }
 }
+
+/// Threads that parse; more would wait for the one that tells.
+const MOST_WORKERS: usize = 6;
 
 /// Where the telling stands between the tags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,8 +192,10 @@ struct Teller<'a> {
 impl Teller<'_> {
     fn tell_all(&mut self, from: &Ahead<'_>, observer: &dyn Observer) -> Result<()> {
         let mut end = 0;
+        let size = self.file.metadata().map_or(0, |m| m.len());
         while let Some(Told { segment, parsed }) = from.next()? {
             observer.check_cancelled()?;
+            observer.progress("reading", end, size);
             let parsed = parsed.map_err(|(offset, e)| self.locate(e, &segment, offset))?;
             self.tell(&segment, &parsed)?;
             end = segment.position + segment.text.len() as u64;
