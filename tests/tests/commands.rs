@@ -1168,3 +1168,22 @@ fn links_beside_the_binary_are_relative() {
     let target = fs::read_link(place.path().join("thin_check")).expect("a link");
     assert_eq!(target, Path::new("thintools"));
 }
+
+#[test]
+fn the_readme_shows_what_is_printed() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = std::fs::read_to_string(root.join("README.md")).expect("the README");
+    for image in ["crash-a/meta.img.zst", "damaged/dmg-random-02.img.zst"] {
+        let name = format!("testdata/kernel/{image}");
+        assert!(readme.contains(&name), "{name}");
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_thintools"))
+            .args(["check", &name])
+            .current_dir(root)
+            .output()
+            .expect("runs");
+        for text in [output.stdout, output.stderr] {
+            let text = String::from_utf8(text).expect("text");
+            assert!(readme.contains(text.trim_end()), "{name}: {text}");
+        }
+    }
+}

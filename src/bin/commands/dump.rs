@@ -119,7 +119,7 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(crate) no_shared: bool,
 
-    /// Write to this file instead of standard output. It appears when it is complete.
+    /// Write to this file instead of standard output (-). It appears when it is complete.
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
 
@@ -196,8 +196,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     };
     let mut fill = |out: &mut dyn Write| source.emit(&mut TextSink::new(out, format));
     match &args.output {
-        Some(path) => write_replacing(path, &args.input, &mut fill)?,
-        None => fill(&mut std::io::stdout().lock())?,
+        Some(path) if path.as_os_str() != "-" => write_replacing(path, &args.input, &mut fill)?,
+        _ => fill(&mut std::io::stdout().lock())?,
     }
     Ok(exit)
 }

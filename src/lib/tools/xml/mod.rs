@@ -16,6 +16,7 @@ use crate::observer::Observer;
 use crate::units::MAGIC;
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
@@ -42,18 +43,18 @@ impl<'a> XmlSource<'a> {
     /// `Io`, `InvalidDescription` for what cannot be XML.
     pub fn open(path: &Path, observer: &'a dyn Observer) -> Result<Self> {
         let is_stdin = path == Path::new("-");
-        let path = if is_stdin {
-            Path::new("/dev/stdin")
-        } else {
-            path
-        };
         let name = if is_stdin {
             "standard input".to_owned()
         } else {
             path.display().to_string()
         };
         let open = |e| Error::io(format!("cannot open input {name}"), e);
-        let file = File::open(path).map_err(open)?;
+        let file = if is_stdin {
+            io::stdin().as_fd().try_clone_to_owned().map(File::from)
+        } else {
+            File::open(path)
+        };
+        let file = file.map_err(open)?;
         let meta = file.metadata().map_err(open)?;
         let refuse = |what: &str| {
             Err(Error::new(
