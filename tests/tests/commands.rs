@@ -907,7 +907,7 @@ fn read_lines(args: &[OsString], lines: usize) -> (String, Finished) {
             out.read_line(&mut read).expect("text");
         }
     }
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(60);
     let status = loop {
         if let Some(status) = child.try_wait().expect("waiting works") {
             break status;

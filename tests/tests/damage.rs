@@ -1058,7 +1058,7 @@ fn withstood(image: &Image, dumps: &[i32]) {
             .map(OsStr::new)
             .chain([image.path().as_os_str()]);
         let done = thintools_within(2048, all)
-            .timeout(Duration::from_secs(20))
+            .timeout(Duration::from_secs(60))
             .run();
         let wanted = if arguments[0] == "thin_dump" {
             dumps
@@ -1413,7 +1413,7 @@ fn huge_sizes_of_either_space_map_cost_neither_memory_nor_time() {
             });
             for command in ["thin_check", "thin_dump"] {
                 let call = thintools([command.as_ref(), image.path().as_os_str()]);
-                let done = call.timeout(Duration::from_secs(10)).run();
+                let done = call.timeout(Duration::from_secs(60)).run();
                 assert!(
                     done.code.is_some(),
                     "{command}, {size}, {map:?}: a signal ended it: {}",

@@ -707,7 +707,7 @@ fn the_input_may_be_a_fifo() {
         }
     });
     call(&fifo, image.path())
-        .timeout(Duration::from_secs(30))
+        .timeout(Duration::from_secs(60))
         .run()
         .expect(0);
     writer.join().expect("everything was read");
