@@ -11,6 +11,8 @@ pub(crate) mod restore;
 use std::ffi::OsStr;
 
 use clap::builder::PossibleValuesParser;
+use thintools::units::is_legal_data_block_size;
+
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
 
 use crate::exit::{self, Exit};
@@ -288,7 +290,7 @@ fn data_block_size(text: &str) -> Result<u32, String> {
     let sectors: u32 = text
         .parse()
         .map_err(|_| String::from("not a number of sectors"))?;
-    if (128..=2_097_152).contains(&sectors) && sectors.is_multiple_of(128) {
+    if is_legal_data_block_size(sectors) {
         Ok(sectors)
     } else {
         Err(String::from(

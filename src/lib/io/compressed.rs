@@ -31,6 +31,11 @@ pub(super) fn detect(head: &[u8]) -> Option<Compression> {
     }
 }
 
+/// True when the first bytes of a file are those of a compressed one.
+pub(crate) fn is_compressed(head: &[u8]) -> bool {
+    detect(head).is_some()
+}
+
 /// Expands the image that `file` holds and returns an engine over the copy.
 pub(super) fn expand(file: File, compression: Compression, path: &Path) -> Result<FileEngine> {
     let shown = path.display();

@@ -9,6 +9,7 @@ mod ram;
 mod sweep;
 
 pub use buffer::AlignedBuffer;
+pub(crate) use compressed::is_compressed;
 pub use engine::BlockEngine;
 pub use file::FileEngine;
 pub use open::{

@@ -118,7 +118,7 @@ pub fn open_write(path: &Path) -> Result<Box<dyn BlockEngine>> {
     if !flags.is_device {
         let mut head = [0; 64];
         let (_, len) = read_head(path, &mut head)?;
-        if compressed::detect(&head[..len]).is_some() {
+        if compressed::is_compressed(&head[..len]) {
             return Err(Error::new(
                 ErrorKind::Unsuitable,
                 format!(

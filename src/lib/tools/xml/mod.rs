@@ -12,6 +12,7 @@ use self::parse::{Parsed, Tag};
 use self::segments::{Segment, Segments, line_at};
 use super::event::{PoolInfo, Sink, Source};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::is_compressed;
 use crate::observer::Observer;
 use crate::units::MAGIC;
 use std::fs::File;
@@ -75,14 +76,11 @@ impl<'a> XmlSource<'a> {
         };
         let mut head = [0; 40];
         let len = file.read_at(&mut head, 0).map_err(open)?;
-        match identify_input(&head[..len]) {
-            NotText::Metadata => {
-                return refuse(
-                    "binary metadata; this command reads XML, which thin_dump makes of it",
-                );
-            }
-            NotText::Compressed => return refuse("compressed; expand it and pipe it to -i -"),
-            NotText::No => {}
+        if head[..len].get(32..) == Some(MAGIC.to_le_bytes().as_slice()) {
+            return refuse("binary metadata; this command reads XML, which thin_dump makes of it");
+        }
+        if is_compressed(&head[..len]) {
+            return refuse("compressed; expand it and pipe it to -i -");
         }
         Ok(Self {
             file,
@@ -98,23 +96,6 @@ impl<'a> XmlSource<'a> {
             name: name.to_owned(),
             observer,
         }
-    }
-}
-
-/// What an input may be instead of XML.
-enum NotText {
-    Metadata,
-    Compressed,
-    No,
-}
-
-fn identify_input(head: &[u8]) -> NotText {
-    if head.get(32..40) == Some(MAGIC.to_le_bytes().as_slice()) {
-        return NotText::Metadata;
-    }
-    match head {
-        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x1f, 0x8b, ..] => NotText::Compressed,
-        _ => NotText::No,
     }
 }
 
