@@ -74,8 +74,8 @@ pub(crate) struct Args {
     json: bool,
 
     /// Damage nothing; print as JSON how many blocks there are of each kind, and the values that a
-    /// repair without a superblock needs.
-    #[arg(long, conflicts_with_all = ["output", "kind", "damage"])]
+    /// repair without a superblock needs. An output is a plain copy, expanded if need be.
+    #[arg(long, conflicts_with_all = ["kind", "damage"])]
     inventory: bool,
 }
 
@@ -114,7 +114,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let session = Session::new("Damaging", true)?;
     let engine = open_read(&args.input, Access::Exclusive)?;
     let inventory = Inventory::read(&*engine, &session)?;
-    let Some(output) = &args.output else {
+    if args.inventory {
+        if let Some(output) = &args.output {
+            copy(output, &*engine, &[], &session)?;
+        }
         print_json(&Stock {
             nr_blocks: engine.nr_blocks(),
             data_block_size: inventory.superblock.data_block_size,
@@ -123,7 +126,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
             kinds: inventory.counts(),
         })?;
         return Ok(Exit::Ok);
-    };
+    }
     let mut specs = args.damage;
     if let (Some(target), Some(damage)) = (args.kind, args.damage_type) {
         let amount = args.count.unwrap_or(Amount::Number(1));
@@ -133,10 +136,29 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
             amount,
         });
     }
-    if specs.is_empty() {
+    let (Some(output), false) = (&args.output, specs.is_empty()) else {
         bail!("nothing to damage; give --kind and --type, or --damage KIND:TYPE:N");
-    }
+    };
     let damaged = damage(&*engine, &inventory, &specs, args.seed, &session)?;
+    copy(output, &*engine, &damaged, &session)?;
+    if args.json {
+        print_json(&Report {
+            seed: args.seed,
+            damaged: &damaged,
+        })?;
+    } else {
+        print_lines(&damaged)?;
+    }
+    Ok(Exit::Ok)
+}
+
+/// Makes the new file `output` a copy of `engine` with damage.
+fn copy(
+    output: &Path,
+    engine: &dyn BlockEngine,
+    damaged: &[Damaged],
+    observer: &dyn Observer,
+) -> anyhow::Result<()> {
     let file = File::options()
         .write(true)
         .create_new(true)
@@ -147,20 +169,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
                 output.display()
             )
         })?;
-    if let Err(err) = fill(&file, output, &*engine, &damaged, &session) {
+    fill(&file, output, engine, damaged, observer).inspect_err(|_| {
         // Half an image helps nobody; the error is reported whether or not this succeeds.
         let _ = fs::remove_file(output);
-        return Err(err);
-    }
-    if args.json {
-        print_json(&Report {
-            seed: args.seed,
-            damaged: &damaged,
-        })?;
-    } else {
-        print_lines(&damaged)?;
-    }
-    Ok(Exit::Ok)
+    })
 }
 
 /// Writes the copy, with holes for zeros, and the damage over it.

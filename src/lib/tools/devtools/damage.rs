@@ -6,11 +6,12 @@ use crate::checksum;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::BlockEngine;
 use crate::observer::Observer;
+use crate::pdata::Node;
 use crate::thin::read_block;
 use crate::units::{BLOCK_SIZE, MetadataBlock};
 use serde::Serialize;
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::str::FromStr;
 
@@ -30,7 +31,8 @@ pub enum Damage {
     Junk,
     /// The first sectors are as they should be, the rest is what an earlier write left there: part of a freed block, or zeros.
     Torn,
-    /// The last write is lost: an older block of the same kind, sealed for this place; zeros if there is none.
+    /// The last write is lost: an older block of the same kind, sealed for this place; zeros if there is none. Of the freed
+    /// blocks, the one that has most in common with what should be here.
     Stale,
     /// A copy of another block in use lies here.
     Misdirected,
@@ -365,19 +367,14 @@ impl Damager<'_> {
             if older[HEADER..] == contents[HEADER..] {
                 continue;
             }
-            let overlap = facts.zip(freed.node).map_or(0, |(a, b)| a.overlap(&b));
-            let words = |bytes: &[u8]| {
-                bytes
-                    .chunks_exact(8)
-                    .map(<[u8]>::to_vec)
-                    .collect::<Vec<_>>()
+            let (same, overlap) = match facts.zip(freed.node) {
+                Some((facts, node)) => (
+                    common_entries(&contents, &older, facts.value_size),
+                    facts.overlap(&node),
+                ),
+                None => (common_words(&contents, &older), 0),
             };
-            let same = words(&older)
-                .iter()
-                .zip(&words(&contents))
-                .filter(|(a, b)| a == b)
-                .count();
-            let rank = (overlap, same, Reverse(freed.block));
+            let rank = (same, overlap, Reverse(freed.block));
             if best.as_ref().is_none_or(|(found, _)| rank > *found) {
                 best = Some((rank, older));
             }
@@ -390,6 +387,25 @@ impl Damager<'_> {
             _ => (vec![0; BLOCK_SIZE], None),
         })
     }
+}
+
+/// Entries that two nodes with values of this size have in common.
+fn common_entries(a: &[u8], b: &[u8], value_size: usize) -> usize {
+    let entries = |block| {
+        let node = Node::parse(block, checksum::claimed_location(block), value_size);
+        node.map_or_else(
+            |_| HashSet::new(),
+            |node| node.keys().zip(node.values()).collect(),
+        )
+    };
+    let (a, b): (HashSet<(u64, &[u8])>, HashSet<_>) = (entries(a), entries(b));
+    a.intersection(&b).count()
+}
+
+/// Words that two blocks have in common, place by place.
+fn common_words(a: &[u8], b: &[u8]) -> usize {
+    let pairs = a.chunks_exact(8).zip(b.chunks_exact(8));
+    pairs.filter(|(a, b)| a == b).count()
 }
 
 #[cfg(test)]
