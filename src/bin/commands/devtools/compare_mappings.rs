@@ -10,7 +10,7 @@ use thintools::io::{Access, open_read};
 use thintools::tools::devtools::{Comparison, compare};
 use thintools::units::MetadataBlock;
 
-use super::generate_damage::print_json;
+use super::output::print_json;
 use crate::commands::PROGRAM;
 use crate::exit::Exit;
 use crate::session::Session;

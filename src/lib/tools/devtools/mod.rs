@@ -4,10 +4,11 @@
 
 mod compare;
 mod damage;
+mod generate;
 mod inventory;
 mod random;
 
 pub use compare::{Comparison, WrongMapping, compare};
 pub use damage::{Amount, Damage, Damaged, Spec, damage};
+pub use generate::{Pattern, Recipe, generate};
 pub use inventory::{Inventory, Kind, Target};
-pub use random::Random;
