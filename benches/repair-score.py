@@ -11,6 +11,9 @@ standard error. The same seeds make the same damage. Only Python's standard libr
 Mappings are held if the leaf that has them was not damaged; a leaf that n devices share counts n times. What a repair ought
 to recover is all that is held. When block 0 is damaged, every build alike is told the data block size, the size of the data
 device and the transaction id, which are on record elsewhere in real life.
+
+Failures are a panic, a signal, a time-out, and a result that was reported as one but cannot be read or is fatally damaged.
+Wrong mappings are in the result but were not in the image; a stale leaf, sealed for its place, cannot be told from a good one.
 """
 
 import argparse
@@ -30,6 +33,9 @@ import time
 import zlib
 
 TYPES = ["zero", "bit-flip", "junk", "torn", "stale", "misdirected", "swapped", "sector"]
+# Statuses with which a thin_repair says that there is a result; and the one of our thin_check that says it is none.
+SUCCESS = (0, 4)
+FATAL = 5
 SPACE_MAPS = ["metadata-index", "metadata-bitmap", "metadata-counts", "data-index", "data-bitmap", "data-counts"]
 
 
@@ -171,6 +177,8 @@ def damage_and_repair(case, setup, folder):
         check = None
         if not found["unreadable"]:
             check = measure([tools, "thin_check", "-q", out], os.devnull, setup["timeout"])[0]
+        if failure is None and code in SUCCESS and (found["unreadable"] or check == FATAL):
+            failure = "useless result"
         builds[name] = dict(found, exit=code, seconds=seconds, kib=memory, failure=failure, check=check, hints=hints)
     return dict(case, damaged=blocks["damaged"], builds=builds)
 
@@ -257,7 +265,7 @@ def is_suspect(case, name):
     run = case["builds"][name]
     single = case["row"].startswith("one ") and case["row"] != "one leaf"
     lost = single and run["recovered"] < run["held"]
-    return bool(run["wrong"] or run["failure"] or lost or run["check"])
+    return bool(run["wrong"] or run["failure"] or run["check"] or lost)
 
 
 def report(results, setup, worst):
@@ -275,8 +283,8 @@ def report(results, setup, worst):
         print(table(done, names))
     suspects = [case for case in done if is_suspect(case, names[0])]
     print(f"\n## {len(suspects)} cases of {names[0]} to look at\n")
-    print("Wrong mappings, a panic or time-out, a result that thin_check objects to, or held mappings lost although no leaf was")
-    print("damaged on purpose.\n")
+    print("Wrong mappings, a failure, a result that thin_check objects to, or held mappings lost although only one block was")
+    print("damaged, and that no leaf.\n")
     for case in suspects:
         print(describe(case, names[0], setup))
     if worst:

@@ -11,7 +11,7 @@ use crate::thin::read_block;
 use crate::units::{BLOCK_SIZE, MetadataBlock};
 use serde::Serialize;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -363,16 +363,18 @@ impl Damager<'_> {
         });
         let mut best: Option<(_, Vec<u8>)> = None;
         for freed in alike {
+            let overlap = facts.zip(freed.node).map(|(a, b)| a.overlap(&b));
+            if overlap == Some(0) && best.is_some() {
+                // It has nothing in common, and ranks below what was found.
+                continue;
+            }
             let older = self.read(freed.block)?;
             if older[HEADER..] == contents[HEADER..] {
                 continue;
             }
-            let (same, overlap) = match facts.zip(freed.node) {
-                Some((facts, node)) => (
-                    common_entries(&contents, &older, facts.value_size),
-                    facts.overlap(&node),
-                ),
-                None => (common_words(&contents, &older), 0),
+            let same = match facts {
+                Some(facts) => common_entries(&contents, &older, facts.value_size),
+                None => common_words(&contents, &older),
             };
             let rank = (same, overlap, Reverse(freed.block));
             if best.as_ref().is_none_or(|(found, _)| rank > *found) {
@@ -391,15 +393,18 @@ impl Damager<'_> {
 
 /// Entries that two nodes with values of this size have in common.
 fn common_entries(a: &[u8], b: &[u8], value_size: usize) -> usize {
-    let entries = |block| {
-        let node = Node::parse(block, checksum::claimed_location(block), value_size);
-        node.map_or_else(
-            |_| HashSet::new(),
-            |node| node.keys().zip(node.values()).collect(),
-        )
+    let node = |block| Node::parse(block, checksum::claimed_location(block), value_size);
+    let (Ok(a), Ok(b)) = (node(a), node(b)) else {
+        return 0;
     };
-    let (a, b): (HashSet<(u64, &[u8])>, HashSet<_>) = (entries(a), entries(b));
-    a.intersection(&b).count()
+    let mut entries = b.keys().zip(b.values()).peekable();
+    let is_common = |&(key, value): &(u64, &[u8])| {
+        while entries.next_if(|other| other.0 < key).is_some() {}
+        entries
+            .next_if(|other| other.0 == key)
+            .is_some_and(|other| other.1 == value)
+    };
+    a.keys().zip(a.values()).filter(is_common).count()
 }
 
 /// Words that two blocks have in common, place by place.

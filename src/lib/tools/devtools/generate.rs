@@ -28,6 +28,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 const CAPACITY: usize = max_entries(8);
 /// Where the values of such a node begin.
 const VALUES: usize = NODE_HEADER + 8 * CAPACITY;
+/// A transaction changes one device of so many.
+const PART: u64 = 4;
 /// Places at which a transaction changes a device.
 const PLACES: u64 = 3;
 /// Mappings that it changes at one place, at most.
@@ -203,9 +205,9 @@ impl History {
             devices, mappings, ..
         } = *recipe;
         let unsuitable = |message: String| Err(Error::new(ErrorKind::Unsuitable, message));
-        let changed = recipe
-            .transactions
-            .saturating_mul(devices.saturating_add(recipe.snapshots))
+        let changed = devices.saturating_add(recipe.snapshots) / PART + 1;
+        let changed = changed
+            .saturating_mul(recipe.transactions)
             .saturating_mul(PLACES * CHANGES);
         let total = devices.saturating_mul(mappings);
         let ids = devices.saturating_add(recipe.snapshots);
@@ -346,10 +348,10 @@ impl History {
         Ok(())
     }
 
-    /// Changes mappings of a quarter of the devices.
+    /// Changes mappings of some devices.
     fn change_devices(&mut self) -> Result<()> {
         let mut ids: Vec<u64> = self.devices.keys().copied().collect();
-        let changed = ids.len().div_ceil(4);
+        let changed = ids.len().div_ceil(PART as usize);
         for id in self.random.take(&mut ids, changed) {
             for _ in 0..PLACES {
                 self.change_device(id)?;

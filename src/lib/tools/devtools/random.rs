@@ -23,7 +23,7 @@ impl Random {
     /// A number below `limit`, which must not be 0.
     pub(super) fn below(&mut self, limit: u64) -> u64 {
         // The upper half of the product: the bias is below limit / 2^64.
-        (u128::from(self.next()) * u128::from(limit) >> 64) as u64
+        ((u128::from(self.next()) * u128::from(limit)) >> 64) as u64
     }
 
     /// One of `items`; none if there are none.
