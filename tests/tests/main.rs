@@ -2,6 +2,8 @@
 
 mod commands;
 mod damage;
+#[cfg(feature = "devtools")]
+mod devtools;
 mod failures;
 mod fixtures;
 mod repair_in_place;
