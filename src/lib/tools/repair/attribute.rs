@@ -94,6 +94,7 @@ impl Attribution<'_> {
         self.observer.progress("finding parents of orphans", 0, 1);
         let lost = self.orphans.holes.iter().filter_map(|h| h.block);
         let known = KnownChildren::of(forest, &lost.collect::<Vec<_>>());
+        if std::env::var_os("DBG").is_some() { eprintln!("known behind {} elsewhere {}", known.behind, known.elsewhere); }
         self.remnants();
         self.older_roots();
         self.only_places();
@@ -280,6 +281,11 @@ impl Attribution<'_> {
             });
         }
         let older = self.older_leaves(&wanted)?;
+        for ((first, last), devices) in older.values() {
+            for &device in devices {
+                owned.ranges.entry(device).or_default().push((*first, *last));
+            }
+        }
         let blocks: Vec<u64> = older.keys().map(|b| b.0).collect();
         let stop = || self.observer.is_cancelled();
         let parts = sweep(
@@ -301,7 +307,7 @@ impl Attribution<'_> {
         );
         self.observer.check_cancelled()?;
         for (block, (orphan, mapping)) in parts.into_iter().flatten() {
-            for &device in &older[&block] {
+            for &device in &older[&block].1 {
                 owned
                     .by
                     .entry((orphan as usize, device))
@@ -343,7 +349,7 @@ impl Attribution<'_> {
     fn older_leaves(
         &self,
         wanted: &BTreeSet<ThinId>,
-    ) -> Result<BTreeMap<MetadataBlock, BTreeSet<ThinId>>> {
+    ) -> Result<OlderLeaves> {
         let mut trees: BTreeSet<(ThinId, MetadataBlock, u64)> = BTreeSet::new();
         for state in self.history {
             for &device in wanted {
@@ -365,7 +371,7 @@ impl Attribution<'_> {
         };
         forest.walk(&walk, roots.iter().copied(), || (), |(), _| ())?;
         let structure = Structure::of(&forest, TreeKind::Mappings, &roots);
-        let mut leaves: BTreeMap<MetadataBlock, BTreeSet<ThinId>> = BTreeMap::new();
+        let mut leaves = OlderLeaves::new();
         for (device, root, mapped) in trees {
             let summary = structure.summary(&forest, root);
             if !summary.is_some_and(|s| !s.damaged && s.entries == mapped) {
@@ -373,8 +379,10 @@ impl Attribution<'_> {
             }
             for n in forest.children_first(forest.number(root).as_slice()) {
                 let node = &forest.nodes()[n];
-                if matches!(node.shape, Shape::Leaf { .. }) {
-                    leaves.entry(node.block).or_default().insert(device);
+                if let Shape::Leaf { first, last, .. } = node.shape {
+                    let leaf = leaves.entry(node.block).or_default();
+                    leaf.0 = (first, last);
+                    leaf.1.insert(device);
                 }
             }
         }
@@ -382,6 +390,12 @@ impl Attribution<'_> {
     }
 
     fn by_mappings(&self, owned: &Owned, orphan: usize, holes: &[usize]) -> Vec<usize> {
+        // Of a device without a history here, nothing can be said.
+        let keys = self.orphans.orphans[orphan].keys;
+        let has_history = |&h: &usize| owned.has_history(&self.orphans.holes[h].devices, keys);
+        if !holes.iter().all(has_history) {
+            return Vec::new();
+        }
         let of = |h: usize| owned.of(orphan, &self.orphans.holes[h].devices);
         let sets: Vec<(usize, BTreeSet<u32>)> = holes.iter().map(|&h| (h, of(h))).collect();
         let missing = self.orphans.orphans[orphan].missing as usize;
@@ -426,13 +440,24 @@ impl Attribution<'_> {
     }
 }
 
+/// Leaves of older trees: smallest and largest key, and the devices that had them.
+type OlderLeaves = BTreeMap<MetadataBlock, ((u64, u64), BTreeSet<ThinId>)>;
+
 /// Which mappings of an orphan older trees of a device have.
 #[derive(Default)]
 struct Owned {
     by: HashMap<(usize, ThinId), BTreeSet<u32>>,
+    /// Ranges of keys of which older leaves of a device are left.
+    ranges: HashMap<ThinId, Vec<(u64, u64)>>,
 }
 
 impl Owned {
+    fn has_history(&self, devices: &[ThinId], keys: Option<(u64, u64)>) -> bool {
+        let overlaps = |r: &(u64, u64)| keys.is_some_and(|(first, last)| r.0 <= last && r.1 >= first);
+        let ranges = devices.iter().filter_map(|d| self.ranges.get(d)).flatten();
+        ranges.into_iter().any(overlaps)
+    }
+
     fn of(&self, orphan: usize, devices: &[ThinId]) -> BTreeSet<u32> {
         let sets = devices.iter().filter_map(|&d| self.by.get(&(orphan, d)));
         sets.flatten().copied().collect()

@@ -10,6 +10,7 @@ use crate::io::{BlockEngine, sweep};
 use crate::observer::Observer;
 use crate::pdata::{Bitmap, CountMap, IndexEntry, Node, TreeKind};
 use crate::thin::read_block;
+use crate::tools::repair::liveness::Liveness;
 use crate::tools::repair::small::SmallTrees;
 use crate::units::{ENTRIES_PER_BITMAP, MetadataBlock};
 use std::collections::{BTreeMap, HashMap};
@@ -42,6 +43,7 @@ impl DataMap {
         &self,
         engine: &dyn BlockEngine,
         mapped: &CountMap,
+        metadata: Option<&Liveness>,
         observer: &dyn Observer,
     ) -> Result<Differences> {
         let mut found = Differences::default();
@@ -65,7 +67,9 @@ impl DataMap {
             let Ok(data) = read_block(engine, entry.block) else {
                 continue;
             };
-            if checksum::verify(data.blocks(1), BlockKind::Bitmap, entry.block).is_err() {
+            // A bitmap that was freed is that of an older transaction, and so is the index.
+            let is_freed = metadata.is_some_and(|m| m.is_used(entry.block) == Some(false));
+            if is_freed || checksum::verify(data.blocks(1), BlockKind::Bitmap, entry.block).is_err() {
                 continue;
             }
             let bitmap = Bitmap::from_block(data.blocks(1));

@@ -37,6 +37,8 @@ pub(super) struct State {
     pub(super) whole: u64,
     /// Mappings in the trees, shared ones as often as they are reached.
     pub(super) mappings: u64,
+    /// The furthest data block that whole trees map.
+    pub(super) last_data_block: u64,
     /// Index block of the metadata space map that has all blocks of this state in use.
     pub(super) index: Option<MetadataBlock>,
     /// Blocks of its trees.
@@ -72,33 +74,45 @@ impl State {
         Some(from(self.end)?.min(from(0)?))
     }
 
-    /// True when `next` has just what one more transaction would make of this state.
-    fn is_followed_by(&self, next: &Self) -> bool {
+    /// True when `next` has in use just the blocks that one more transaction would have taken.
+    fn is_adjacent(&self, next: &Self) -> bool {
         // Where a space map is not known, its own blocks look skipped.
         let most = match self.index.is_some() && next.index.is_some() {
             true => 1,
             false => MOST_MAP_BLOCKS,
         };
         let skips = (self.nr_skipped(&next.blocks), next.nr_skipped(&self.blocks));
-        let (Some(skipped), Some(backwards)) = skips else {
-            return false;
-        };
+        matches!(skips, (Some(skipped), Some(backwards)) if skipped <= most && backwards > 4 * skipped)
+    }
+
+    /// True when `next` has just what one more transaction would make of this state.
+    fn is_followed_by(&self, next: &Self) -> bool {
         // Every message to the pool that makes or deletes a device is a transaction of its own.
-        let apart = |a: &Self, b: &Self| {
-            a.roots
-                .keys()
-                .filter(|id| !b.roots.contains_key(id))
-                .count()
-        };
+        let apart = |a: &Self, b: &Self| a.roots.keys().filter(|id| !b.roots.contains_key(id)).count();
         let loses = |(id, old): (&u64, &DeviceDetail)| {
             let new = next.details.get(id);
             new.is_some_and(|new| new.mapped_blocks < old.mapped_blocks / 2)
         };
-        skipped <= most
-            && backwards > 4 * skipped
+        self.is_adjacent(next)
             && apart(self, next) + apart(next, self) <= 1
             && next.time() >= self.time()
             && !self.details.iter().any(loses)
+    }
+
+    /// True when this state is later than `other`, neither of which another state follows.
+    fn is_later_than(&self, other: &Self) -> bool {
+        let adjacent = (other.is_adjacent(self), self.is_adjacent(other));
+        if adjacent.0 != adjacent.1 {
+            return adjacent.0;
+        }
+        // Clocks, transaction ids and the cursor of data blocks go up, until devices or mappings are deleted.
+        let evidence = |s: &Self| (s.time(), s.transaction_id(), s.last_data_block);
+        if evidence(self) != evidence(other) {
+            return evidence(self) > evidence(other);
+        }
+        // The way upwards from the earlier state to the later is the shorter.
+        let way = |a: &Self, b: &Self| a.blocks.nr_skipped(&b.blocks, a.end).unwrap_or(u64::MAX);
+        way(other, self) < way(self, other)
     }
 }
 
@@ -159,22 +173,8 @@ impl States {
         if last.is_empty() {
             last = eligible;
         }
-        // Of two states the one that less is skipped on the way to is the later.
-        let lead = |a: &usize, b: &usize| {
-            let to =
-                |a: &usize, b: &usize| state(a).nr_skipped(&state(b).blocks).unwrap_or(u64::MAX);
-            (to(b, a), to(a, b))
-        };
-        let beats = |a: &usize, b: &usize| lead(a, b).0 < lead(a, b).1;
-        let wins = |a: &usize| last.iter().filter(|b| a != *b && beats(a, b)).count();
-        let rank = |a: &usize| {
-            (
-                wins(a),
-                state(a).index.is_some(),
-                state(a).transaction_id(),
-                state(a).whole,
-            )
-        };
+        let wins = |a: &usize| last.iter().filter(|b| a != *b && state(a).is_later_than(state(b))).count();
+        let rank = |a: &usize| (wins(a), state(a).index.is_some(), state(a).whole);
         let Some(best) = last.iter().copied().max_by_key(rank) else {
             return Latest {
                 state: None,
@@ -183,11 +183,8 @@ impl States {
                 rivals: Vec::new(),
             };
         };
-        let is_close = |b: &usize| {
-            let (to, from) = lead(&best, b);
-            *b != best && from / 2 <= to
-        };
-        let rivals = last.iter().copied().filter(is_close).collect();
+        let is_rival = |b: &usize| *b != best && !state(&best).is_later_than(state(b));
+        let rivals = last.iter().copied().filter(is_rival).collect();
         let (index, is_ahead) = self.last_map(best, is_damaged);
         Latest {
             state: Some(best),
@@ -346,7 +343,11 @@ impl Search<'_> {
             tree: TreeKind::Mappings,
             leaves: Leaves::Read,
         };
-        forest.walk(&walk, targets.iter().copied(), || (), |(), _| ())?;
+        let furthest = forest.walk(&walk, targets.iter().copied(), Vec::new, |furthest, node| {
+            let last = node.values_u64().map(|value| value >> 24).max();
+            furthest.push((node.location(), last.unwrap_or(0)));
+        })?;
+        let furthest: HashMap<MetadataBlock, u64> = furthest.into_iter().flatten().collect();
         let structure = Structure::of(&forest, TreeKind::Mappings, &targets);
         let entries = |root: u64| {
             let summary = structure.summary(&forest, MetadataBlock(root))?;
@@ -375,8 +376,11 @@ impl Search<'_> {
                 .values()
                 .filter_map(|&r| forest.number(MetadataBlock(r)));
             let numbers: Vec<usize> = numbers.collect();
+            let mut last_data_block = 0;
             for n in forest.children_first(&numbers) {
-                blocks.insert(forest.nodes()[n].block);
+                let block = forest.nodes()[n].block;
+                blocks.insert(block);
+                last_data_block = last_data_block.max(furthest.get(&block).copied().unwrap_or(0));
             }
             let mut end = root.0;
             if let Some((details_root, tree)) = best {
@@ -402,6 +406,7 @@ impl Search<'_> {
                 details: best.map_or_else(BTreeMap::new, |b| b.1.entries.clone()),
                 whole: best.map_or(0, |b| whole(&b.1)),
                 mappings: top.entries.values().filter_map(|&r| entries(r)).sum(),
+                last_data_block,
                 index,
                 reached,
                 blocks,
