@@ -254,7 +254,8 @@ def describe(case, name, setup):
     facts = [f"exit {run['exit']}", f"recovered {run['recovered']} of {run['held']}", f"wrong {run['wrong']}"]
     facts += [run["failure"]] if run["failure"] else []
     facts += [f"thin_check {run['check']}"] if run["check"] else []
-    facts += [f"unreadable: {run['unreadable']}"] if run["unreadable"] else []
+    if run["unreadable"]:
+        facts.append(f"unreadable: {run['unreadable']}" if run["exit"] in SUCCESS else "no result")
     others = [f"{other} {found['recovered']}" for other, found in case["builds"].items() if other != name]
     facts += [f"others: {', '.join(others)}"] if others else []
     return f"* {case['key']}: {'; '.join(facts)}\n  `{reproduce(case, name, setup)}`"
