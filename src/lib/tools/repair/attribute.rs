@@ -11,7 +11,7 @@
 //! An orphan that none of these decides stays an orphan, and is reported.
 
 use super::orphans::Orphans;
-use super::scan::Scan;
+use super::scan::{Class, Scan};
 use super::states::State;
 use crate::bytes::get_u64;
 use crate::error::Result;
@@ -93,8 +93,19 @@ impl Attribution<'_> {
         }
         self.observer.progress("finding parents of orphans", 0, 1);
         let lost = self.orphans.holes.iter().filter_map(|h| h.block);
-        let known = KnownChildren::of(forest, &lost.collect::<Vec<_>>());
-        if std::env::var_os("DBG").is_some() { eprintln!("known behind {} elsewhere {}", known.behind, known.elsewhere); }
+        let stale = self
+            .scan
+            .nodes()
+            .iter()
+            .filter(|n| matches!(n.class, Class::Inner(_)))
+            .map(|n| n.block());
+        let known = KnownChildren::of(forest, lost.chain(stale));
+        if std::env::var_os("DBG").is_some() {
+            eprintln!(
+                "known behind {} elsewhere {}",
+                known.behind, known.elsewhere
+            );
+        }
         self.remnants();
         self.older_roots();
         self.only_places();
@@ -172,7 +183,8 @@ impl Attribution<'_> {
         }
     }
 
-    /// Evidence 2, for devices whose root is not known: the latest state that has a root for the device which lacks a parent.
+    /// Evidence 2, for devices whose root is not known: the latest state that knows the device has a root for it that lacks a
+    /// parent. If it has that root for more devices than parents are missing, one of them was changed since.
     fn older_roots(&mut self) {
         let at: HashMap<MetadataBlock, usize> = self
             .orphans
@@ -181,22 +193,25 @@ impl Attribution<'_> {
             .enumerate()
             .map(|(i, o)| (o.block, i))
             .collect();
-        for hole in 0..self.orphans.holes.len() {
-            let (None, Some(device)) = (
-                self.orphans.holes[hole].block,
-                self.orphans.holes[hole].devices.first(),
-            ) else {
+        let mut claims: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (h, hole) in self.orphans.holes.iter().enumerate() {
+            let (None, Some(device)) = (hole.block, hole.devices.first()) else {
                 continue;
             };
-            let root = |s: &&State| s.roots.get(&device.0).copied();
-            // Only the latest that knows the device: what came later need not have changed it, but what came before was changed.
-            let Some(root) = self.history.iter().find_map(root) else {
-                continue;
-            };
-            if let Some(&orphan) = at.get(&root)
-                && self.orphans.fits(orphan, hole)
-            {
-                self.place(orphan, hole, Evidence::OlderRoot);
+            let root = self.history.iter().find_map(|s| s.roots.get(&device.0));
+            if let Some(&orphan) = root.and_then(|root| at.get(root)) {
+                claims.entry(orphan).or_default().push(h);
+            }
+        }
+        for (orphan, holes) in claims {
+            let holes: Vec<usize> = holes
+                .into_iter()
+                .filter(|&h| self.orphans.fits(orphan, h))
+                .collect();
+            if holes.len() <= self.orphans.orphans[orphan].missing as usize {
+                for hole in holes {
+                    self.place(orphan, hole, Evidence::OlderRoot);
+                }
             }
         }
     }
@@ -283,7 +298,11 @@ impl Attribution<'_> {
         let older = self.older_leaves(&wanted)?;
         for ((first, last), devices) in older.values() {
             for &device in devices {
-                owned.ranges.entry(device).or_default().push((*first, *last));
+                owned
+                    .ranges
+                    .entry(device)
+                    .or_default()
+                    .push((*first, *last));
             }
         }
         let blocks: Vec<u64> = older.keys().map(|b| b.0).collect();
@@ -346,10 +365,7 @@ impl Attribution<'_> {
 
     /// The leaves of older trees of these devices. A tree counts only if it is whole and has as many mappings as details of its
     /// time say: then its blocks were not reused.
-    fn older_leaves(
-        &self,
-        wanted: &BTreeSet<ThinId>,
-    ) -> Result<OlderLeaves> {
+    fn older_leaves(&self, wanted: &BTreeSet<ThinId>) -> Result<OlderLeaves> {
         let mut trees: BTreeSet<(ThinId, MetadataBlock, u64)> = BTreeSet::new();
         for state in self.history {
             for &device in wanted {
@@ -453,7 +469,8 @@ struct Owned {
 
 impl Owned {
     fn has_history(&self, devices: &[ThinId], keys: Option<(u64, u64)>) -> bool {
-        let overlaps = |r: &(u64, u64)| keys.is_some_and(|(first, last)| r.0 <= last && r.1 >= first);
+        let overlaps =
+            |r: &(u64, u64)| keys.is_some_and(|(first, last)| r.0 <= last && r.1 >= first);
         let ranges = devices.iter().filter_map(|d| self.ranges.get(d)).flatten();
         ranges.into_iter().any(overlaps)
     }
@@ -464,21 +481,25 @@ impl Owned {
     }
 }
 
-/// Inner nodes whose children are known, and whether each child lies behind its parent with no other inner node between them.
+/// Where the children of inner nodes lie that are known.
 struct KnownChildren {
+    /// All inner nodes: of trees, lost ones, and freed ones that are still there.
     inner: BTreeSet<MetadataBlock>,
+    /// Children behind their parent with no other inner node between them.
     behind: u64,
+    /// Children behind an inner node in use that is not their parent.
     elsewhere: u64,
 }
 
 impl KnownChildren {
-    fn of(forest: &Forest, lost: &[MetadataBlock]) -> Self {
+    fn of(forest: &Forest, others: impl Iterator<Item = MetadataBlock>) -> Self {
         let nodes = forest.nodes().iter();
         let inner = nodes
             .filter(|n| matches!(n.shape, Shape::Internal { .. }))
             .map(|n| n.block);
+        let in_use: BTreeSet<MetadataBlock> = inner.collect();
         let mut known = Self {
-            inner: inner.chain(lost.iter().copied()).collect(),
+            inner: others.chain(in_use.iter().copied()).collect(),
             behind: 0,
             elsewhere: 0,
         };
@@ -493,9 +514,10 @@ impl KnownChildren {
             .into_iter()
             .filter(|(_, parents)| parents.len() == 1)
         {
-            match known.inner_before(child) == parents.first().copied() {
-                true => known.behind += 1,
-                false => known.elsewhere += 1,
+            match known.inner_before(child) {
+                Some(before) if parents.contains(&before) => known.behind += 1,
+                Some(before) if in_use.contains(&before) => known.elsewhere += 1,
+                _ => {}
             }
         }
         known
@@ -505,7 +527,7 @@ impl KnownChildren {
         self.behind >= SAMPLE && self.elsewhere == 0
     }
 
-    /// The inner node, known or lost, that lies before `block`, the last one of the device if none does.
+    /// The inner node that lies before `block`, the last one of the device if none does.
     fn inner_before(&self, block: MetadataBlock) -> Option<MetadataBlock> {
         let before = self.inner.range(..block).next_back();
         before.or(self.inner.last()).copied()

@@ -104,6 +104,19 @@ impl Basis {
     }
 }
 
+impl Basis {
+    /// The same without any device's root: all have to be found.
+    pub(super) fn without_roots(self) -> Self {
+        Self {
+            roots: BTreeMap::new(),
+            freed: BTreeMap::new(),
+            top_is_whole: false,
+            is_as_on_disk: false,
+            ..self
+        }
+    }
+}
+
 /// Finds the start of a repair on a device that was scanned.
 pub(super) struct Founder<'a> {
     pub(super) engine: &'a MendedEngine<'a>,

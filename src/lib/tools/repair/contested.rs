@@ -69,7 +69,8 @@ impl DataMap {
             };
             // A bitmap that was freed is that of an older transaction, and so is the index.
             let is_freed = metadata.is_some_and(|m| m.is_used(entry.block) == Some(false));
-            if is_freed || checksum::verify(data.blocks(1), BlockKind::Bitmap, entry.block).is_err() {
+            if is_freed || checksum::verify(data.blocks(1), BlockKind::Bitmap, entry.block).is_err()
+            {
                 continue;
             }
             let bitmap = Bitmap::from_block(data.blocks(1));

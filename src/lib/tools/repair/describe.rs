@@ -63,6 +63,14 @@ impl RepairReport {
             .collect();
     }
 
+    /// The top-level tree is not the last one.
+    pub(super) fn note_old_top(&mut self) {
+        self.mapping_root = None;
+        self.lose(
+            "the top-level tree is of an older transaction than the space map; every device's root was looked for".into(),
+        );
+    }
+
     fn lose(&mut self, note: String) {
         self.notes.push(note);
         self.is_complete = false;

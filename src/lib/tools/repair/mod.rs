@@ -139,6 +139,7 @@ pub fn recover<'a>(
         basis,
         superblock.as_ref(),
         options,
+        &mut report,
         observer,
     )?;
     work.finish(engine, superblock.as_ref(), options, report)
@@ -197,8 +198,16 @@ fn as_it_is(
     let limit = superblock.data_space_map.nr_blocks;
     let work = Work::walk(engine, Basis::of_pair(pair), limit, Some(&map), observer)?;
     // What is counted but not mapped may be a leak, or belong to mappings that an older node in the place of a newer one hides.
-    if std::env::var_os("DBG").is_some() { eprintln!("as is: whole {} over {} leaked {}", work.is_whole(), work.differences.over.len(), work.differences.leaked); }
-    let is_whole = work.is_whole() && work.differences.over.is_empty() && work.differences.leaked == 0;
+    if std::env::var_os("DBG").is_some() {
+        eprintln!(
+            "as is: whole {} over {} leaked {}",
+            work.is_whole(),
+            work.differences.over.len(),
+            work.differences.leaked
+        );
+    }
+    let is_whole =
+        work.is_whole() && work.differences.over.is_empty() && work.differences.leaked == 0;
     Ok(is_whole.then_some((superblock, work)))
 }
 
@@ -297,6 +306,7 @@ fn rebuild(
     basis: Basis,
     superblock: Option<&Superblock>,
     options: &Options,
+    report: &mut RepairReport,
     observer: &dyn Observer,
 ) -> Result<Work> {
     let given = options.overrides.nr_data_blocks.unwrap_or(u64::MAX);
@@ -309,14 +319,15 @@ fn rebuild(
             .and_then(|counts| DataMap::find(scan, counts)),
     };
     let mut work = Work::walk(engine, basis, nr_data_blocks, None, observer)?;
-    let roots = work.roots();
-    let finder = Finder {
-        engine,
-        scan,
-        basis: &work.basis,
-        observer,
-    };
-    let mut orphans = finder.find(&mut work.forest, &roots)?;
+    let mut orphans = work.find_orphans(engine, scan, observer)?;
+    let has_contradiction = orphans.roots_are_contested || !work.basis.freed.is_empty();
+    if has_contradiction && !orphans.orphans.is_empty() {
+        // The top-level tree is older than the space map: its roots are known from an older transaction, no more.
+        let basis = work.basis.without_roots();
+        report.note_old_top();
+        work = Work::walk(engine, basis, nr_data_blocks, None, observer)?;
+        orphans = work.find_orphans(engine, scan, observer)?;
+    }
     let latest = states.latest(|block| !scan.is_sealed(block)).state;
     let history = states.history(work.basis.counts.as_ref(), latest);
     let mut attribution = Attribution {
@@ -356,6 +367,22 @@ fn rebuild(
 }
 
 impl Work {
+    fn find_orphans(
+        &mut self,
+        engine: &MendedEngine<'_>,
+        scan: &Scan,
+        observer: &dyn Observer,
+    ) -> Result<Orphans> {
+        let roots = self.roots();
+        let finder = Finder {
+            engine,
+            scan,
+            basis: &self.basis,
+            observer,
+        };
+        finder.find(&mut self.forest, &roots)
+    }
+
     /// Counts the mappings of every leaf that is part of a device.
     fn count_again(
         &mut self,
@@ -423,9 +450,12 @@ impl Work {
             detail.is_none_or(|d| d.mapped_blocks == *has)
         };
         let totals = describe::totals(&self.forest, &self.basis.roots, &self.omitted);
-        if std::env::var_os("DBG").is_some() { eprintln!("omit: over {} leaked {}", over, self.differences.leaked); }
+        if std::env::var_os("DBG").is_some() {
+            eprintln!("omit: over {} leaked {}", over, self.differences.leaked);
+        }
         let is_off = self.basis.details_are_current && !totals.iter().all(fits);
-        if over > 0 && !options.include_ambiguous && (is_off || 2 * self.differences.leaked >= over) {
+        if over > 0 && !options.include_ambiguous && (is_off || 2 * self.differences.leaked >= over)
+        {
             self.omitted = self.differences.omitted(engine, &self.leaves(), observer)?;
         }
         Ok(())

@@ -2,6 +2,7 @@
 //! the holes that they may have been in: lost inner nodes, and devices whose root is not known.
 
 use super::basis::Basis;
+use super::liveness::Liveness;
 use super::mend::MendedEngine;
 use super::scan::{Class, Scan};
 use crate::error::Result;
@@ -49,6 +50,8 @@ pub(super) struct Orphans {
     pub(super) holes: Vec<Hole>,
     /// Mappings that each device is known to lack, where its details tell.
     pub(super) lacking: HashMap<ThinId, u64>,
+    /// More devices have the same root than the space map counts.
+    pub(super) roots_are_contested: bool,
 }
 
 impl Hole {
@@ -147,8 +150,10 @@ impl Finder<'_> {
         let all: Vec<MetadataBlock> = roots.iter().chain(&loose).copied().collect();
         super::cut_damaged(forest, &all);
         self.cut_stale(forest, &all);
-        let structure = Structure::of(forest, TreeKind::Mappings, &all);
         let missing = self.missing(forest);
+        // What a stale node led to is reached from nowhere else.
+        let all: Vec<MetadataBlock> = all.into_iter().chain(missing.iter().map(|m| m.0)).collect();
+        let structure = Structure::of(forest, TreeKind::Mappings, &all);
         let orphan = |(block, missing): (MetadataBlock, u32)| {
             let summary = structure.summary(forest, block)?;
             Some(Orphan {
@@ -165,6 +170,7 @@ impl Finder<'_> {
             holes: self.holes(forest, &structure),
             orphans,
             lacking: HashMap::new(),
+            roots_are_contested: self.roots_are_contested(forest),
         };
         if self.basis.details_are_current {
             for (&id, detail) in &self.basis.details {
@@ -241,6 +247,38 @@ impl Finder<'_> {
         let Some(counts) = &self.basis.counts else {
             return Vec::new();
         };
+        let claims = self.claims(forest, counts);
+        let good = forest
+            .nodes()
+            .iter()
+            .filter(|n| n.shape != Shape::Bad && n.block.0 < claims.nr_blocks());
+        let missing = good.filter_map(|node| {
+            let claimed = claims.get(node.block.0);
+            let missing = match counts.count(node.block) {
+                Some(count) => count.saturating_sub(claimed),
+                None => u32::from(counts.is_used(node.block) == Some(true) && claimed == 0),
+            };
+            (missing > 0).then_some((node.block, missing))
+        });
+        missing.collect()
+    }
+
+    fn roots_are_contested(&self, forest: &Forest) -> bool {
+        let Some(counts) = &self.basis.counts else {
+            return false;
+        };
+        let claims = self.claims(forest, counts);
+        let is_contested = |root: &&MetadataBlock| {
+            root.0 < claims.nr_blocks()
+                && counts
+                    .count(**root)
+                    .is_some_and(|count| claims.get(root.0) > count)
+        };
+        self.basis.roots.values().any(|root| is_contested(&root))
+    }
+
+    /// How often each block is pointed to by what is in use.
+    fn claims(&self, forest: &Forest, counts: &Liveness) -> CountMap {
         let limit = self.engine.nr_blocks();
         let mut claims = CountMap::new(limit);
         let mut claim = |block: MetadataBlock| {
@@ -259,19 +297,7 @@ impl Finder<'_> {
             let edges = forest.edges(node).iter().filter(|_| is_live);
             edges.filter_map(|e| forest.child(e)).for_each(&mut claim);
         }
-        let good = forest
-            .nodes()
-            .iter()
-            .filter(|n| n.shape != Shape::Bad && n.block.0 < limit);
-        let missing = good.filter_map(|node| {
-            let claimed = claims.get(node.block.0);
-            let missing = match counts.count(node.block) {
-                Some(count) => count.saturating_sub(claimed),
-                None => u32::from(counts.is_used(node.block) == Some(true) && claimed == 0),
-            };
-            (missing > 0).then_some((node.block, missing))
-        });
-        missing.collect()
+        claims
     }
 
     fn holes(&self, forest: &Forest, structure: &Structure) -> Vec<Hole> {

@@ -88,7 +88,12 @@ impl State {
     /// True when `next` has just what one more transaction would make of this state.
     fn is_followed_by(&self, next: &Self) -> bool {
         // Every message to the pool that makes or deletes a device is a transaction of its own.
-        let apart = |a: &Self, b: &Self| a.roots.keys().filter(|id| !b.roots.contains_key(id)).count();
+        let apart = |a: &Self, b: &Self| {
+            a.roots
+                .keys()
+                .filter(|id| !b.roots.contains_key(id))
+                .count()
+        };
         let loses = |(id, old): (&u64, &DeviceDetail)| {
             let new = next.details.get(id);
             new.is_some_and(|new| new.mapped_blocks < old.mapped_blocks / 2)
@@ -173,7 +178,11 @@ impl States {
         if last.is_empty() {
             last = eligible;
         }
-        let wins = |a: &usize| last.iter().filter(|b| a != *b && state(a).is_later_than(state(b))).count();
+        let wins = |a: &usize| {
+            last.iter()
+                .filter(|b| a != *b && state(a).is_later_than(state(b)))
+                .count()
+        };
         let rank = |a: &usize| (wins(a), state(a).index.is_some(), state(a).whole);
         let Some(best) = last.iter().copied().max_by_key(rank) else {
             return Latest {
@@ -343,10 +352,15 @@ impl Search<'_> {
             tree: TreeKind::Mappings,
             leaves: Leaves::Read,
         };
-        let furthest = forest.walk(&walk, targets.iter().copied(), Vec::new, |furthest, node| {
-            let last = node.values_u64().map(|value| value >> 24).max();
-            furthest.push((node.location(), last.unwrap_or(0)));
-        })?;
+        let furthest = forest.walk(
+            &walk,
+            targets.iter().copied(),
+            Vec::new,
+            |furthest, node| {
+                let last = node.values_u64().map(|value| value >> 24).max();
+                furthest.push((node.location(), last.unwrap_or(0)));
+            },
+        )?;
         let furthest: HashMap<MetadataBlock, u64> = furthest.into_iter().flatten().collect();
         let structure = Structure::of(&forest, TreeKind::Mappings, &targets);
         let entries = |root: u64| {
