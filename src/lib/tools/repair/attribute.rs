@@ -5,14 +5,16 @@
 //! 2. An older top-level tree has the orphan as a device's root.
 //! 3. There is as much room as there are parents missing.
 //! 4. An older tree of the device has mappings of the orphan that no other device in question ever had.
-//! 5. The kernel writes a node's new children after the node: the orphan lies behind the lost node, no other inner node between
-//!    them. That is believed only of a pool in which it holds for every child whose parent is known.
+//! 5. The kernel writes a node's new children after the node: the orphan has mappings that are no older than the device, and lies
+//!    behind the lost node, no other inner node between them. That is believed only of a pool in which it holds for every such
+//!    child whose parent is known.
 //!
 //! An orphan that none of these decides stays an orphan, and is reported.
 
+use super::basis::Basis;
 use super::orphans::Orphans;
 use super::scan::{Class, Scan};
-use super::states::State;
+use super::states::{Sighted, State};
 use crate::bytes::get_u64;
 use crate::error::Result;
 use crate::io::{AlignedBuffer, BlockEngine, sweep};
@@ -77,7 +79,9 @@ pub(super) struct Placed {
 pub(super) struct Attribution<'a> {
     pub(super) engine: &'a dyn BlockEngine,
     pub(super) scan: &'a Scan,
+    pub(super) basis: &'a Basis,
     pub(super) history: &'a [&'a State],
+    pub(super) sighted: &'a Sighted,
     pub(super) observer: &'a dyn Observer,
     pub(super) orphans: &'a mut Orphans,
     /// Orphans may belong to a metadata snapshot that is lost, so that there is always another place for them.
@@ -99,7 +103,7 @@ impl Attribution<'_> {
             .iter()
             .filter(|n| matches!(n.class, Class::Inner(_)))
             .map(|n| n.block());
-        let known = KnownChildren::of(forest, lost.chain(stale));
+        let known = KnownChildren::of(forest, self.basis, self.scan, lost.chain(stale));
         if std::env::var_os("DBG").is_some() {
             eprintln!(
                 "known behind {} elsewhere {}",
@@ -149,7 +153,7 @@ impl Attribution<'_> {
             .collect()
     }
 
-    /// Evidence 1. The block must not be one that was meant for another place.
+    /// Evidence 1. The block must not be one that was meant for another place, or an older node that is whole.
     fn remnants(&mut self) {
         let at: HashMap<MetadataBlock, usize> = self
             .orphans
@@ -164,6 +168,7 @@ impl Attribution<'_> {
             let Some(place) = hole.block else { continue };
             if self.engine.read(place, block.blocks_mut(1)).is_err()
                 || self.scan.is_misplaced(place)
+                || self.scan.is_sealed(place)
             {
                 continue;
             }
@@ -183,9 +188,32 @@ impl Attribution<'_> {
         }
     }
 
-    /// Evidence 2, for devices whose root is not known: the latest state that knows the device has a root for it that lacks a
-    /// parent. If it has that root for more devices than parents are missing, one of them was changed since.
+    /// Evidence 2, for devices whose root is not known: what the latest state that knows the device has; then what any leaf that
+    /// is left of a top-level tree has.
     fn older_roots(&mut self) {
+        let history = self.history;
+        self.claim_roots(|device| {
+            history
+                .iter()
+                .find_map(|s| s.roots.get(&device.0))
+                .into_iter()
+                .copied()
+                .collect()
+        });
+        let sighted = self.sighted;
+        self.claim_roots(|device| {
+            sighted
+                .get(&device.0)
+                .into_iter()
+                .flatten()
+                .copied()
+                .collect()
+        });
+    }
+
+    /// Places orphans that `roots` names for devices. If it names one for more devices than parents are missing, one of them was
+    /// changed since, and none gets it.
+    fn claim_roots(&mut self, roots: impl Fn(ThinId) -> Vec<MetadataBlock>) {
         let at: HashMap<MetadataBlock, usize> = self
             .orphans
             .orphans
@@ -195,11 +223,17 @@ impl Attribution<'_> {
             .collect();
         let mut claims: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         for (h, hole) in self.orphans.holes.iter().enumerate() {
-            let (None, Some(device)) = (hole.block, hole.devices.first()) else {
+            let (None, Some(&device), true) =
+                (hole.block, hole.devices.first(), hole.filled.is_empty())
+            else {
                 continue;
             };
-            let root = self.history.iter().find_map(|s| s.roots.get(&device.0));
-            if let Some(&orphan) = root.and_then(|root| at.get(root)) {
+            let roots = roots(device);
+            let orphans = roots.iter().filter_map(|root| at.get(root).copied());
+            let orphans: Vec<usize> = orphans
+                .filter(|&o| self.orphans.orphans[o].missing > 0)
+                .collect();
+            if let [orphan] = orphans[..] {
                 claims.entry(orphan).or_default().push(h);
             }
         }
@@ -366,13 +400,19 @@ impl Attribution<'_> {
     /// The leaves of older trees of these devices. A tree counts only if it is whole and has as many mappings as details of its
     /// time say: then its blocks were not reused.
     fn older_leaves(&self, wanted: &BTreeSet<ThinId>) -> Result<OlderLeaves> {
-        let mut trees: BTreeSet<(ThinId, MetadataBlock, u64)> = BTreeSet::new();
+        let lost: BTreeSet<MetadataBlock> =
+            self.orphans.holes.iter().filter_map(|h| h.block).collect();
+        // The latest first; a lost node is of no use, and what came before it counts.
+        let mut trees: Vec<(ThinId, MetadataBlock, u64)> = Vec::new();
         for state in self.history {
             for &device in wanted {
                 if let (Some(&root), Some(detail)) =
                     (state.roots.get(&device.0), state.details.get(&device.0))
                 {
-                    trees.insert((device, root, detail.mapped_blocks));
+                    let tree = (device, root, detail.mapped_blocks);
+                    if !lost.contains(&root) && !trees.contains(&tree) {
+                        trees.push(tree);
+                    }
                 }
             }
         }
@@ -388,9 +428,12 @@ impl Attribution<'_> {
         forest.walk(&walk, roots.iter().copied(), || (), |(), _| ())?;
         let structure = Structure::of(&forest, TreeKind::Mappings, &roots);
         let mut leaves = OlderLeaves::new();
+        let mut judged: BTreeMap<ThinId, bool> = BTreeMap::new();
         for (device, root, mapped) in trees {
             let summary = structure.summary(&forest, root);
-            if !summary.is_some_and(|s| !s.damaged && s.entries == mapped) {
+            let is_whole = summary.is_some_and(|s| !s.damaged && s.entries == mapped);
+            // Without the latest tree, what the device had since is not known, and older ones mislead.
+            if !*judged.entry(device).or_insert(is_whole) || !is_whole {
                 continue;
             }
             for n in forest.children_first(forest.number(root).as_slice()) {
@@ -422,19 +465,47 @@ impl Attribution<'_> {
             let (more, less) = (a.difference(b).count(), b.difference(a).count());
             more >= DISTINCT && 8 * less <= more
         };
-        match chosen
+        let strange = |o: usize, h: usize| owned.nr_strange(self, o, h);
+        let is_best = |h: usize| {
+            let own = strange(orphan, h);
+            self.rivals(orphan, h).all(|o| strange(o, h) >= own)
+        };
+        let is_decided = chosen
             .iter()
-            .all(|a| rest.iter().all(|b| is_clear(&a.1, &b.1)))
-        {
+            .all(|a| is_best(a.0) && rest.iter().all(|b| is_clear(&a.1, &b.1)));
+        match is_decided {
             true => chosen.iter().map(|c| c.0).collect(),
             false => Vec::new(),
         }
     }
 
+    /// Other orphans that could have the place of `orphan` in `hole`.
+    fn rivals(&self, orphan: usize, hole: usize) -> impl Iterator<Item = usize> + '_ {
+        let orphans = &self.orphans.orphans;
+        let keys = orphans[orphan].keys;
+        let overlaps = move |o: &usize| match (keys, orphans[*o].keys) {
+            (Some(a), Some(b)) => a.0 <= b.1 && b.0 <= a.1,
+            _ => false,
+        };
+        let others = (0..orphans.len()).filter(move |o| *o != orphan);
+        others
+            .filter(overlaps)
+            .filter(move |&o| self.orphans.fits(o, hole))
+    }
+
     fn by_position(&self, known: &KnownChildren, orphan: usize, holes: &[usize]) -> Vec<usize> {
         let orphan = &self.orphans.orphans[orphan];
         let before = known.inner_before(orphan.block);
-        let is_it = |h: &&usize| before.is_some() && self.orphans.holes[**h].block == before;
+        let time = self.scan.time(orphan.block);
+        let is_it = |h: &&usize| {
+            let hole = &self.orphans.holes[**h];
+            let details = hole
+                .devices
+                .iter()
+                .filter_map(|d| self.basis.details.get(&d.0));
+            let created = details.map(|d| d.creation_time).min();
+            before.is_some() && hole.block == before && is_own(time, created)
+        };
         match orphan.missing {
             1 => holes.iter().find(is_it).copied().into_iter().collect(),
             _ => Vec::new(),
@@ -475,10 +546,53 @@ impl Owned {
         ranges.into_iter().any(overlaps)
     }
 
+    /// Mappings of `orphan` that no older tree of the devices of `hole` has.
+    fn nr_strange(&self, attribution: &Attribution<'_>, orphan: usize, hole: usize) -> u64 {
+        let orphans = &attribution.orphans;
+        let known = self.of(orphan, &orphans.holes[hole].devices).len() as u64;
+        orphans.orphans[orphan].entries - known.min(orphans.orphans[orphan].entries)
+    }
+
     fn of(&self, orphan: usize, devices: &[ThinId]) -> BTreeSet<u32> {
         let sets = devices.iter().filter_map(|&d| self.by.get(&(orphan, d)));
         sets.flatten().copied().collect()
     }
+}
+
+/// When the first of the devices that each node belongs to was created.
+fn created(forest: &Forest, basis: &Basis) -> Vec<Option<u32>> {
+    let mut created: Vec<Option<u32>> = vec![None; forest.nodes().len()];
+    let mut lower = |n: usize, time: Option<u32>| {
+        created[n] = match (created[n], time) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        created[n]
+    };
+    let mut roots = Vec::new();
+    for (id, &root) in &basis.roots {
+        if let Some(n) = forest.number(root) {
+            lower(n, basis.details.get(id).map(|d| d.creation_time));
+            roots.push(n);
+        }
+    }
+    for n in forest.children_first(&roots).into_iter().rev() {
+        let time = lower(n, None);
+        for child in forest
+            .edges(&forest.nodes()[n])
+            .iter()
+            .filter_map(|e| forest.number(forest.child(e)?))
+        {
+            lower(child, time);
+        }
+    }
+    created
+}
+
+/// True for a leaf that was written after its device was created, rather than inherited from the device's origin.
+fn is_own(time: Option<u32>, created: Option<u32>) -> bool {
+    time.zip(created)
+        .is_some_and(|(time, created)| time >= created)
 }
 
 /// Where the children of inner nodes lie that are known.
@@ -492,7 +606,13 @@ struct KnownChildren {
 }
 
 impl KnownChildren {
-    fn of(forest: &Forest, others: impl Iterator<Item = MetadataBlock>) -> Self {
+    fn of(
+        forest: &Forest,
+        basis: &Basis,
+        scan: &Scan,
+        others: impl Iterator<Item = MetadataBlock>,
+    ) -> Self {
+        let created = created(forest, basis);
         let nodes = forest.nodes().iter();
         let inner = nodes
             .filter(|n| matches!(n.shape, Shape::Internal { .. }))
@@ -514,6 +634,10 @@ impl KnownChildren {
             .into_iter()
             .filter(|(_, parents)| parents.len() == 1)
         {
+            let created = forest.number(parents[0]).and_then(|n| created[n]);
+            if !is_own(scan.time(child), created) {
+                continue;
+            }
             match known.inner_before(child) {
                 Some(before) if parents.contains(&before) => known.behind += 1,
                 Some(before) if in_use.contains(&before) => known.elsewhere += 1,

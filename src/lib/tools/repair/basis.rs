@@ -7,7 +7,7 @@ use super::mend::MendedEngine;
 use super::report::RepairReport;
 use super::scan::{Class, Scan};
 use super::small::{SmallTree, SmallTrees};
-use super::states::{State, States};
+use super::states::{Sighted, State, States};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::BlockEngine;
 use crate::observer::Observer;
@@ -15,7 +15,7 @@ use crate::pdata::{TreeKind, Value};
 use crate::thin::{DeviceDetail, Fields, SUPERBLOCK, Superblock};
 use crate::tools::held_root;
 use crate::units::MetadataBlock;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 /// The start of a repair.
 #[derive(Debug, Default)]
@@ -26,6 +26,8 @@ pub(super) struct Basis {
     pub(super) freed: BTreeMap<u64, MetadataBlock>,
     /// Details of each device, where they are left.
     pub(super) details: BTreeMap<u64, DeviceDetail>,
+    /// Devices that the latest older state had.
+    pub(super) older_ids: BTreeSet<u64>,
     /// All of `details` are the last transaction's.
     pub(super) details_are_current: bool,
     /// The top-level tree is whole, so that there are no devices but those in `roots`.
@@ -168,7 +170,14 @@ impl Founder<'_> {
         basis.counts = match self.superblock {
             Some(superblock) => {
                 let map = superblock.metadata_space_map;
-                let mut counts = Liveness::read(self.engine, map.bitmap_root);
+                let mut counts = Liveness::read(self.engine, map.bitmap_root).or_else(|| {
+                    let roots = [
+                        superblock.mapping_root,
+                        superblock.details_root,
+                        map.bitmap_root,
+                    ];
+                    Liveness::of_only_bitmap(self.engine, &self.scan.bitmaps, &roots)
+                });
                 if let Some(counts) = &mut counts {
                     counts.read_many(self.engine, map.ref_count_root, self.observer)?;
                 }
@@ -190,7 +199,7 @@ impl Founder<'_> {
             .small_nodes
             .extend(pair.top.nodes.iter().chain(&pair.details.nodes));
         let history = states.history(basis.counts.as_ref(), latest.state);
-        self.devices(&mut basis, pair, &history)?;
+        self.devices(&mut basis, pair, &history, &states.sighted)?;
         Ok(basis)
     }
 
@@ -259,7 +268,13 @@ impl Founder<'_> {
     }
 
     /// Completes the devices of damaged trees: from leaves in use that nothing leads to any more, then from older states.
-    fn devices(&mut self, basis: &mut Basis, pair: Pair, history: &[&State]) -> Result<()> {
+    fn devices(
+        &mut self,
+        basis: &mut Basis,
+        pair: Pair,
+        history: &[&State],
+        sighted: &Sighted,
+    ) -> Result<()> {
         let Pair { top, details } = pair;
         basis.top_is_whole = top.damaged.is_empty();
         basis.details_are_whole = details.damaged.is_empty();
@@ -306,6 +321,19 @@ impl Founder<'_> {
             .map(|(id, root)| (id, MetadataBlock(root)))
             .collect();
         basis.details = known;
+        // The last state itself is among the states, unless its top-level tree is damaged.
+        let latest = history.iter().find(|s| !s.roots.is_empty());
+        basis.older_ids = latest.map_or_else(BTreeSet::new, |s| s.roots.keys().copied().collect());
+        let is_used = |root: &MetadataBlock| {
+            basis
+                .counts
+                .as_ref()
+                .is_some_and(|c| c.is_used(*root) == Some(true))
+        };
+        let sighted = sighted
+            .iter()
+            .filter(|(_, roots)| roots.iter().any(is_used));
+        basis.older_ids.extend(sighted.map(|s| s.0));
         if !basis.details_are_whole {
             self.older_details(basis, history);
         }
@@ -365,22 +393,22 @@ impl Founder<'_> {
     fn older_details(&mut self, basis: &mut Basis, history: &[&State]) {
         basis.details_are_current = false;
         self.report.is_complete = false;
-        let with_details = || history.iter().filter(|s| s.details_root.is_some());
-        let ids: Vec<u64> = match basis.roots.is_empty() && !basis.top_is_whole {
-            true => with_details()
-                .next()
-                .map_or_else(Vec::new, |s| s.details.keys().copied().collect()),
-            false => basis.roots.keys().copied().collect(),
-        };
+        let mut ids: BTreeSet<u64> = basis.roots.keys().copied().collect();
+        ids.extend(&basis.older_ids);
+        let mut found: Vec<String> = Vec::new();
         for id in ids {
             if !basis.details.contains_key(&id)
-                && let Some(detail) = with_details().find_map(|s| s.details.get(&id))
+                && let Some(detail) = history.iter().find_map(|s| s.details.get(&id))
             {
                 basis.details.insert(id, *detail);
-                self.report.notes.push(format!(
-                    "device {id}: its details are those of an older transaction"
-                ));
+                found.push(id.to_string());
             }
+        }
+        if !found.is_empty() {
+            let ids = found.join(", ");
+            self.report.notes.push(format!(
+                "the details of these devices are of an older transaction: {ids}"
+            ));
         }
     }
 }

@@ -1,8 +1,8 @@
-//! Holds the mappings against the data space map: a leaf that is older than it should be, though sealed, maps data blocks that have
-//! been freed since, and leaves others in use that nothing maps.
+//! Holds the mappings against the data space map: a leaf that is older than it should be, though sealed, maps data blocks more often
+//! than they are counted, and others less often.
 //!
-//! Counts that are merely too low, as old kernels left them, are no reason to doubt a mapping: only together with blocks that nothing
-//! maps, or with a device that has another number of mappings than its details say, is a leaf believed to be older.
+//! Counts that are merely too low, as old kernels left them, are no reason to doubt a mapping: only together with others that are too
+//! high, or with a device that has another number of mappings than its details say, is a leaf believed to be older.
 
 use crate::checksum::{self, BlockKind};
 use crate::error::Result;
@@ -26,8 +26,8 @@ pub(super) type Omitted = BTreeMap<MetadataBlock, Vec<u64>>;
 pub(super) struct Differences {
     /// Data blocks that are mapped more often than they are counted, and how often they are counted.
     pub(super) over: HashMap<u64, u32>,
-    /// Data blocks that are counted and that nothing maps.
-    pub(super) leaked: u64,
+    /// Data blocks that are counted more often than they are mapped.
+    pub(super) under: u64,
 }
 
 /// A data space map on disk.
@@ -81,8 +81,19 @@ impl DataMap {
             if bitmap.equals(&words) && many.as_ref().is_none_or(|m| m.is_empty()) {
                 continue;
             }
+            let base = number * ENTRIES_PER_BITMAP;
+            let in_range = |m: &&BTreeMap<u64, u32>| {
+                let many = m.range(base..base + ENTRIES_PER_BITMAP);
+                let fitting = many
+                    .clone()
+                    .filter(|(b, _)| bitmap.get(**b - base) == 3)
+                    .count();
+                fitting == many.count() && fitting as u64 == bitmap.nr_many()
+            };
+            // A tree of large counts that does not go with the bitmap says nothing.
+            let many = many.as_ref().filter(in_range);
             for at in 0..ENTRIES_PER_BITMAP {
-                let block = number * ENTRIES_PER_BITMAP + at;
+                let block = base + at;
                 if block >= mapped.nr_blocks() {
                     break;
                 }
@@ -95,7 +106,7 @@ impl DataMap {
                     few => few,
                 };
                 let claims = mapped.get(block);
-                found.leaked += u64::from(claims == 0 && stored > 0);
+                found.under += u64::from(claims < stored && stored != u32::MAX);
                 if claims > stored {
                     found.over.insert(block, stored);
                 }
@@ -134,22 +145,28 @@ impl Differences {
         );
         observer.check_cancelled()?;
         let mut claims: BTreeMap<u64, Vec<(MetadataBlock, u64)>> = BTreeMap::new();
-        let mut per_leaf: HashMap<MetadataBlock, usize> = HashMap::new();
         for (leaf, key, data_block) in parts.into_iter().flatten() {
             claims.entry(data_block).or_default().push((leaf, key));
-            *per_leaf.entry(leaf).or_default() += 1;
         }
         let mut omitted = Omitted::new();
-        for (data_block, mut claimants) in claims {
+        loop {
+            claims.retain(|data_block, claimants| claimants.len() > self.over[data_block] as usize);
+            let mut per_leaf: BTreeMap<MetadataBlock, usize> = BTreeMap::new();
+            for (leaf, _) in claims.values().flatten() {
+                *per_leaf.entry(*leaf).or_default() += 1;
+            }
             // The leaf with most contradictions is the one that is older; of equals none is believed.
-            claimants.sort_by_key(|c| per_leaf[&c.0]);
-            let allowed = self.over[&data_block] as usize;
-            let is_clear = claimants.get(allowed).is_some_and(|first_out| {
-                allowed > 0 && per_leaf[&claimants[allowed - 1].0] < per_leaf[&first_out.0]
-            });
-            let kept = if is_clear { allowed } else { 0 };
-            for (leaf, key) in claimants.drain(kept..) {
-                omitted.entry(leaf).or_default().push(key);
+            let Some(&most) = per_leaf.values().max() else {
+                break;
+            };
+            for claimants in claims.values_mut() {
+                let (out, kept) = claimants
+                    .iter()
+                    .partition(|(leaf, _)| per_leaf[leaf] == most);
+                *claimants = kept;
+                for (leaf, key) in out as Vec<(MetadataBlock, u64)> {
+                    omitted.entry(leaf).or_default().push(key);
+                }
             }
         }
         omitted.values_mut().for_each(|keys| keys.sort_unstable());

@@ -50,6 +50,33 @@ impl Liveness {
         (is_sound && map.bitmaps.iter().any(Option::is_some)).then_some(map)
     }
 
+    /// The only one of `bitmaps` that has itself and all of `used` in use, of a device that needs no more than one bitmap: the
+    /// space map, when its index is lost.
+    pub(super) fn of_only_bitmap(
+        engine: &dyn BlockEngine,
+        bitmaps: &[MetadataBlock],
+        used: &[MetadataBlock],
+    ) -> Option<Self> {
+        if engine.nr_blocks() > ENTRIES_PER_BITMAP {
+            return None;
+        }
+        let mut fitting = bitmaps.iter().filter_map(|&block| {
+            let bitmap = Bitmap::from_block(read_block(engine, block).ok()?.blocks(1));
+            let map = Self {
+                index: block,
+                blocks: vec![block],
+                bitmaps: vec![Some(bitmap)],
+                many: None,
+            };
+            let is_used = |b: &MetadataBlock| map.is_used(*b) == Some(true);
+            (is_used(&block) && used.iter().all(is_used)).then_some(map)
+        });
+        match (fitting.next(), fitting.next()) {
+            (Some(only), None) => Some(only),
+            _ => None,
+        }
+    }
+
     /// Reads the counts of 3 and more.
     pub(super) fn read_many(
         &mut self,

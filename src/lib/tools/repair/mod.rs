@@ -203,11 +203,11 @@ fn as_it_is(
             "as is: whole {} over {} leaked {}",
             work.is_whole(),
             work.differences.over.len(),
-            work.differences.leaked
+            work.differences.under
         );
     }
     let is_whole =
-        work.is_whole() && work.differences.over.is_empty() && work.differences.leaked == 0;
+        work.is_whole() && work.differences.over.is_empty() && work.differences.under == 0;
     Ok(is_whole.then_some((superblock, work)))
 }
 
@@ -333,7 +333,9 @@ fn rebuild(
     let mut attribution = Attribution {
         engine,
         scan,
+        basis: &work.basis,
         history: &history,
+        sighted: &states.sighted,
         observer,
         orphans: &mut orphans,
         has_other_place: work.basis.held_is_lost,
@@ -451,10 +453,10 @@ impl Work {
         };
         let totals = describe::totals(&self.forest, &self.basis.roots, &self.omitted);
         if std::env::var_os("DBG").is_some() {
-            eprintln!("omit: over {} leaked {}", over, self.differences.leaked);
+            eprintln!("omit: over {} leaked {}", over, self.differences.under);
         }
         let is_off = self.basis.details_are_current && !totals.iter().all(fits);
-        if over > 0 && !options.include_ambiguous && (is_off || 2 * self.differences.leaked >= over)
+        if over > 0 && !options.include_ambiguous && (is_off || 2 * self.differences.under >= over)
         {
             self.omitted = self.differences.omitted(engine, &self.leaves(), observer)?;
         }

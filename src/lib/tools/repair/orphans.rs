@@ -331,20 +331,30 @@ impl Finder<'_> {
                 filled: BTreeMap::new(),
             });
         }
-        let rootless = self
-            .basis
-            .details
-            .keys()
-            .filter(|id| !self.basis.roots.contains_key(id));
-        let may_be_more = !self.basis.top_is_whole || !self.basis.freed.is_empty();
-        holes.extend(rootless.filter(|_| may_be_more).map(|&id| Hole {
-            block: None,
-            devices: vec![ThinId(id)],
-            begin: 0,
-            end: None,
-            height: None,
-            filled: BTreeMap::new(),
-        }));
+        // The top-level tree may have had more devices than are left of it.
+        if !self.basis.top_is_whole || !self.basis.freed.is_empty() {
+            let ids = match self.basis.details_are_whole {
+                true => self.basis.details.keys().copied().collect(),
+                false => self
+                    .basis
+                    .older_ids
+                    .iter()
+                    .chain(self.basis.details.keys())
+                    .copied()
+                    .collect::<BTreeSet<u64>>(),
+            };
+            let rootless = ids
+                .into_iter()
+                .filter(|id| !self.basis.roots.contains_key(id));
+            holes.extend(rootless.map(|id| Hole {
+                block: None,
+                devices: vec![ThinId(id)],
+                begin: 0,
+                end: None,
+                height: None,
+                filled: BTreeMap::new(),
+            }));
+        }
         holes.retain(|h| h.height != Some(0));
         holes.sort_by_key(|h| (h.block, h.devices.first().copied()));
         holes

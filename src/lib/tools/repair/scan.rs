@@ -9,7 +9,7 @@ use crate::io::{BlockEngine, sweep};
 use crate::observer::Observer;
 use crate::pdata::Node;
 use crate::thin::{Fields, MARKER, SUPERBLOCK};
-use crate::units::{BLOCK_SIZE, MAGIC, MAX_METADATA_BLOCKS, MAX_THIN_ID, MetadataBlock};
+use crate::units::{BLOCK_SIZE, MAGIC, MAX_METADATA_BLOCKS, MAX_THIN_ID, MAX_TIME, MetadataBlock};
 use std::collections::{BTreeMap, HashSet};
 
 /// What kind of node a sealed block holds.
@@ -34,6 +34,8 @@ pub(super) enum Class {
 pub(super) struct Sighting {
     block: u32,
     pub(super) class: Class,
+    /// The latest time of a leaf's mappings; none for other nodes.
+    time: Option<u32>,
 }
 
 impl Sighting {
@@ -44,7 +46,7 @@ impl Sighting {
 
 /// A block that may matter.
 enum Found {
-    Node(Class),
+    Node(Class, Option<u32>),
     Index,
     Bitmap,
     Superblock(Box<Fields>),
@@ -139,9 +141,10 @@ impl Scan {
 
     fn add(&mut self, block: MetadataBlock, found: Found) {
         match found {
-            Found::Node(class) => self.nodes.push(Sighting {
+            Found::Node(class, time) => self.nodes.push(Sighting {
                 block: block.0 as u32,
                 class,
+                time,
             }),
             Found::Index => self.indexes.push(block),
             Found::Bitmap => self.bitmaps.push(block),
@@ -171,9 +174,20 @@ impl Scan {
 
     /// What the node at `block` is, if one lies there.
     pub(super) fn class(&self, block: MetadataBlock) -> Option<Class> {
-        let at = |n: &Sighting| n.block().cmp(&block);
-        let found = self.nodes.binary_search_by(at).ok()?;
-        Some(self.nodes[found].class)
+        self.sighting(block).map(|n| n.class)
+    }
+
+    /// The latest time of the mappings in the leaf at `block`.
+    pub(super) fn time(&self, block: MetadataBlock) -> Option<u32> {
+        self.sighting(block)?.time
+    }
+
+    fn sighting(&self, block: MetadataBlock) -> Option<&Sighting> {
+        let found = self
+            .nodes
+            .binary_search_by(|n| n.block().cmp(&block))
+            .ok()?;
+        Some(&self.nodes[found])
     }
 
     /// The kind of leaves below the node at `block`, as far as its eldest descendants tell.
@@ -239,7 +253,10 @@ fn look(data: &[u8], kind: BlockKind, block: MetadataBlock, limit: u64) -> Optio
                 return None;
             }
             let node = Node::parse(data, block, value_size).ok()?;
-            Some(Found::Node(classify(&node, value_size, limit)))
+            let is_mappings = node.is_leaf() && value_size == 8;
+            let latest = || node.values_u64().map(|v| v as u32 & MAX_TIME).max();
+            let time = is_mappings.then(latest).flatten();
+            Some(Found::Node(classify(&node, value_size, limit), time))
         }
     }
 }

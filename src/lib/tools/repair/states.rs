@@ -14,7 +14,7 @@ use crate::observer::Observer;
 use crate::pdata::{Forest, Leaves, Structure, TreeKind, Walk};
 use crate::thin::DeviceDetail;
 use crate::units::{MAX_METADATA_BLOCKS, MetadataBlock};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Top-level trees, details trees and index blocks that are looked at. A pool's history on one device is seldom longer, and
 /// memory and time must not follow what a hostile device holds.
@@ -41,7 +41,9 @@ pub(super) struct State {
     pub(super) last_data_block: u64,
     /// Index block of the metadata space map that has all blocks of this state in use.
     pub(super) index: Option<MetadataBlock>,
-    /// Blocks of its trees.
+    /// Blocks of its top-level and details trees.
+    small: Bits,
+    /// Blocks of all of its trees.
     pub(super) reached: Bits,
     /// Blocks in use: those of its trees, and what its space map says.
     blocks: Bits,
@@ -131,7 +133,12 @@ pub(super) struct States {
     pub(super) states: Vec<State>,
     /// Readable space maps, by index block.
     pub(super) maps: BTreeMap<MetadataBlock, Map>,
+    /// What single leaves of top-level trees tell, of any age.
+    pub(super) sighted: Sighted,
 }
+
+/// All roots that each device ever had, as far as leaves of top-level trees are left.
+pub(super) type Sighted = BTreeMap<u64, BTreeSet<MetadataBlock>>;
 
 /// A readable space map with the blocks that it has in use.
 #[derive(Debug)]
@@ -215,7 +222,7 @@ impl States {
         let with_all = self
             .maps
             .iter()
-            .filter(|(_, map)| best.reached.nr_missing_from(&map.used) == 0);
+            .filter(|(_, map)| best.small.nr_missing_from(&map.used) == 0);
         let with_all = with_all.map(|(&index, _)| index);
         let last = with_all
             .filter(|i| distance(i) < size / 2)
@@ -298,11 +305,13 @@ impl States {
             observer,
             scan,
             maps,
+            sighted: Sighted::new(),
         };
         let states = search.states()?;
         Ok(Self {
             states,
             maps: search.maps,
+            sighted: search.sighted,
         })
     }
 }
@@ -312,6 +321,7 @@ struct Search<'a> {
     observer: &'a dyn Observer,
     scan: &'a Scan,
     maps: BTreeMap<MetadataBlock, Map>,
+    sighted: Sighted,
 }
 
 impl Search<'_> {
@@ -382,9 +392,14 @@ impl Search<'_> {
             let fitting = details.get(&ids).into_iter().flatten();
             let best = fitting
                 .max_by_key(|(block, tree)| (whole(tree), std::cmp::Reverse(distance(*block))));
-            let mut blocks = Bits::new(size);
-            blocks.insert(MetadataBlock(0));
-            top.nodes.iter().for_each(|&b| blocks.insert(b));
+            let mut small = Bits::new(size);
+            small.insert(MetadataBlock(0));
+            let details_nodes = best.iter().flat_map(|b| &b.1.nodes);
+            top.nodes
+                .iter()
+                .chain(details_nodes)
+                .for_each(|&b| small.insert(b));
+            let mut blocks = small.clone();
             let numbers = top
                 .entries
                 .values()
@@ -397,14 +412,13 @@ impl Search<'_> {
                 last_data_block = last_data_block.max(furthest.get(&block).copied().unwrap_or(0));
             }
             let mut end = root.0;
-            if let Some((details_root, tree)) = best {
-                tree.nodes.iter().for_each(|&b| blocks.insert(b));
-                if distance(*details_root) < size / 2 {
-                    end = details_root.0;
-                }
+            if let Some((details_root, _)) = best
+                && distance(*details_root) < size / 2
+            {
+                end = details_root.0;
             }
             let reached = blocks.clone();
-            let index = self.index_of(&blocks, end, size);
+            let index = self.index_of(&small, &blocks, end, size);
             if let Some(map) = index.and_then(|i| self.maps.get(&i)) {
                 blocks.join(&map.used);
                 end = map.counts.index.0;
@@ -422,6 +436,7 @@ impl Search<'_> {
                 mappings: top.entries.values().filter_map(|&r| entries(r)).sum(),
                 last_data_block,
                 index,
+                small,
                 reached,
                 blocks,
                 end: end + 1,
@@ -431,7 +446,7 @@ impl Search<'_> {
     }
 
     /// Top-level trees: leaves of which at least half of what they point to are mapping nodes, and the nodes above such.
-    fn tops(&self) -> Result<Vec<(MetadataBlock, SmallTree<u64>)>> {
+    fn tops(&mut self) -> Result<Vec<(MetadataBlock, SmallTree<u64>)>> {
         let roots = self.roots(Class::MaybeTop);
         let trees =
             SmallTrees::<u64>::read(self.engine, TreeKind::TopLevel, &roots, self.observer)?;
@@ -439,22 +454,43 @@ impl Search<'_> {
             let class = self.scan.leaf_class(MetadataBlock(**root));
             matches!(class, Some(Class::Mappings | Class::MaybeTop))
         };
-        let tops = roots.into_iter().map(|root| (root, trees.tree(root)));
+        let tops: Vec<_> = roots
+            .into_iter()
+            .map(|root| (root, trees.tree(root)))
+            .collect();
         let fits = |tree: &SmallTree<u64>| {
             let fitting = tree.entries.values().filter(is_mappings).count();
             tree.damaged.is_empty() && fitting * 2 >= tree.entries.len()
         };
+        for (_, leaf) in tops
+            .iter()
+            .filter(|(_, tree)| tree.nodes.len() == 1 && fits(tree))
+        {
+            for (&id, &root) in &leaf.entries {
+                self.sighted
+                    .entry(id)
+                    .or_default()
+                    .insert(MetadataBlock(root));
+            }
+        }
+        let tops = tops.into_iter();
         Ok(tops.filter(|(_, tree)| fits(tree)).collect())
     }
 
-    /// The index block of the space map that has all of `blocks` in use; the next after `end` if several have.
-    fn index_of(&self, blocks: &Bits, end: u64, size: u64) -> Option<MetadataBlock> {
+    /// The index block of the space map that has all of `small`, and most of `blocks`, in use; the next after `end` if several have.
+    fn index_of(&self, small: &Bits, blocks: &Bits, end: u64, size: u64) -> Option<MetadataBlock> {
         let fitting = self
             .maps
             .iter()
-            .filter(|(_, map)| blocks.nr_missing_from(&map.used) == 0);
-        let fitting = fitting.map(|(&index, _)| index);
-        fitting.min_by_key(|index| (index.0 + size - end) % size)
+            .filter(|(_, map)| small.nr_missing_from(&map.used) == 0);
+        let fitting = fitting.map(|(&index, map)| {
+            (
+                blocks.nr_missing_from(&map.used),
+                (index.0 + size - end) % size,
+                index,
+            )
+        });
+        fitting.min().map(|f| f.2)
     }
 }
 
