@@ -6,6 +6,7 @@ mod damage;
 mod devtools;
 mod failures;
 mod fixtures;
+mod repair;
 mod repair_in_place;
 mod shapes;
 mod support;
