@@ -48,6 +48,8 @@ pub(super) struct Hole {
 pub(super) struct Orphans {
     pub(super) orphans: Vec<Orphan>,
     pub(super) holes: Vec<Hole>,
+    /// Holes that an orphan cannot be in, whatever its keys.
+    pub(super) refuted: HashSet<(usize, usize)>,
     /// Mappings that each device is known to lack, where its details tell.
     pub(super) lacking: HashMap<ThinId, u64>,
     /// More devices have the same root than the space map counts.
@@ -79,7 +81,10 @@ impl Orphans {
             // A tree that is whole has all of its device's mappings.
             None => o.entries == n || o.is_damaged && o.entries < n,
         });
-        o.missing > 0 && has_mappings && h.has_room_for(o, &self.orphans)
+        o.missing > 0
+            && !self.refuted.contains(&(orphan, hole))
+            && has_mappings
+            && h.has_room_for(o, &self.orphans)
     }
 
     /// The holes that `orphan` can be in.
@@ -170,6 +175,7 @@ impl Finder<'_> {
             holes: self.holes(forest, &structure),
             orphans,
             lacking: HashMap::new(),
+            refuted: HashSet::new(),
             roots_are_contested: self.roots_are_contested(forest),
         };
         if self.basis.details_are_current {
