@@ -12,6 +12,7 @@
 mod attribute;
 mod basis;
 mod bits;
+mod common;
 mod contested;
 mod describe;
 mod lineage;
@@ -19,6 +20,7 @@ mod liveness;
 mod mend;
 mod orphans;
 mod position;
+mod rebuild;
 mod report;
 mod scan;
 mod small;
@@ -28,12 +30,13 @@ pub use attribute::Evidence;
 pub use mend::Mend;
 pub use report::{Ambiguous, Candidate, Mended, Reattached, RecoveredDevice, RepairReport};
 
-use self::attribute::{Attribution, Placed};
+use self::attribute::Placed;
 use self::basis::{Basis, Founder, Pair};
 use self::contested::{DataMap, Differences, Omitted};
 use self::liveness::Liveness;
 use self::mend::MendedEngine;
-use self::orphans::{Finder, Orphans};
+use self::orphans::Orphans;
+use self::rebuild::Rebuild;
 use self::scan::{Class, Scan};
 use self::small::SmallTrees;
 use self::states::States;
@@ -134,16 +137,15 @@ pub fn recover<'a>(
         report: &mut report,
     }
     .found(&states)?;
-    let work = rebuild(
-        &engine,
-        &scan,
-        &states,
-        basis,
-        superblock.as_ref(),
+    let rebuild = Rebuild {
+        engine: &engine,
+        scan: &scan,
+        states: &states,
+        superblock: superblock.as_ref(),
         options,
-        &mut report,
         observer,
-    )?;
+    };
+    let work = rebuild.run(basis, &mut report)?;
     work.finish(engine, superblock.as_ref(), options, report)
 }
 
@@ -300,93 +302,7 @@ impl Work {
     }
 }
 
-/// Reads what the basis leads to, looks for what nothing leads to any more, and puts it where it belongs.
-fn rebuild(
-    engine: &MendedEngine<'_>,
-    scan: &Scan,
-    states: &States,
-    basis: Basis,
-    superblock: Option<&Superblock>,
-    options: &Options,
-    report: &mut RepairReport,
-    observer: &dyn Observer,
-) -> Result<Work> {
-    let given = options.overrides.nr_data_blocks.unwrap_or(u64::MAX);
-    let nr_data_blocks = superblock.map_or(given, |s| s.data_space_map.nr_blocks);
-    let map = match superblock {
-        Some(superblock) => Some(DataMap::of(superblock)),
-        None => basis
-            .counts
-            .as_ref()
-            .and_then(|counts| DataMap::find(scan, counts)),
-    };
-    let mut work = Work::walk(engine, basis, nr_data_blocks, None, observer)?;
-    let mut orphans = work.find_orphans(engine, scan, observer)?;
-    let has_contradiction = orphans.roots_are_contested || !work.basis.freed.is_empty();
-    if has_contradiction && !orphans.orphans.is_empty() {
-        // The top-level tree is older than the space map: its roots are known from an older transaction, no more.
-        let basis = work.basis.without_roots();
-        report.note_old_top();
-        work = Work::walk(engine, basis, nr_data_blocks, None, observer)?;
-        orphans = work.find_orphans(engine, scan, observer)?;
-    }
-    let latest = states.latest(|block| !scan.is_sealed(block)).state;
-    let history = states.history(work.basis.counts.as_ref(), latest);
-    let mut attribution = Attribution {
-        engine,
-        scan,
-        basis: &work.basis,
-        history: &history,
-        sighted: &states.sighted,
-        observer,
-        orphans: &mut orphans,
-        has_other_place: work.basis.held_is_lost,
-        placed: Vec::new(),
-    };
-    attribution.run(&work.forest, options.include_ambiguous)?;
-    work.placed = attribution.placed;
-    for (device, root) in orphans.mend(&mut work.forest) {
-        work.basis.roots.insert(device.0, root);
-    }
-    // A block that was freed too early is better than nothing, if no other root was found.
-    let freed: Vec<(u64, MetadataBlock)> =
-        work.basis.freed.iter().map(|(&id, &r)| (id, r)).collect();
-    let is_all_placed = orphans.orphans.iter().all(|o| o.missing == 0);
-    for (id, root) in freed {
-        if is_all_placed && !work.basis.roots.contains_key(&id) && scan.class(root).is_some() {
-            work.basis.roots.insert(id, root);
-        }
-    }
-    work.orphans = orphans;
-    work.damaged = work
-        .forest
-        .nodes()
-        .iter()
-        .filter(|n| n.shape == Shape::Bad)
-        .map(|n| n.block)
-        .collect();
-    work.count_again(engine, nr_data_blocks, map.as_ref(), observer)?;
-    work.omit(engine, options, observer)?;
-    Ok(work)
-}
-
 impl Work {
-    fn find_orphans(
-        &mut self,
-        engine: &MendedEngine<'_>,
-        scan: &Scan,
-        observer: &dyn Observer,
-    ) -> Result<Orphans> {
-        let roots = self.roots();
-        let finder = Finder {
-            engine,
-            scan,
-            basis: &self.basis,
-            observer,
-        };
-        finder.find(&mut self.forest, &roots)
-    }
-
     /// Counts the mappings of every leaf that is part of a device.
     fn count_again(
         &mut self,
