@@ -239,18 +239,9 @@ impl Attribution<'_> {
     fn only_places(&mut self, evidence: Evidence) {
         while !self.has_other_place {
             let open = self.open();
-            // Of several orphans that fit the same device, none has to be its root.
-            let mut contenders: HashMap<usize, usize> = HashMap::new();
-            for hole in open.iter().flat_map(|(_, holes)| holes) {
-                *contenders.entry(*hole).or_default() += 1;
-            }
             let is_decided = |(o, holes): &&(usize, Vec<usize>)| {
-                let is_free =
-                    |h: &usize| self.orphans.holes[*h].block.is_some() || contenders[h] == 1;
-                let rivals = holes.iter().any(|&h| self.has_rival(*o, h, &open));
-                holes.len() <= self.orphans.orphans[*o].missing as usize
-                    && holes.iter().all(is_free)
-                    && !rivals
+                let has_rival = holes.iter().any(|&h| self.has_rival(*o, h, &open));
+                holes.len() <= self.orphans.orphans[*o].missing as usize && !has_rival
             };
             let decided: Vec<(usize, Vec<usize>)> =
                 open.iter().filter(is_decided).cloned().collect();
@@ -268,13 +259,15 @@ impl Attribution<'_> {
         }
     }
 
-    /// True if another orphan claims the same keys of the hole, and has no other place either.
+    /// True if another orphan claims the same keys of the hole, or the same device's root, and has no other place either.
     fn has_rival(&self, orphan: usize, hole: usize, open: &[(usize, Vec<usize>)]) -> bool {
         let orphans = &self.orphans.orphans;
         let Some((first, last)) = orphans[orphan].keys else {
             return false;
         };
-        let overlaps = |o: usize| orphans[o].keys.is_some_and(|k| k.0 <= last && k.1 >= first);
+        let is_root = self.orphans.holes[hole].block.is_none();
+        let overlaps =
+            |o: usize| is_root || orphans[o].keys.is_some_and(|k| k.0 <= last && k.1 >= first);
         let is_stuck = |o: usize, holes: &[usize]| holes.len() <= orphans[o].missing as usize;
         open.iter().any(|(o, holes)| {
             *o != orphan && holes.contains(&hole) && overlaps(*o) && is_stuck(*o, holes)

@@ -76,6 +76,16 @@ impl RepairReport {
         self.lose("the device details do not go with any tree that is in use; they are taken to be of an older transaction".into());
     }
 
+    /// Devices of which only what others prove is taken.
+    pub(super) fn note_doubtful(&mut self, older: usize, devices: &[ThinId]) {
+        let ids: Vec<String> = devices.iter().map(ToString::to_string).collect();
+        self.lose(format!(
+            "{older} nodes are older than they should be, so that writes to this disk were lost; of devices {} the number of mappings is \
+             not what their details say, and what no other device bears out is left out; --include-ambiguous takes it in",
+            ids.join(", ")
+        ));
+    }
+
     /// Of devices that could have any of several trees, only what these have in common was taken.
     pub(super) fn note_common(&mut self, devices: &[ThinId]) {
         let ids: Vec<String> = devices.iter().map(ToString::to_string).collect();

@@ -50,7 +50,7 @@ use crate::pdata::{
     CountBatch, CountMap, Forest, IndexEntry, Leaves, Node, Shape, Structure, TreeKind, Walk,
 };
 use crate::thin::Superblock;
-use crate::units::{ENTRIES_PER_BITMAP, MAX_TIME, MetadataBlock};
+use crate::units::{ENTRIES_PER_BITMAP, MAX_TIME, MetadataBlock, ThinId};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// What to recover, and with which values in the place of lost ones.
@@ -202,14 +202,6 @@ fn as_it_is(
     let limit = superblock.data_space_map.nr_blocks;
     let work = Work::walk(engine, Basis::of_pair(pair), limit, Some(&map), observer)?;
     // What is counted but not mapped may be a leak, or belong to mappings that an older node in the place of a newer one hides.
-    if std::env::var_os("DBG").is_some() {
-        eprintln!(
-            "as is: whole {} over {} leaked {}",
-            work.is_whole(),
-            work.differences.over.len(),
-            work.differences.under
-        );
-    }
     let is_whole =
         work.is_whole() && work.differences.over.is_empty() && work.differences.under == 0;
     Ok(is_whole.then_some((superblock, work)))
@@ -357,6 +349,50 @@ impl Work {
         leaves
     }
 
+    /// Where more than a few nodes are older than they should be, though sealed, writes to this disk got lost, and others may be
+    /// older without contradicting anything. A device that has such nodes is believed only if its number of mappings is right.
+    fn leave_out_doubtful(&mut self, scan: &Scan, report: &mut RepairReport) {
+        let bad = self
+            .damaged
+            .iter()
+            .copied()
+            .filter(|&b| scan.class(b).is_some());
+        let older: HashSet<MetadataBlock> = bad.chain(self.omitted.keys().copied()).collect();
+        if older.len() <= MOST_OLDER || !self.basis.details_are_current {
+            return;
+        }
+        let totals = describe::totals(&self.forest, &self.basis.roots, &self.omitted);
+        let nodes = |root: MetadataBlock| {
+            let nodes = self
+                .forest
+                .children_first(self.forest.number(root).as_slice());
+            nodes.into_iter().map(|n| self.forest.nodes()[n])
+        };
+        let mut proved = HashSet::new();
+        let mut doubtful = HashMap::new();
+        for (id, &root) in &self.basis.roots {
+            let expected = self.basis.details.get(id).map(|d| d.mapped_blocks);
+            if expected == Some(totals[id]) {
+                proved.extend(nodes(root).map(|n| n.block));
+            } else if nodes(root).any(|n| older.contains(&n.block)) {
+                let leaves = nodes(root).filter(|n| matches!(n.shape, Shape::Leaf { .. }));
+                doubtful.insert(ThinId(*id), leaves.map(|n| n.block).collect::<Vec<_>>());
+            }
+        }
+        let mut ids = Vec::new();
+        for (id, leaves) in doubtful {
+            ids.push(id);
+            for leaf in leaves.into_iter().filter(|l| !proved.contains(l)) {
+                self.forest.exclude(leaf);
+                self.damaged.insert(leaf);
+            }
+        }
+        if !ids.is_empty() {
+            ids.sort_unstable();
+            report.note_doubtful(older.len(), &ids);
+        }
+    }
+
     /// Leaves out mappings that contradict the data space map, if a leaf that is too old explains it.
     fn omit(
         &mut self,
@@ -370,9 +406,6 @@ impl Work {
             detail.is_none_or(|d| d.mapped_blocks == *has)
         };
         let totals = describe::totals(&self.forest, &self.basis.roots, &self.omitted);
-        if std::env::var_os("DBG").is_some() {
-            eprintln!("omit: over {} leaked {}", over, self.differences.under);
-        }
         let is_off = self.basis.details_are_current && !totals.iter().all(fits);
         if over > 0 && !options.include_ambiguous && (is_off || 2 * self.differences.under >= over)
         {
@@ -450,6 +483,8 @@ impl Span {
     }
 }
 
+/// Nodes older than they should be, up to which the others are believed.
+const MOST_OLDER: usize = 8;
 /// Rounds of judging after which a tree that still shows new faults is left as it is; honest damage needs one or two.
 const MOST_ROUNDS: usize = 16;
 

@@ -73,6 +73,9 @@ impl Rebuild<'_> {
             self.observer,
         )?;
         work.omit(self.engine, self.options, self.observer)?;
+        if !self.options.include_ambiguous {
+            work.leave_out_doubtful(self.scan, report);
+        }
         Ok(work)
     }
 
