@@ -4,10 +4,15 @@
 //! then by times. Damaged nodes are left out, with a report of the ranges behind them. Nothing is written to the input.
 
 mod choose;
+mod in_place;
+mod kept;
 mod report;
 mod scan;
+mod undo;
 
+pub use in_place::{InPlace, InPlaceReport, plan_in_place};
 pub use report::{Candidate, RecoveredDevice, RepairReport};
+pub use undo::{Undone, undo};
 
 use self::choose::{Chosen, choose};
 use super::affected::{Affected, affected};

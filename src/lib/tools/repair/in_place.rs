@@ -1,0 +1,471 @@
+//! thin_repair --in-place: damage that spares the mapping trees is put right on the device itself.
+//!
+//! Invariants:
+//! 1. All that is to be written is staged first, and a check of the staged device finds it sound; until then, and until an undo
+//!    file is on disk, the device is only read.
+//! 2. No block is overwritten that a kept tree uses or that the old superblock leads to, except block 0. Everything else is
+//!    written and flushed before block 0, so that a crash leaves the old state or the new one.
+//! 3. Where block 0 was lost, it first gets the roots that were chosen, without space maps, and is flushed: a repair that is cut
+//!    short goes on with the same roots, whatever else it had written by then. The kernel refuses such a superblock.
+
+use super::kept::{Kept, Old, Roots, read_details, snapshot};
+use super::report::RepairReport;
+use super::undo::save;
+use super::{Recovery, recover};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{AlignedBuffer, BlockEngine, StagedEngine};
+use crate::observer::Observer;
+use crate::pdata::{
+    BlockSink, MetadataWriter, SharedTree, SpaceMapRoot, TreeBuilder, build_data_map,
+    build_metadata_map, nr_bitmaps,
+};
+use crate::thin::{
+    DeviceDetail, Fields, NEEDS_CHECK, SUPERBLOCK, Superblock, SuperblockFault, read_block,
+};
+use crate::tools::check::{CheckOptions, Code, Damage, Severity, check, fix};
+use crate::tools::event::PoolInfo;
+use crate::tools::overrides::Overrides;
+use crate::tools::restorer::uuid_bytes;
+use crate::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MetadataBlock, is_legal_data_block_size};
+use serde::Serialize;
+use std::path::Path;
+
+/// What is said of everything that only a repair to another device deals with.
+const REFUSED: &str = "nothing was written: what is damaged cannot be put right in place; thin_repair -i DEV -o NEWDEV recovers \
+                       what is whole to another device";
+/// Blocks that are written at once: 1 MiB.
+const RUN: usize = 256;
+
+/// What a repair in place does.
+#[derive(Debug, Default, Serialize)]
+pub struct InPlaceReport {
+    /// Everything that a check found wrong; of a pool whose superblock is lost, that only.
+    pub damages: Vec<Damage>,
+    /// Which roots were chosen and what was made up; none if nothing had to be looked for.
+    pub recovery: Option<RepairReport>,
+    /// What is changed, in words.
+    pub actions: Vec<String>,
+    /// Blocks that are written, block 0 among them.
+    pub blocks: u64,
+    /// False when something was guessed or is lost.
+    pub is_complete: bool,
+}
+
+/// A repair in place that is worked out and found to be sound, but not written.
+#[derive(Debug)]
+pub struct InPlace<'a> {
+    /// What it does.
+    pub report: InPlaceReport,
+    staged: StagedEngine<'a>,
+    /// What block 0 holds while the other blocks are written.
+    interim: Option<[u8; BLOCK_SIZE]>,
+}
+
+/// Works out how to put the metadata on `engine` right in place; none if nothing is wrong with it. `overrides` stand in for what
+/// a lost superblock would say. Nothing is written.
+///
+/// # Errors
+/// `Damaged` when a mapping tree or the top-level tree is damaged, or the superblock has features that are not known;
+/// `OutputTooSmall` when there is no room for what has to be written beside what is there; `Io`, `Interrupted`.
+pub fn plan_in_place<'a>(
+    engine: &'a dyn BlockEngine,
+    overrides: &Overrides,
+    observer: &dyn Observer,
+) -> Result<Option<InPlace<'a>>> {
+    let checked = check(engine, &CheckOptions::default(), observer)?;
+    let report = &checked.report;
+    if let Some(damage) = report.damages.iter().find(|d| d.code == Code::ReadError) {
+        let what = format!(
+            "nothing was written: block {} cannot be read ({}); copy the metadata to a healthy device first",
+            damage.block, damage.message
+        );
+        return Err(Error::new(ErrorKind::Io, what));
+    }
+    let worst = report.verdict.severity;
+    if worst <= Some(Severity::Note) && !report.needs_check {
+        return Ok(None);
+    }
+    if worst == Some(Severity::Fatal) {
+        let mut repair = rebuild(engine, overrides, observer)?;
+        repair.report.damages = checked.report.damages;
+        return Ok(Some(repair));
+    }
+    let staged = stage(engine)?;
+    let actions = fix(&staged, &checked)?;
+    refuse_unsound(&staged, observer)?;
+    Ok(Some(InPlace::new(
+        staged,
+        None,
+        InPlaceReport {
+            damages: checked.report.damages,
+            actions,
+            is_complete: true,
+            ..InPlaceReport::default()
+        },
+    )))
+}
+
+impl<'a> InPlace<'a> {
+    fn new(
+        staged: StagedEngine<'a>,
+        interim: Option<[u8; BLOCK_SIZE]>,
+        report: InPlaceReport,
+    ) -> Self {
+        let blocks = staged.written().len() as u64;
+        Self {
+            report: InPlaceReport { blocks, ..report },
+            staged,
+            interim,
+        }
+    }
+
+    /// Saves what is going to be overwritten to the new file `undo_file`, then writes the repair to the device.
+    ///
+    /// # Errors
+    /// Whatever keeps the undo file from being written, with nothing changed on the device; `Io`.
+    pub fn write(&self, undo_file: &Path, observer: &dyn Observer) -> Result<()> {
+        let engine = self.staged.base();
+        let interim = self.interim.as_ref().map(|block| &block[..]);
+        save(undo_file, engine, &self.staged, interim, observer)
+            .map_err(|e| e.context("nothing was changed on the device"))?;
+        observer.progress("writing", 0, 1);
+        if let Some(interim) = interim {
+            write_zero(engine, interim)?;
+        }
+        self.write_all_but_zero()
+            .and_then(|()| engine.sync())
+            .map_err(|e| {
+                let what = format!(
+                    "cannot write the repaired metadata; the old metadata is as it was, {} may be needed to undo what was written",
+                    undo_file.display()
+                );
+                Error::io(what, e)
+            })?;
+        write_zero(engine, read_block(&self.staged, SUPERBLOCK)?.blocks(1))
+    }
+
+    fn write_all_but_zero(&self) -> std::io::Result<()> {
+        let written = self.staged.written();
+        let mut rest = &written[written.partition_point(|&b| b == SUPERBLOCK.0)..];
+        let mut buffer = AlignedBuffer::new(RUN);
+        while let Some(&first) = rest.first() {
+            let follows = |(place, block): &(u64, &u64)| place == *block;
+            let run = (first..).zip(rest).take(RUN).take_while(follows).count();
+            let start = MetadataBlock(first);
+            self.staged.read(start, buffer.blocks_mut(run))?;
+            self.staged.base().write(start, buffer.blocks(run))?;
+            rest = &rest[run..];
+        }
+        Ok(())
+    }
+}
+
+fn write_zero(engine: &dyn BlockEngine, block: &[u8]) -> Result<()> {
+    let mut buffer = AlignedBuffer::new(1);
+    buffer.blocks_mut(1).copy_from_slice(block);
+    engine
+        .write(SUPERBLOCK, buffer.blocks(1))
+        .and_then(|()| engine.sync())
+        .map_err(|e| Error::io("cannot write the superblock", e))
+}
+
+fn stage(engine: &dyn BlockEngine) -> Result<StagedEngine<'_>> {
+    StagedEngine::new(engine).map_err(|e| {
+        Error::io(
+            "cannot make a temporary file for what is to be written; set TMPDIR to a folder with room",
+            e,
+        )
+    })
+}
+
+/// Nothing is written that a check would object to.
+fn refuse_unsound(staged: &StagedEngine<'_>, observer: &dyn Observer) -> Result<()> {
+    let report = check(staged, &CheckOptions::default(), observer)?.report;
+    match report.damages.iter().find(|d| d.severity > Severity::Note) {
+        Some(damage) => Err(Error::new(
+            ErrorKind::Damaged,
+            format!("damage would be left: {damage}"),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Works out a repair of fatal damage.
+fn rebuild<'a>(
+    engine: &'a dyn BlockEngine,
+    overrides: &Overrides,
+    observer: &dyn Observer,
+) -> Result<InPlace<'a>> {
+    let superblock = usable_superblock(engine)?;
+    let overrides = used_overrides(superblock.as_ref(), overrides, observer);
+    let refused = |e: Error| match e.kind() {
+        ErrorKind::Damaged => e.context(REFUSED),
+        _ => e.context("nothing was written"),
+    };
+    let recovery =
+        recover(engine, &overrides, observer).map_err(|e| e.context("nothing was written"))?;
+    let rebuild = Rebuild {
+        engine,
+        observer,
+        pool: overrides.apply(&recovery.trees.pool, observer),
+        superblock,
+        details: kept_details(engine, superblock.as_ref(), &recovery, observer).map_err(refused)?,
+        recovery,
+    };
+    let held = superblock.and_then(|s| snapshot(engine, &s));
+    let with_snapshot = held.and_then(|_| match rebuild.stage(held) {
+        Err(e) if e.kind() == ErrorKind::Damaged => None,
+        other => Some(other),
+    });
+    let (staged, fields) = with_snapshot
+        .unwrap_or_else(|| rebuild.stage(None))
+        .map_err(refused)?;
+    Ok(InPlace::new(
+        staged,
+        rebuild.interim(&fields),
+        rebuild.report(&fields),
+    ))
+}
+
+/// The superblock, if there is one in block 0 that can be believed.
+fn usable_superblock(engine: &dyn BlockEngine) -> Result<Option<Superblock>> {
+    let block = read_block(engine, SUPERBLOCK)?;
+    let (superblock, faults) = Superblock::verify(block.blocks(1), SUPERBLOCK, engine.nr_blocks());
+    let is_unknown = |f: &&SuperblockFault| {
+        matches!(
+            f,
+            SuperblockFault::IncompatFlags(_) | SuperblockFault::CompatRoFlags(_)
+        )
+    };
+    match faults.iter().find(is_unknown) {
+        Some(fault) => Err(Error::new(ErrorKind::Damaged, fault.to_string()).context(REFUSED)),
+        None => Ok(superblock),
+    }
+}
+
+/// The overrides, unless the superblock can be read: what it says is not replaced in place.
+fn used_overrides(
+    superblock: Option<&Superblock>,
+    overrides: &Overrides,
+    observer: &dyn Observer,
+) -> Overrides {
+    if !superblock.is_some_and(|s| is_legal_data_block_size(s.data_block_size)) {
+        return *overrides;
+    }
+    if *overrides != Overrides::default() {
+        observer.warning(
+            "the superblock can be read, and keeps its transaction id and sizes: the values given for them are not used",
+        );
+    }
+    Overrides::default()
+}
+
+/// The root of the details tree if it can stay as it is: whole, and with what the repair would write.
+fn kept_details(
+    engine: &dyn BlockEngine,
+    superblock: Option<&Superblock>,
+    recovery: &Recovery,
+    observer: &dyn Observer,
+) -> Result<Option<MetadataBlock>> {
+    let report = &recovery.report;
+    if let Some(named) = superblock
+        .map(|s| s.mapping_root)
+        .filter(|&r| r != report.mapping_root)
+    {
+        let what = format!("the top-level tree, whose root is in block {named}, cannot be read");
+        return Err(Error::new(ErrorKind::Damaged, what));
+    }
+    let Some(root) = report.details_root else {
+        return Ok(None);
+    };
+    let devices = &recovery.trees.devices;
+    let (found, is_whole) = read_details(engine, root, observer)?;
+    if let Some(id) = found.keys().find(|id| !devices.contains_key(id)) {
+        let what = format!("device {id} has details but no mapping tree");
+        return Err(Error::new(ErrorKind::Damaged, what));
+    }
+    let wanted = devices.iter().map(|(&id, &(_, detail))| (id, detail));
+    Ok((is_whole && found.into_iter().eq(wanted)).then_some(root))
+}
+
+/// Everything that a repair of fatal damage starts from.
+struct Rebuild<'a, 'o> {
+    engine: &'a dyn BlockEngine,
+    observer: &'o dyn Observer,
+    superblock: Option<Superblock>,
+    recovery: Recovery,
+    pool: PoolInfo,
+    /// Root of the details tree that stays.
+    details: Option<MetadataBlock>,
+}
+
+impl<'a> Rebuild<'a, '_> {
+    /// Stages the repaired metadata, with the metadata snapshot `snapshot` if there is one to keep.
+    fn stage(
+        &self,
+        snapshot: Option<(MetadataBlock, Superblock)>,
+    ) -> Result<(StagedEngine<'a>, Fields)> {
+        self.refuse_large_data()?;
+        let roots = Roots {
+            mapping: self.recovery.report.mapping_root,
+            details: self.details,
+            snapshot,
+        };
+        let kept = Kept::read(self.engine, &roots, self.pool.nr_data_blocks, self.observer)?;
+        let recovered = self.recovery.trees.devices.iter();
+        if !recovered
+            .map(|(&id, &(root, _))| (id, root))
+            .eq(kept.devices.iter().copied())
+        {
+            let what = "not all devices of the top-level tree can be recovered as they are";
+            return Err(Error::new(ErrorKind::Damaged, what));
+        }
+        let staged = stage(self.engine)?;
+        let fields = self.write(&staged, &roots, kept).map_err(|e| match e.kind() {
+            ErrorKind::OutputTooSmall => e.context(
+                "new space maps must be written beside what is in use; extend the metadata device and try again, or run \
+                 thin_repair -i DEV -o NEWDEV with a larger one",
+            ),
+            _ => e,
+        })?;
+        refuse_unsound(&staged, self.observer)?;
+        Ok((staged, fields))
+    }
+
+    /// A size of the data device that needs more bitmaps than fit is not counted in memory either.
+    fn refuse_large_data(&self) -> Result<()> {
+        let nr_data_blocks = self.pool.nr_data_blocks;
+        let bitmaps = nr_bitmaps(nr_data_blocks);
+        let nr_blocks = self.engine.nr_blocks().min(MAX_METADATA_BLOCKS);
+        if bitmaps < nr_blocks {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::OutputTooSmall,
+            format!(
+                "the space map of {nr_data_blocks} data blocks needs {bitmaps} metadata blocks, the device has {nr_blocks}"
+            ),
+        ))
+    }
+
+    /// Writes details, if they are not kept, both space maps and block 0 to `staged`. Returns the new superblock.
+    fn write(&self, staged: &StagedEngine<'_>, roots: &Roots, kept: Kept) -> Result<Fields> {
+        let old = match &self.superblock {
+            Some(superblock) => Old::read(self.engine, superblock, self.observer)?,
+            None => Old::default(),
+        };
+        let bitmaps = old.right_bitmaps(self.engine, &kept, self.observer)?;
+        let Kept {
+            mut metadata, data, ..
+        } = kept;
+        bitmaps.values().for_each(|block| metadata.add(block.0, 1));
+        // What the old superblock leads to is not handed out, but in the new space map it is free.
+        let mut freed = old.blocks;
+        freed.retain(|block| {
+            let is_free = metadata.get(block.0) == 0;
+            if is_free {
+                metadata.add(block.0, 1);
+            }
+            is_free
+        });
+        let mut writer = MetadataWriter::new(Some(staged), metadata);
+        let details_root = match roots.details {
+            Some(root) => root,
+            None => self.write_details(&mut writer)?,
+        };
+        let existing = |number: u64| bitmaps.get(&number).copied();
+        let data_space_map = build_data_map(&mut writer, &data, &existing)?;
+        let metadata_space_map = build_metadata_map(&mut writer, &freed)?;
+        writer.flush()?;
+        let fields = Fields {
+            held_root: roots.snapshot.map_or(SUPERBLOCK, |s| s.0),
+            mapping_root: roots.mapping,
+            details_root,
+            data_space_map,
+            metadata_space_map,
+            ..self.fields()
+        };
+        let mut block = AlignedBuffer::new(1);
+        block.blocks_mut(1).copy_from_slice(&fields.pack());
+        staged
+            .write(SUPERBLOCK, block.blocks(1))
+            .map_err(|e| Error::io("cannot write the superblock to a temporary file", e))?;
+        Ok(fields)
+    }
+
+    fn write_details(&self, sink: &mut dyn BlockSink) -> Result<MetadataBlock> {
+        let mut none = SharedTree::default();
+        let mut tree = TreeBuilder::<DeviceDetail>::new();
+        for (&id, &(_, detail)) in &self.recovery.trees.devices {
+            tree.push(sink, &mut none, id, detail)?;
+        }
+        Ok(tree.finish(sink, &mut none)?.root)
+    }
+
+    /// The new superblock as far as it does not depend on what is written: what the old one says stays.
+    fn fields(&self) -> Fields {
+        let nr_blocks = self.engine.nr_blocks().min(MAX_METADATA_BLOCKS);
+        let lost = || Fields {
+            uuid: uuid_bytes(&self.pool.uuid),
+            ..Fields::fresh(nr_blocks)
+        };
+        let before = self.superblock.map_or_else(lost, |s| *s);
+        Fields {
+            flags: before.flags & !NEEDS_CHECK,
+            time: self.pool.time,
+            transaction_id: self.pool.transaction,
+            data_block_size: self.pool.data_block_size,
+            ..before
+        }
+    }
+
+    /// What block 0 holds while the rest is written, if it was lost: the roots, and where the space maps shall be, nothing.
+    fn interim(&self, fields: &Fields) -> Option<[u8; BLOCK_SIZE]> {
+        let without = |map: &SpaceMapRoot| SpaceMapRoot {
+            nr_blocks: map.nr_blocks,
+            ..SpaceMapRoot::default()
+        };
+        let interim = Fields {
+            details_root: self.details.unwrap_or(SUPERBLOCK),
+            data_space_map: without(&fields.data_space_map),
+            metadata_space_map: without(&fields.metadata_space_map),
+            ..*fields
+        };
+        self.superblock.is_none().then(|| interim.pack())
+    }
+
+    /// Says what is changed.
+    fn report(self, fields: &Fields) -> InPlaceReport {
+        let mut actions = Vec::new();
+        match &self.superblock {
+            None => {
+                actions.push("rebuilt the superblock".to_owned());
+                actions.push("dropped the metadata snapshot, if there was one".to_owned());
+            }
+            Some(before) => {
+                if before.needs_check() {
+                    actions.push("cleared the needs_check flag".to_owned());
+                }
+                if before.time != fields.time {
+                    actions.push(format!("set the snapshot clock to {}", fields.time));
+                }
+                if before.held_root != fields.held_root {
+                    actions.push(format!(
+                        "dropped the metadata snapshot in block {}, which is damaged",
+                        before.held_root
+                    ));
+                }
+            }
+        }
+        if self.details.is_none() {
+            actions.push("wrote the device details anew".to_owned());
+        }
+        actions.push("wrote both space maps anew, counted from the mappings".to_owned());
+        InPlaceReport {
+            is_complete: self.recovery.report.is_complete,
+            recovery: Some(self.recovery.report),
+            actions,
+            ..InPlaceReport::default()
+        }
+    }
+}
