@@ -8,6 +8,7 @@ use thintools::io::{Access, open_output, open_read};
 use thintools::tools::repair::{RepairReport, recover};
 use thintools::tools::{Overridden, Selection, restore};
 
+use super::repair_in_place::{self, InPlace};
 use super::{Compat, Overrides, Page};
 use crate::exit::Exit;
 use crate::output;
@@ -44,16 +45,19 @@ pub(crate) const PAGE: Page = Page {
          written last. After a repair, check the output with thin_check and the file systems on \
          the thin devices with their own tools before they are used.",
     ],
-    sections: &[(
-        "JSON OUTPUT",
-        &[
-            "With --json standard output is one JSON object: report has mapping_root, details_root, \
+    sections: &[
+        (
+            "JSON OUTPUT",
+            &[
+                "With --json standard output is one JSON object: report has mapping_root, details_root, \
              why they were chosen, the other candidates, devices (each with dev_id, mappings, \
              expected and the lost ranges), lost_ids, notes and is_complete; mappings is the number \
              of mappings written; exit_status is the exit status. Programs should ignore members \
              they do not know; later versions may add some.",
-        ],
-    )],
+            ],
+        ),
+        repair_in_place::SECTION,
+    ],
     examples: &[
         (
             "Let LVM repair a pool; it runs thin_repair and swaps the metadata volumes:",
@@ -73,6 +77,7 @@ pub(crate) const PAGE: Page = Page {
                 "    --data-block-size 128 --nr-data-blocks 1638400",
             ],
         ),
+        repair_in_place::EXAMPLE,
     ],
     files: &[(
         "/etc/lvm/lvm.conf",
@@ -85,17 +90,25 @@ pub(crate) const PAGE: Page = Page {
 /// The command line.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
+    /// Say what --in-place would do, and write nothing.
+    #[arg(long, requires = "in_place")]
+    pub(crate) dry_run: bool,
+
+    /// Repair in place, and undoing it.
+    #[command(flatten)]
+    pub(crate) in_place: InPlace,
+
     /// The damaged metadata device or image. It is only read.
-    #[arg(short, long, value_name = "FILE", required = true)]
-    pub(crate) input: PathBuf,
+    #[arg(short, long, value_name = "FILE", required_unless_present = "in_place")]
+    pub(crate) input: Option<PathBuf>,
 
     /// Print the report on standard output as JSON.
     #[arg(long)]
     pub(crate) json: bool,
 
     /// The device or file to write the recovered metadata to.
-    #[arg(short, long, value_name = "DEV", required = true)]
-    pub(crate) output: PathBuf,
+    #[arg(short, long, value_name = "DEV", required_unless_present = "in_place")]
+    pub(crate) output: Option<PathBuf>,
 
     /// Do not show progress.
     #[arg(short, long)]
@@ -117,17 +130,23 @@ pub(crate) struct Args {
 /// Makes the parser of the command line.
 pub(crate) fn build() -> clap::Command {
     let cmd = <Args as clap::Args>::augment_args(clap::Command::new(NAME));
-    super::tool(cmd, TITLE, &PAGE)
+    super::tool(cmd.override_usage(repair_in_place::USAGE), TITLE, &PAGE)
 }
 
 /// Repairs the metadata.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let session = Session::new("Repairing", args.quiet)?;
-    let input = open_read(&args.input, Access::Exclusive)?;
-    let output = open_output(&args.output, Some(&args.input))?;
+    if let Some(device) = &args.in_place.in_place {
+        return repair_in_place::run(device, &args, &session);
+    }
+    // The parser has seen to both.
+    let path = args.input.as_deref().context("no input is given")?;
+    let output = args.output.as_deref().context("no output is given")?;
+    let input = open_read(path, Access::Exclusive)?;
+    let output = open_output(output, Some(path))?;
     let overrides = (&args.overrides).into();
     let recovery =
-        recover(&*input, &overrides, &session).with_context(|| args.input.display().to_string())?;
+        recover(&*input, &overrides, &session).with_context(|| path.display().to_string())?;
     let source = recovery.source(&*input, Selection::default(), &session);
     let source = Overridden {
         source: &source,
