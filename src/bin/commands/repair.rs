@@ -91,7 +91,7 @@ pub(crate) const PAGE: Page = Page {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Say what --in-place would do, and write nothing.
-    #[arg(long, requires = "in_place")]
+    #[arg(long, requires = "in_place", conflicts_with_all = ["input", "output"])]
     pub(crate) dry_run: bool,
 
     /// Repair in place, and undoing it.

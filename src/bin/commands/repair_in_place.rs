@@ -71,13 +71,25 @@ pub(crate) struct InPlace {
         long,
         value_name = "FILE",
         requires = "in_place",
-        conflicts_with_all = ["undo_file", "transaction_id", "data_block_size", "nr_data_blocks"],
+        conflicts_with_all = [
+            "input",
+            "output",
+            "undo_file",
+            "transaction_id",
+            "data_block_size",
+            "nr_data_blocks",
+        ],
     )]
     undo: Option<PathBuf>,
 
     /// The file to save what --in-place overwrites to. There must be none of this name; keep it on
     /// another disk until the pool has proved to be good.
-    #[arg(long, value_name = "FILE", requires = "in_place")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "in_place",
+        conflicts_with_all = ["input", "output"],
+    )]
     undo_file: Option<PathBuf>,
 }
 

@@ -16,14 +16,15 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::{AlignedBuffer, BlockEngine, StagedEngine};
 use crate::observer::Observer;
 use crate::pdata::{
-    BlockSink, MetadataWriter, SharedTree, SpaceMapRoot, TreeBuilder, build_data_map,
-    build_metadata_map, nr_bitmaps,
+    BlockSink, Forest, MetadataWriter, SharedTree, SpaceMapRoot, TreeBuilder, TreeKind,
+    build_data_map, build_metadata_map, nr_bitmaps,
 };
 use crate::thin::{
     DeviceDetail, Fields, NEEDS_CHECK, SUPERBLOCK, Superblock, SuperblockFault, read_block,
 };
 use crate::tools::check::{CheckOptions, Code, Damage, Severity, check, fix};
 use crate::tools::event::PoolInfo;
+use crate::tools::metadata_source::read_small_tree;
 use crate::tools::overrides::Overrides;
 use crate::tools::restorer::uuid_bytes;
 use crate::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MetadataBlock, is_legal_data_block_size};
@@ -202,6 +203,12 @@ fn rebuild<'a>(
         ErrorKind::Damaged => e.context(REFUSED),
         _ => e.context("nothing was written"),
     };
+    if let Some(superblock) = &superblock {
+        // Nothing is searched for in place of a top-level tree that is damaged.
+        let mut forest = Forest::new(engine.nr_blocks());
+        let (kind, root) = (TreeKind::TopLevel, superblock.mapping_root);
+        read_small_tree::<u64>(engine, &mut forest, kind, root, observer).map_err(refused)?;
+    }
     let recovery =
         recover(engine, &overrides, observer).map_err(|e| e.context("nothing was written"))?;
     let rebuild = Rebuild {
@@ -209,7 +216,7 @@ fn rebuild<'a>(
         observer,
         pool: overrides.apply(&recovery.trees.pool, observer),
         superblock,
-        details: kept_details(engine, superblock.as_ref(), &recovery, observer).map_err(refused)?,
+        details: kept_details(engine, &recovery, observer).map_err(refused)?,
         recovery,
     };
     let held = superblock.and_then(|s| snapshot(engine, &s));
@@ -263,19 +270,10 @@ fn used_overrides(
 /// The root of the details tree if it can stay as it is: whole, and with what the repair would write.
 fn kept_details(
     engine: &dyn BlockEngine,
-    superblock: Option<&Superblock>,
     recovery: &Recovery,
     observer: &dyn Observer,
 ) -> Result<Option<MetadataBlock>> {
-    let report = &recovery.report;
-    if let Some(named) = superblock
-        .map(|s| s.mapping_root)
-        .filter(|&r| r != report.mapping_root)
-    {
-        let what = format!("the top-level tree, whose root is in block {named}, cannot be read");
-        return Err(Error::new(ErrorKind::Damaged, what));
-    }
-    let Some(root) = report.details_root else {
+    let Some(root) = recovery.report.details_root else {
         return Ok(None);
     };
     let devices = &recovery.trees.devices;
@@ -307,7 +305,9 @@ impl<'a> Rebuild<'a, '_> {
     ) -> Result<(StagedEngine<'a>, Fields)> {
         self.refuse_large_data()?;
         let roots = Roots {
-            mapping: self.recovery.report.mapping_root,
+            mapping: self
+                .superblock
+                .map_or(self.recovery.report.mapping_root, |s| s.mapping_root),
             details: self.details,
             snapshot,
         };
