@@ -3,11 +3,12 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 use thintools::ErrorKind;
-use thintools::io::RamEngine;
+use thintools::io::{BlockEngine, RamEngine};
 use thintools::observer::Silent;
 use thintools::thin::Fields;
 use thintools::tools::repair::{plan_in_place, undo};
@@ -609,6 +610,19 @@ fn an_undo_file_is_never_written_over_and_never_left_in_part() {
         .expect(1)
         .expect_stderr(&["nothing was changed", "No space left"]);
     assert_eq!(fs::read_dir(disk.path()).expect("readable").count(), 0);
+    // Nor is there room for what is to be written, before that.
+    let args: [&OsStr; 5] = [
+        "repair".as_ref(),
+        "--in-place".as_ref(),
+        image.path().as_os_str(),
+        "--undo-file".as_ref(),
+        OsStr::new("/no/such/folder/undo"),
+    ];
+    thintools(args)
+        .env("TMPDIR", disk.path())
+        .run()
+        .expect(1)
+        .expect_stderr(&["nothing was written", "No space left"]);
     assert!(image.bytes() == before);
 }
 
@@ -1000,4 +1014,57 @@ fn edited_metadata_is_repaired_to_a_sound_one_or_refused() {
         repaired += 1;
     }
     assert!(repaired > 40, "{repaired} repaired");
+}
+
+/// Memory with one block that cannot be read, which refuses every write.
+struct BadBlock(RamEngine, u64);
+
+impl BlockEngine for BadBlock {
+    fn nr_blocks(&self) -> u64 {
+        self.0.nr_blocks()
+    }
+
+    fn read(&self, start: MetadataBlock, buf: &mut [u8]) -> io::Result<()> {
+        let end = start.0 + (buf.len() / BLOCK_SIZE) as u64;
+        if (start.0..end).contains(&self.1) {
+            return Err(io::Error::other("a bad sector"));
+        }
+        self.0.read(start, buf)
+    }
+
+    fn write(&self, _: MetadataBlock, _: &[u8]) -> io::Result<()> {
+        Err(io::Error::other("a write"))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn depth(&self) -> usize {
+        1
+    }
+}
+
+#[test]
+fn a_device_with_blocks_that_cannot_be_read_is_left_alone() {
+    let image = Image::of("snap-mix-a/meta");
+    let superblock = image.superblock();
+    let blocks = [
+        0,
+        data_bitmap(&image),
+        superblock.mapping_root.0,
+        image.device_root(2),
+    ];
+    for lost in [false, true] {
+        for block in blocks {
+            let broken = Image::from_bytes(&image.bytes());
+            if lost {
+                zero(&broken, 0);
+            }
+            let engine = BadBlock(RamEngine::from_bytes(broken.bytes()), block);
+            let plan = plan_in_place(&engine, &overrides_of(&image), &Silent);
+            let e = plan.expect_err("it cannot be read");
+            assert_eq!(e.kind(), ErrorKind::Io, "{block}: {e}");
+        }
+    }
 }

@@ -13,7 +13,7 @@ use super::report::RepairReport;
 use super::undo::save;
 use super::{Recovery, recover};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{AlignedBuffer, BlockEngine, StagedEngine};
+use crate::io::{AlignedBuffer, BlockEngine, StagedEngine, sweep};
 use crate::observer::Observer;
 use crate::pdata::{
     BlockSink, Forest, MetadataWriter, SharedTree, SpaceMapRoot, TreeBuilder, TreeKind,
@@ -29,6 +29,7 @@ use crate::tools::overrides::Overrides;
 use crate::tools::restorer::uuid_bytes;
 use crate::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MetadataBlock, is_legal_data_block_size};
 use serde::Serialize;
+use std::io;
 use std::path::Path;
 
 /// What is said of everything that only a repair to another device deals with.
@@ -76,11 +77,7 @@ pub fn plan_in_place<'a>(
     let checked = check(engine, &CheckOptions::default(), observer)?;
     let report = &checked.report;
     if let Some(damage) = report.damages.iter().find(|d| d.code == Code::ReadError) {
-        let what = format!(
-            "nothing was written: block {} cannot be read ({}); copy the metadata to a healthy device first",
-            damage.block, damage.message
-        );
-        return Err(Error::new(ErrorKind::Io, what));
+        return Err(unreadable(damage.block, &damage.message));
     }
     let worst = report.verdict.severity;
     if worst <= Some(Severity::Note) && !report.needs_check {
@@ -92,7 +89,7 @@ pub fn plan_in_place<'a>(
         return Ok(Some(repair));
     }
     let staged = stage(engine)?;
-    let actions = fix(&staged, &checked)?;
+    let actions = fix(&staged, &checked).map_err(|e| e.context("nothing was written"))?;
     refuse_unsound(&staged, observer)?;
     Ok(Some(InPlace::new(
         staged,
@@ -130,22 +127,33 @@ impl<'a> InPlace<'a> {
         save(undo_file, engine, &self.staged, interim, observer)
             .map_err(|e| e.context("nothing was changed on the device"))?;
         observer.progress("writing", 0, 1);
-        if let Some(interim) = interim {
-            write_zero(engine, interim)?;
-        }
-        self.write_all_but_zero()
-            .and_then(|()| engine.sync())
-            .map_err(|e| {
-                let what = format!(
-                    "cannot write the repaired metadata; the old metadata is as it was, {} may be needed to undo what was written",
-                    undo_file.display()
-                );
-                Error::io(what, e)
-            })?;
-        write_zero(engine, read_block(&self.staged, SUPERBLOCK)?.blocks(1))
+        self.write_saved(interim).map_err(|e| {
+            let what = format!(
+                "cannot write the repaired metadata; undo what was written, with --undo {}, or run the command again with another \
+                 undo file",
+                undo_file.display()
+            );
+            Error::io(what, e)
+        })
     }
 
-    fn write_all_but_zero(&self) -> std::io::Result<()> {
+    /// Writes the repair in the order that is safe.
+    fn write_saved(&self, interim: Option<&[u8]>) -> io::Result<()> {
+        let engine = self.staged.base();
+        let mut zero = AlignedBuffer::new(1);
+        if let Some(interim) = interim {
+            zero.blocks_mut(1).copy_from_slice(interim);
+            engine.write(SUPERBLOCK, zero.blocks(1))?;
+            engine.sync()?;
+        }
+        self.write_all_but_zero()?;
+        engine.sync()?;
+        self.staged.read(SUPERBLOCK, zero.blocks_mut(1))?;
+        engine.write(SUPERBLOCK, zero.blocks(1))?;
+        engine.sync()
+    }
+
+    fn write_all_but_zero(&self) -> io::Result<()> {
         let written = self.staged.written();
         let mut rest = &written[written.partition_point(|&b| b == SUPERBLOCK.0)..];
         let mut buffer = AlignedBuffer::new(RUN);
@@ -159,15 +167,6 @@ impl<'a> InPlace<'a> {
         }
         Ok(())
     }
-}
-
-fn write_zero(engine: &dyn BlockEngine, block: &[u8]) -> Result<()> {
-    let mut buffer = AlignedBuffer::new(1);
-    buffer.blocks_mut(1).copy_from_slice(block);
-    engine
-        .write(SUPERBLOCK, buffer.blocks(1))
-        .and_then(|()| engine.sync())
-        .map_err(|e| Error::io("cannot write the superblock", e))
 }
 
 fn stage(engine: &dyn BlockEngine) -> Result<StagedEngine<'_>> {
@@ -203,11 +202,15 @@ fn rebuild<'a>(
         ErrorKind::Damaged => e.context(REFUSED),
         _ => e.context("nothing was written"),
     };
-    if let Some(superblock) = &superblock {
+    match &superblock {
         // Nothing is searched for in place of a top-level tree that is damaged.
-        let mut forest = Forest::new(engine.nr_blocks());
-        let (kind, root) = (TreeKind::TopLevel, superblock.mapping_root);
-        read_small_tree::<u64>(engine, &mut forest, kind, root, observer).map_err(refused)?;
+        Some(superblock) => {
+            let mut forest = Forest::new(engine.nr_blocks());
+            let (kind, root) = (TreeKind::TopLevel, superblock.mapping_root);
+            read_small_tree::<u64>(engine, &mut forest, kind, root, observer).map_err(refused)?;
+        }
+        // A search would pass over the latest roots where they cannot be read, and take older ones.
+        None => refuse_unreadable(engine, observer)?,
     }
     let recovery =
         recover(engine, &overrides, observer).map_err(|e| e.context("nothing was written"))?;
@@ -232,6 +235,35 @@ fn rebuild<'a>(
         rebuild.interim(&fields),
         rebuild.report(&fields),
     ))
+}
+
+/// Reads every block that metadata can be in.
+fn refuse_unreadable(engine: &dyn BlockEngine, observer: &dyn Observer) -> Result<()> {
+    let blocks: Vec<u64> = (0..engine.nr_blocks().min(MAX_METADATA_BLOCKS)).collect();
+    let stop = || observer.is_cancelled();
+    let parts = sweep(
+        engine,
+        &blocks,
+        &stop,
+        || None,
+        |bad, block, data| {
+            if let Err(e) = data {
+                *bad = Some((block, e));
+            }
+        },
+    );
+    observer.check_cancelled()?;
+    match parts.into_iter().flatten().next() {
+        Some((block, e)) => Err(unreadable(block, &e.to_string())),
+        None => Ok(()),
+    }
+}
+
+fn unreadable(block: MetadataBlock, why: &str) -> Error {
+    let what = format!(
+        "nothing was written: block {block} cannot be read ({why}); copy the metadata to a healthy device first"
+    );
+    Error::new(ErrorKind::Io, what)
 }
 
 /// The superblock, if there is one in block 0 that can be believed.
