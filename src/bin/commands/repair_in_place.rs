@@ -26,7 +26,8 @@ pub(crate) const SECTION: (&str, &[&str]) = (
          mapping trees, and of the tree that leads to them, must be whole; otherwise nothing is \
          written and the exit status is 5. A metadata snapshot is kept if it is whole, and dropped \
          if it is damaged or the superblock was lost. needs_check is cleared. If nothing is wrong, \
-         nothing is written, and the exit status is 0.",
+         nothing is written, and the exit status is 0. It is 4 if something had to be guessed or \
+         made up, as with another device.",
         "What is new is written to blocks that neither the kept trees nor the old superblock lead \
          to, and flushed; then block 0 is written, and flushed. A crash or a loss of power at any \
          moment leaves the old metadata or the new. If block 0 was lost, it gets the roots that \
@@ -62,7 +63,7 @@ pub(crate) const EXAMPLE: (&str, &[&str]) = (
 #[derive(Debug, clap::Args)]
 pub(crate) struct InPlace {
     /// Repair the metadata on this device itself, as far as mappings are not damaged. What is
-    /// overwritten is saved to the file given with --undo-file.
+    /// overwritten is saved to the undo file.
     #[arg(long, value_name = "DEV", conflicts_with_all = ["input", "output"])]
     pub(crate) in_place: Option<PathBuf>,
 
