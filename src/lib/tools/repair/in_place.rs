@@ -8,7 +8,7 @@
 //! 3. Where block 0 was lost, it first gets the roots that were chosen, without space maps, and is flushed: a repair that is cut
 //!    short goes on with the same roots, whatever else it had written by then. The kernel refuses such a superblock.
 
-use super::kept::{Kept, Old, Roots, read_details, snapshot};
+use super::kept::{Kept, Old, read_details, snapshot};
 use super::report::RepairReport;
 use super::undo::save;
 use super::{Recovery, recover};
@@ -23,12 +23,14 @@ use crate::thin::{
     DeviceDetail, Fields, NEEDS_CHECK, SUPERBLOCK, Superblock, SuperblockFault, read_block,
 };
 use crate::tools::check::{CheckOptions, Code, Damage, Severity, check, fix};
-use crate::tools::event::PoolInfo;
 use crate::tools::metadata_source::read_small_tree;
 use crate::tools::overrides::Overrides;
 use crate::tools::restorer::uuid_bytes;
-use crate::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MetadataBlock, is_legal_data_block_size};
+use crate::units::{
+    BLOCK_SIZE, MAX_METADATA_BLOCKS, MAX_TIME, MetadataBlock, is_legal_data_block_size,
+};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 
@@ -196,45 +198,29 @@ fn rebuild<'a>(
     overrides: &Overrides,
     observer: &dyn Observer,
 ) -> Result<InPlace<'a>> {
-    let superblock = usable_superblock(engine)?;
-    let overrides = used_overrides(superblock.as_ref(), overrides, observer);
-    let refused = |e: Error| match e.kind() {
-        ErrorKind::Damaged => e.context(REFUSED),
-        _ => e.context("nothing was written"),
-    };
-    match &superblock {
-        // Nothing is searched for in place of a top-level tree that is damaged.
-        Some(superblock) => {
-            let mut forest = Forest::new(engine.nr_blocks());
-            let (kind, root) = (TreeKind::TopLevel, superblock.mapping_root);
-            read_small_tree::<u64>(engine, &mut forest, kind, root, observer).map_err(refused)?;
-        }
-        // A search would pass over the latest roots where they cannot be read, and take older ones.
-        None => refuse_unreadable(engine, observer)?,
-    }
-    let recovery =
-        recover(engine, &overrides, observer).map_err(|e| e.context("nothing was written"))?;
+    let superblock = usable_superblock(engine).map_err(refused)?;
     let rebuild = Rebuild {
         engine,
         observer,
-        pool: overrides.apply(&recovery.trees.pool, observer),
-        superblock,
-        details: kept_details(engine, &recovery, observer).map_err(refused)?,
-        recovery,
+        start: Start::find(engine, superblock, overrides, observer)?,
     };
     let held = superblock.and_then(|s| snapshot(engine, &s));
     let with_snapshot = held.and_then(|_| match rebuild.stage(held) {
         Err(e) if e.kind() == ErrorKind::Damaged => None,
         other => Some(other),
     });
-    let (staged, fields) = with_snapshot
+    let built = with_snapshot
         .unwrap_or_else(|| rebuild.stage(None))
         .map_err(refused)?;
-    Ok(InPlace::new(
-        staged,
-        rebuild.interim(&fields),
-        rebuild.report(&fields),
-    ))
+    let (interim, report) = (rebuild.interim(&built), rebuild.report(&built));
+    Ok(InPlace::new(built.staged, interim, report))
+}
+
+fn refused(e: Error) -> Error {
+    match e.kind() {
+        ErrorKind::Damaged => e.context(REFUSED),
+        _ => e.context("nothing was written"),
+    }
 }
 
 /// Reads every block that metadata can be in.
@@ -277,96 +263,205 @@ fn usable_superblock(engine: &dyn BlockEngine) -> Result<Option<Superblock>> {
         )
     };
     match faults.iter().find(is_unknown) {
-        Some(fault) => Err(Error::new(ErrorKind::Damaged, fault.to_string()).context(REFUSED)),
+        Some(fault) => Err(Error::new(ErrorKind::Damaged, fault.to_string())),
         None => Ok(superblock),
     }
 }
 
-/// The overrides, unless the superblock can be read: what it says is not replaced in place.
-fn used_overrides(
-    superblock: Option<&Superblock>,
-    overrides: &Overrides,
-    observer: &dyn Observer,
-) -> Overrides {
-    if !superblock.is_some_and(|s| is_legal_data_block_size(s.data_block_size)) {
-        return *overrides;
-    }
-    if *overrides != Overrides::default() {
-        observer.warning(
-            "the superblock can be read, and keeps its transaction id and sizes: the values given for them are not used",
-        );
-    }
-    Overrides::default()
+/// What a search found.
+struct Found {
+    report: RepairReport,
+    /// Every device with the root of its mapping tree.
+    devices: BTreeMap<u64, (MetadataBlock, DeviceDetail)>,
 }
 
-/// The root of the details tree if it can stay as it is: whole, and with what the repair would write.
-fn kept_details(
-    engine: &dyn BlockEngine,
-    recovery: &Recovery,
-    observer: &dyn Observer,
-) -> Result<Option<MetadataBlock>> {
-    let Some(root) = recovery.report.details_root else {
-        return Ok(None);
-    };
-    let devices = &recovery.trees.devices;
-    let (found, is_whole) = read_details(engine, root, observer)?;
-    if let Some(id) = found.keys().find(|id| !devices.contains_key(id)) {
-        let what = format!("device {id} has details but no mapping tree");
-        return Err(Error::new(ErrorKind::Damaged, what));
-    }
-    let wanted = devices.iter().map(|(&id, &(_, detail))| (id, detail));
-    Ok((is_whole && found.into_iter().eq(wanted)).then_some(root))
+/// What a repair of fatal damage starts from.
+struct Start {
+    superblock: Option<Superblock>,
+    /// What had to be searched for, and the devices that were found; none if the superblock and the details are whole.
+    found: Option<Found>,
+    /// The new superblock, but for the time of the latest mapping and for what has to be written first.
+    fields: Fields,
+    /// A details tree that may stay.
+    details_root: Option<MetadataBlock>,
+    /// What is in it, as far as it can be read.
+    details: BTreeMap<u64, DeviceDetail>,
+    details_are_whole: bool,
 }
 
-/// Everything that a repair of fatal damage starts from.
+impl Start {
+    /// From the superblock, and from a search for what it does not lead to any more.
+    fn find(
+        engine: &dyn BlockEngine,
+        superblock: Option<Superblock>,
+        overrides: &Overrides,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        let Some(superblock) = superblock else {
+            // A search would pass over the latest roots where they cannot be read, and take older ones.
+            refuse_unreadable(engine, observer)?;
+            return Self::search(engine, None, overrides, observer);
+        };
+        // Nothing is searched for in place of a top-level tree that is damaged.
+        let (kind, root) = (TreeKind::TopLevel, superblock.mapping_root);
+        let mut forest = Forest::new(engine.nr_blocks());
+        let devices =
+            read_small_tree::<u64>(engine, &mut forest, kind, root, observer).map_err(refused)?;
+        let (details, is_whole) = read_details(engine, superblock.details_root, observer)?;
+        let is_known = |id: &u64| devices.binary_search_by_key(id, |d| d.0).is_ok();
+        if let Some(id) = details.keys().find(|id| !is_known(id)) {
+            let what = format!("device {id} has details but no mapping tree");
+            return Err(refused(Error::new(ErrorKind::Damaged, what)));
+        }
+        let has_block_size = is_legal_data_block_size(superblock.data_block_size);
+        if has_block_size && *overrides != Overrides::default() {
+            observer.warning(
+                "the superblock can be read, and keeps its transaction id and sizes: the values given for them are not used",
+            );
+        }
+        if !is_whole || details.len() < devices.len() || !has_block_size {
+            let lost = match has_block_size {
+                true => &Overrides::default(),
+                false => overrides,
+            };
+            return Self::search(engine, Some(superblock), lost, observer);
+        }
+        Ok(Self {
+            fields: *superblock,
+            details_root: Some(superblock.details_root),
+            details,
+            details_are_whole: true,
+            found: None,
+            superblock: Some(superblock),
+        })
+    }
+
+    fn search(
+        engine: &dyn BlockEngine,
+        superblock: Option<Superblock>,
+        overrides: &Overrides,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        let Recovery { report, trees, .. } =
+            recover(engine, overrides, observer).map_err(|e| e.context("nothing was written"))?;
+        let pool = overrides.apply(&trees.pool, observer);
+        let (details, details_are_whole) = match report.details_root {
+            Some(root) => read_details(engine, root, observer)?,
+            None => (BTreeMap::new(), false),
+        };
+        let fresh = || Fields {
+            uuid: uuid_bytes(&pool.uuid),
+            mapping_root: report.mapping_root,
+            ..Fields::fresh(engine.nr_blocks().min(MAX_METADATA_BLOCKS))
+        };
+        let mut fields = superblock.map_or_else(fresh, |s| *s);
+        fields.time = pool.time;
+        fields.transaction_id = pool.transaction;
+        fields.data_block_size = pool.data_block_size;
+        fields.data_space_map.nr_blocks = pool.nr_data_blocks;
+        Ok(Self {
+            superblock,
+            fields,
+            details_root: report.details_root,
+            details,
+            details_are_whole,
+            found: Some(Found {
+                report,
+                devices: trees.devices,
+            }),
+        })
+    }
+
+    /// The details of every device, each with as many mappings as it has.
+    fn wanted_details(&self, kept: &Kept) -> Result<BTreeMap<u64, DeviceDetail>> {
+        let mut wanted = BTreeMap::new();
+        for device in &kept.devices {
+            let known = match &self.found {
+                None => self.details.get(&device.id),
+                Some(found) => found
+                    .devices
+                    .get(&device.id)
+                    .filter(|(root, _)| *root == device.root)
+                    .map(|(_, detail)| detail),
+            };
+            let Some(&known) = known else {
+                let what = format!("device {} cannot be recovered as it is", device.id);
+                return Err(Error::new(ErrorKind::Damaged, what));
+            };
+            let mapped_blocks = device.mapped_blocks;
+            wanted.insert(
+                device.id,
+                DeviceDetail {
+                    mapped_blocks,
+                    ..known
+                },
+            );
+        }
+        match &self.found {
+            Some(found) if found.devices.len() > wanted.len() => Err(Error::new(
+                ErrorKind::Damaged,
+                "there are devices that the top-level tree does not have",
+            )),
+            _ => Ok(wanted),
+        }
+    }
+}
+
+/// A repair that is staged.
+struct Built<'a> {
+    staged: StagedEngine<'a>,
+    /// The new superblock.
+    fields: Fields,
+    /// The details tree stays as it is.
+    keeps_details: bool,
+}
+
+/// Stages a repair of fatal damage.
 struct Rebuild<'a, 'o> {
     engine: &'a dyn BlockEngine,
     observer: &'o dyn Observer,
-    superblock: Option<Superblock>,
-    recovery: Recovery,
-    pool: PoolInfo,
-    /// Root of the details tree that stays.
-    details: Option<MetadataBlock>,
+    start: Start,
 }
 
 impl<'a> Rebuild<'a, '_> {
     /// Stages the repaired metadata, with the metadata snapshot `snapshot` if there is one to keep.
-    fn stage(
-        &self,
-        snapshot: Option<(MetadataBlock, Superblock)>,
-    ) -> Result<(StagedEngine<'a>, Fields)> {
-        self.refuse_large_data()?;
-        let roots = Roots {
-            mapping: self
-                .superblock
-                .map_or(self.recovery.report.mapping_root, |s| s.mapping_root),
-            details: self.details,
-            snapshot,
-        };
-        let kept = Kept::read(self.engine, &roots, self.pool.nr_data_blocks, self.observer)?;
-        let recovered = self.recovery.trees.devices.iter();
-        if !recovered
-            .map(|(&id, &(root, _))| (id, root))
-            .eq(kept.devices.iter().copied())
-        {
-            let what = "not all devices of the top-level tree can be recovered as they are";
-            return Err(Error::new(ErrorKind::Damaged, what));
+    fn stage(&self, snapshot: Option<(MetadataBlock, Superblock)>) -> Result<Built<'a>> {
+        let nr_data_blocks = self.start.fields.data_space_map.nr_blocks;
+        self.refuse_large_data(nr_data_blocks)?;
+        let root = self.start.fields.mapping_root;
+        let mut kept = Kept::read(self.engine, root, snapshot, nr_data_blocks, self.observer)?;
+        let details = self.start.wanted_details(&kept)?;
+        let is_right = self.start.details_are_whole && self.start.details == details;
+        let details_root = self.start.details_root.filter(|_| is_right);
+        if let Some(root) = details_root {
+            kept.keep_details(self.engine, root, self.observer)?;
         }
+        let fields = Fields {
+            flags: self.start.fields.flags & !NEEDS_CHECK,
+            time: self.start.fields.time.max(kept.time).min(MAX_TIME),
+            held_root: snapshot.map_or(SUPERBLOCK, |s| s.0),
+            ..self.start.fields
+        };
         let staged = stage(self.engine)?;
-        let fields = self.write(&staged, &roots, kept).map_err(|e| match e.kind() {
-            ErrorKind::OutputTooSmall => e.context(
-                "new space maps must be written beside what is in use; extend the metadata device and try again, or run \
-                 thin_repair -i DEV -o NEWDEV with a larger one",
-            ),
-            _ => e,
-        })?;
+        let fields = self
+            .write(&staged, fields, &kept, details_root, &details)
+            .map_err(|e| match e.kind() {
+                ErrorKind::OutputTooSmall => e.context(
+                    "new space maps must be written beside what is in use; extend the metadata device and try again, or run \
+                     thin_repair -i DEV -o NEWDEV with a larger one",
+                ),
+                _ => e,
+            })?;
         refuse_unsound(&staged, self.observer)?;
-        Ok((staged, fields))
+        Ok(Built {
+            staged,
+            fields,
+            keeps_details: details_root.is_some(),
+        })
     }
 
     /// A size of the data device that needs more bitmaps than fit is not counted in memory either.
-    fn refuse_large_data(&self) -> Result<()> {
-        let nr_data_blocks = self.pool.nr_data_blocks;
+    fn refuse_large_data(&self, nr_data_blocks: u64) -> Result<()> {
         let bitmaps = nr_bitmaps(nr_data_blocks);
         let nr_blocks = self.engine.nr_blocks().min(MAX_METADATA_BLOCKS);
         if bitmaps < nr_blocks {
@@ -380,16 +475,21 @@ impl<'a> Rebuild<'a, '_> {
         ))
     }
 
-    /// Writes details, if they are not kept, both space maps and block 0 to `staged`. Returns the new superblock.
-    fn write(&self, staged: &StagedEngine<'_>, roots: &Roots, kept: Kept) -> Result<Fields> {
-        let old = match &self.superblock {
+    /// Writes details, unless they are kept, both space maps and block 0 to `staged`. Returns the new superblock.
+    fn write(
+        &self,
+        staged: &StagedEngine<'_>,
+        fields: Fields,
+        kept: &Kept,
+        details_root: Option<MetadataBlock>,
+        details: &BTreeMap<u64, DeviceDetail>,
+    ) -> Result<Fields> {
+        let old = match &self.start.superblock {
             Some(superblock) => Old::read(self.engine, superblock, self.observer)?,
             None => Old::default(),
         };
-        let bitmaps = old.right_bitmaps(self.engine, &kept, self.observer)?;
-        let Kept {
-            mut metadata, data, ..
-        } = kept;
+        let mut metadata = kept.count_metadata();
+        let bitmaps = old.right_bitmaps(self.engine, &kept.data, &metadata, self.observer)?;
         bitmaps.values().for_each(|block| metadata.add(block.0, 1));
         // What the old superblock leads to is not handed out, but in the new space map it is free.
         let mut freed = old.blocks;
@@ -401,22 +501,18 @@ impl<'a> Rebuild<'a, '_> {
             is_free
         });
         let mut writer = MetadataWriter::new(Some(staged), metadata);
-        let details_root = match roots.details {
+        let details_root = match details_root {
             Some(root) => root,
-            None => self.write_details(&mut writer)?,
+            None => write_details(&mut writer, details)?,
         };
         let existing = |number: u64| bitmaps.get(&number).copied();
-        let data_space_map = build_data_map(&mut writer, &data, &existing)?;
-        let metadata_space_map = build_metadata_map(&mut writer, &freed)?;
-        writer.flush()?;
         let fields = Fields {
-            held_root: roots.snapshot.map_or(SUPERBLOCK, |s| s.0),
-            mapping_root: roots.mapping,
             details_root,
-            data_space_map,
-            metadata_space_map,
-            ..self.fields()
+            data_space_map: build_data_map(&mut writer, &kept.data, &existing)?,
+            metadata_space_map: build_metadata_map(&mut writer, &freed)?,
+            ..fields
         };
+        writer.flush()?;
         let mut block = AlignedBuffer::new(1);
         block.blocks_mut(1).copy_from_slice(&fields.pack());
         staged
@@ -425,51 +521,30 @@ impl<'a> Rebuild<'a, '_> {
         Ok(fields)
     }
 
-    fn write_details(&self, sink: &mut dyn BlockSink) -> Result<MetadataBlock> {
-        let mut none = SharedTree::default();
-        let mut tree = TreeBuilder::<DeviceDetail>::new();
-        for (&id, &(_, detail)) in &self.recovery.trees.devices {
-            tree.push(sink, &mut none, id, detail)?;
-        }
-        Ok(tree.finish(sink, &mut none)?.root)
-    }
-
-    /// The new superblock as far as it does not depend on what is written: what the old one says stays.
-    fn fields(&self) -> Fields {
-        let nr_blocks = self.engine.nr_blocks().min(MAX_METADATA_BLOCKS);
-        let lost = || Fields {
-            uuid: uuid_bytes(&self.pool.uuid),
-            ..Fields::fresh(nr_blocks)
-        };
-        let before = self.superblock.map_or_else(lost, |s| *s);
-        Fields {
-            flags: before.flags & !NEEDS_CHECK,
-            time: self.pool.time,
-            transaction_id: self.pool.transaction,
-            data_block_size: self.pool.data_block_size,
-            ..before
-        }
-    }
-
     /// What block 0 holds while the rest is written, if it was lost: the roots, and where the space maps shall be, nothing.
-    fn interim(&self, fields: &Fields) -> Option<[u8; BLOCK_SIZE]> {
+    fn interim(&self, built: &Built<'_>) -> Option<[u8; BLOCK_SIZE]> {
         let without = |map: &SpaceMapRoot| SpaceMapRoot {
             nr_blocks: map.nr_blocks,
             ..SpaceMapRoot::default()
         };
+        let fields = built.fields;
         let interim = Fields {
-            details_root: self.details.unwrap_or(SUPERBLOCK),
+            details_root: match built.keeps_details {
+                true => fields.details_root,
+                false => SUPERBLOCK,
+            },
             data_space_map: without(&fields.data_space_map),
             metadata_space_map: without(&fields.metadata_space_map),
-            ..*fields
+            ..fields
         };
-        self.superblock.is_none().then(|| interim.pack())
+        self.start.superblock.is_none().then(|| interim.pack())
     }
 
     /// Says what is changed.
-    fn report(self, fields: &Fields) -> InPlaceReport {
+    fn report(&self, built: &Built<'_>) -> InPlaceReport {
+        let fields = &built.fields;
         let mut actions = Vec::new();
-        match &self.superblock {
+        match &self.start.superblock {
             None => {
                 actions.push("rebuilt the superblock".to_owned());
                 actions.push("dropped the metadata snapshot, if there was one".to_owned());
@@ -489,15 +564,28 @@ impl<'a> Rebuild<'a, '_> {
                 }
             }
         }
-        if self.details.is_none() {
+        if !built.keeps_details {
             actions.push("wrote the device details anew".to_owned());
         }
         actions.push("wrote both space maps anew, counted from the mappings".to_owned());
+        let recovery = self.start.found.as_ref().map(|found| found.report.clone());
         InPlaceReport {
-            is_complete: self.recovery.report.is_complete,
-            recovery: Some(self.recovery.report),
+            is_complete: recovery.as_ref().is_none_or(|r| r.is_complete),
+            recovery,
             actions,
             ..InPlaceReport::default()
         }
     }
+}
+
+fn write_details(
+    sink: &mut dyn BlockSink,
+    details: &BTreeMap<u64, DeviceDetail>,
+) -> Result<MetadataBlock> {
+    let mut none = SharedTree::default();
+    let mut tree = TreeBuilder::<DeviceDetail>::new();
+    for (&id, &detail) in details {
+        tree.push(sink, &mut none, id, detail)?;
+    }
+    Ok(tree.finish(sink, &mut none)?.root)
 }

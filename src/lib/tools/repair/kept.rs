@@ -13,39 +13,44 @@ use crate::pdata::{
 };
 use crate::thin::{DeviceDetail, Superblock, read_block};
 use crate::tools::metadata_source::{damaged, problem_error, read_small_tree, structure_error};
-use crate::units::MetadataBlock;
+use crate::units::{MAX_TIME, MetadataBlock};
 use std::collections::{BTreeMap, HashMap};
 
-/// The roots of the trees that stay.
+/// A device of the top-level tree, as its mapping tree has it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Roots {
-    /// Of the top-level tree.
-    pub(super) mapping: MetadataBlock,
-    /// Of the device details; none if they are written anew.
-    pub(super) details: Option<MetadataBlock>,
-    /// The metadata snapshot that is kept: the block of its superblock, and what it says.
-    pub(super) snapshot: Option<(MetadataBlock, Superblock)>,
+pub(super) struct KeptDevice {
+    /// Its id.
+    pub(super) id: u64,
+    /// The root of its mapping tree.
+    pub(super) root: MetadataBlock,
+    /// Mappings in it.
+    pub(super) mapped_blocks: u64,
 }
 
 /// Trees that stay, counted.
 #[derive(Debug)]
 pub(super) struct Kept {
-    /// The devices of the top-level tree, each with the root of its mapping tree.
-    pub(super) devices: Vec<(u64, MetadataBlock)>,
-    /// References to metadata blocks, but for those of the space maps.
-    pub(super) metadata: CountMap,
+    forest: Forest,
+    /// Pointers to nodes from outside of the forest's trees.
+    pointers: Vec<MetadataBlock>,
+    /// The devices of the top-level tree.
+    pub(super) devices: Vec<KeptDevice>,
     /// References to data blocks.
     pub(super) data: CountMap,
+    /// The latest time of any mapping.
+    pub(super) time: u32,
 }
 
 impl Kept {
-    /// Reads the trees at `roots` and counts what they refer to.
+    /// Reads the top-level tree at `root` and all mapping trees, and those of a metadata snapshot with its details, and counts the
+    /// data blocks in them.
     ///
     /// # Errors
     /// `Damaged` when a node is not whole or a mapping leads past `nr_data_blocks`, `Io`, `Interrupted`.
     pub(super) fn read(
         engine: &dyn BlockEngine,
-        roots: &Roots,
+        root: MetadataBlock,
+        snapshot: Option<(MetadataBlock, Superblock)>,
         nr_data_blocks: u64,
         observer: &dyn Observer,
     ) -> Result<Self> {
@@ -53,42 +58,114 @@ impl Kept {
         let top = |forest: &mut Forest, root| {
             read_small_tree::<u64>(engine, forest, TreeKind::TopLevel, root, observer)
         };
-        let mut devices = top(&mut forest, roots.mapping)?;
-        let current = devices.len();
-        let mut details: Vec<MetadataBlock> = roots.details.into_iter().collect();
-        let mut pointers = vec![roots.mapping];
-        if let Some((block, snapshot)) = &roots.snapshot {
+        let mut entries = top(&mut forest, root)?;
+        let current = entries.len();
+        let mut pointers = vec![root];
+        if let Some((block, snapshot)) = snapshot {
             // A leaf that both trees share is read, and counted, once.
-            devices.extend(top(&mut forest, snapshot.mapping_root)?);
-            details.push(snapshot.details_root);
-            pointers.extend([*block, snapshot.mapping_root]);
+            entries.extend(top(&mut forest, snapshot.mapping_root)?);
+            let (kind, details) = (TreeKind::Details, snapshot.details_root);
+            read_small_tree::<DeviceDetail>(engine, &mut forest, kind, details, observer)?;
+            pointers.extend([block, snapshot.mapping_root, details]);
         }
-        for &root in &details {
-            let kind = TreeKind::Details;
-            read_small_tree::<DeviceDetail>(engine, &mut forest, kind, root, observer)?;
-        }
-        if let Some((id, root)) = devices
+        if let Some((id, block)) = entries
             .iter()
             .find(|d| d.1 == 0 || d.1 >= forest.nr_blocks())
         {
             let what =
-                format!("the mapping tree of device {id} would have its root in block {root}");
-            return Err(damaged(TreeKind::TopLevel, roots.mapping, &what));
+                format!("the mapping tree of device {id} would have its root in block {block}");
+            return Err(damaged(TreeKind::TopLevel, root, &what));
         }
-        let mut devices: Vec<(u64, MetadataBlock)> = devices
-            .into_iter()
-            .map(|(id, root)| (id, MetadataBlock(root)))
-            .collect();
-        let trees: Vec<MetadataBlock> = devices.iter().map(|d| d.1).collect();
-        devices.truncate(current);
-        let data = count_data(engine, &mut forest, &trees, nr_data_blocks, observer)?;
-        pointers.extend(details);
-        pointers.extend(trees);
-        Ok(Self {
-            devices,
-            metadata: count_metadata(&forest, &pointers),
-            data,
-        })
+        let trees: Vec<MetadataBlock> = entries.iter().map(|d| MetadataBlock(d.1)).collect();
+        let mut kept = Self {
+            forest,
+            devices: Vec::new(),
+            data: CountMap::new(nr_data_blocks),
+            time: 0,
+            pointers,
+        };
+        let structure = kept.read_mappings(engine, &trees, observer)?;
+        for &(id, root) in &entries[..current] {
+            let root = MetadataBlock(root);
+            let summary = structure.summary(&kept.forest, root).unwrap_or_default();
+            kept.devices.push(KeptDevice {
+                id,
+                root,
+                mapped_blocks: summary.entries,
+            });
+        }
+        kept.pointers.extend(trees);
+        Ok(kept)
+    }
+
+    /// Reads all mapping trees and counts the data blocks in them.
+    fn read_mappings(
+        &mut self,
+        engine: &dyn BlockEngine,
+        roots: &[MetadataBlock],
+        observer: &dyn Observer,
+    ) -> Result<Structure> {
+        let tree = TreeKind::Mappings;
+        let counts = &self.data;
+        observer.progress("counting", 0, 1);
+        let counters = self.forest.walk(
+            &Walk {
+                engine,
+                observer,
+                tree,
+                leaves: Leaves::Read,
+            },
+            roots.iter().copied(),
+            || Counter::new(counts),
+            |counter, node| counter.see(counts, node),
+        )?;
+        let structure = Structure::of(&self.forest, tree, roots);
+        if let Some(e) =
+            problem_error(&mut self.forest).or_else(|| structure_error(&structure, tree))
+        {
+            return Err(e);
+        }
+        for mut counter in counters {
+            counter.batch.flush(counts);
+            self.time = self.time.max(counter.time);
+            if let Some((leaf, block)) = counter.past_end {
+                let limit = counts.nr_blocks();
+                let what = format!("a mapping to data block {block}, past the last of {limit}");
+                return Err(damaged(tree, leaf, &what));
+            }
+        }
+        Ok(structure)
+    }
+
+    /// Keeps the details tree at `root` too.
+    ///
+    /// # Errors
+    /// `Damaged` when a node of it is not whole, or part of another tree; `Io`, `Interrupted`.
+    pub(super) fn keep_details(
+        &mut self,
+        engine: &dyn BlockEngine,
+        root: MetadataBlock,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        let kind = TreeKind::Details;
+        read_small_tree::<DeviceDetail>(engine, &mut self.forest, kind, root, observer)?;
+        self.pointers.push(root);
+        Ok(())
+    }
+
+    /// Counts the references to every block of the kept trees: those from outside, and those between nodes.
+    pub(super) fn count_metadata(&self) -> CountMap {
+        let mut counts = CountMap::new(self.forest.nr_blocks());
+        let edges = self
+            .forest
+            .nodes()
+            .iter()
+            .flat_map(|n| self.forest.edges(n));
+        let children = edges.filter_map(|e| self.forest.child(e));
+        for block in self.pointers.iter().copied().chain(children) {
+            counts.add(block.0, 1);
+        }
+        counts
     }
 }
 
@@ -97,68 +174,27 @@ struct Counter {
     batch: CountBatch,
     /// A leaf with a mapping past the last data block, and the block it leads to.
     past_end: Option<(MetadataBlock, u64)>,
+    time: u32,
 }
 
 impl Counter {
+    fn new(counts: &CountMap) -> Self {
+        Self {
+            batch: CountBatch::new(counts),
+            past_end: None,
+            time: 0,
+        }
+    }
+
     fn see(&mut self, counts: &CountMap, node: &Node<'_>) {
         for value in node.values_u64() {
             self.batch.add(counts, value >> 24);
+            self.time = self.time.max(value as u32 & MAX_TIME);
             if value >> 24 >= counts.nr_blocks() {
                 self.past_end = Some((node.location(), value >> 24));
             }
         }
     }
-}
-
-/// Reads all mapping trees and counts the data blocks in them.
-fn count_data(
-    engine: &dyn BlockEngine,
-    forest: &mut Forest,
-    roots: &[MetadataBlock],
-    nr_data_blocks: u64,
-    observer: &dyn Observer,
-) -> Result<CountMap> {
-    let tree = TreeKind::Mappings;
-    let counts = CountMap::new(nr_data_blocks);
-    observer.progress("counting", 0, 1);
-    let counters = forest.walk(
-        &Walk {
-            engine,
-            observer,
-            tree,
-            leaves: Leaves::Read,
-        },
-        roots.iter().copied(),
-        || Counter {
-            batch: CountBatch::new(&counts),
-            past_end: None,
-        },
-        |counter, node| counter.see(&counts, node),
-    )?;
-    let structure = Structure::of(forest, tree, roots);
-    if let Some(e) = problem_error(forest).or_else(|| structure_error(&structure, tree)) {
-        return Err(e);
-    }
-    for mut counter in counters {
-        counter.batch.flush(&counts);
-        if let Some((leaf, block)) = counter.past_end {
-            let what =
-                format!("a mapping to data block {block}, past the last of {nr_data_blocks}");
-            return Err(damaged(tree, leaf, &what));
-        }
-    }
-    Ok(counts)
-}
-
-/// Counts the references to every node of a whole forest: those from outside, and those between its nodes.
-fn count_metadata(forest: &Forest, pointers: &[MetadataBlock]) -> CountMap {
-    let mut counts = CountMap::new(forest.nr_blocks());
-    let edges = forest.nodes().iter().flat_map(|n| forest.edges(n));
-    let children = edges.filter_map(|e| forest.child(e));
-    for block in pointers.iter().copied().chain(children) {
-        counts.add(block.0, 1);
-    }
-    counts
 }
 
 /// The entries of a details tree as far as it can be read, and whether that is all of it.
@@ -227,16 +263,17 @@ impl Old {
         Ok(Self { blocks, bitmaps })
     }
 
-    /// The bitmaps of the data space map that hold what `data` counts and lie where nothing else does, by number.
+    /// The bitmaps of the data space map that hold what `data` counts and lie where `metadata` counts nothing, by number.
     pub(super) fn right_bitmaps(
         &self,
         engine: &dyn BlockEngine,
-        kept: &Kept,
+        data: &CountMap,
+        metadata: &CountMap,
         observer: &dyn Observer,
     ) -> Result<HashMap<u64, MetadataBlock>> {
-        let needed = nr_bitmaps(kept.data.nr_blocks());
-        let limit = kept.metadata.nr_blocks();
-        let is_usable = |block: u64| block > 0 && block < limit && kept.metadata.get(block) == 0;
+        let needed = nr_bitmaps(data.nr_blocks());
+        let limit = metadata.nr_blocks();
+        let is_usable = |block: u64| block > 0 && block < limit && metadata.get(block) == 0;
         let mut numbers = BTreeMap::new();
         for (&number, block) in self.bitmaps.range(..needed) {
             if is_usable(block.0) {
@@ -249,11 +286,11 @@ impl Old {
             &blocks,
             &|| observer.is_cancelled(),
             Vec::new,
-            |right, block, data| {
-                let Ok(data) = data else { return };
+            |right, block, contents| {
+                let Ok(contents) = contents else { return };
                 let number = numbers[&block.0];
-                if checksum::verify(data, BlockKind::Bitmap, block).is_ok()
-                    && Bitmap::from_block(data).equals(&kept.data.bitmap(number).0)
+                if checksum::verify(contents, BlockKind::Bitmap, block).is_ok()
+                    && Bitmap::from_block(contents).equals(&data.bitmap(number).0)
                 {
                     right.push((number, block));
                 }
