@@ -4,6 +4,7 @@
 # Debian packages are installed only if a program is missing:
 #   thin-provisioning-tools  thin_check and thin_restore 0.9, which the tests hold the output of thintools against
 #   gcc, libc6-dev           the linker, and the compiler for the C code of the zstd package
+#   python3                  for the script that scores repairs
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,6 +25,9 @@ install_missing() {
     fi
     if ! have cc; then
         packages+=(gcc libc6-dev)
+    fi
+    if ! have python3; then
+        packages+=(python3)
     fi
     if ((${#packages[@]} == 0)); then
         echo 'nothing is missing'
@@ -63,11 +67,12 @@ cargo fmt --all --check
 
 step 'Lints'
 cargo clippy --locked --all-targets -- --deny warnings
+cargo clippy --locked --all-targets --features devtools -- --deny warnings
 
 step 'Tests'
-cargo test --locked --release
+cargo test --locked --release --features devtools
 
 step 'Documentation'
-RUSTDOCFLAGS='--deny warnings' cargo doc --locked --no-deps
+RUSTDOCFLAGS='--deny warnings' cargo doc --locked --no-deps --features devtools
 
 step 'All checks passed'

@@ -115,6 +115,24 @@ impl Complaints {
     }
 }
 
+/// Commands for developers are in builds for developers only.
+#[cfg(not(feature = "devtools"))]
+#[test]
+fn commands_for_developers_are_left_out() {
+    for name in [
+        "thin_generate_metadata",
+        "thin_generate_damage",
+        "thin_compare_mappings",
+    ] {
+        thintools([name, "--help"])
+            .run()
+            .expect(2)
+            .expect_stderr(&["unknown command"]);
+    }
+    let help = thintools(["--help"]).run().expect(0).out();
+    assert!(!help.contains("generate"), "{help}");
+}
+
 /// Pseudo-random bytes that are the same each time.
 fn noise(len: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;

@@ -3,6 +3,8 @@
 mod commands;
 mod crash;
 mod damage;
+#[cfg(feature = "devtools")]
+mod devtools;
 mod failures;
 mod fixtures;
 mod in_place;

@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use thintools::io::{Access, BlockEngine, open_read, write_replacing};
 use thintools::thin::Superblock;
 use thintools::tools::event::Source;
-use thintools::tools::repair::recover;
+use thintools::tools::repair::{Options, recover};
 use thintools::tools::{
     MetadataSource, Overridden, Overrides, Selection, TextSink, Trees, held_root, text,
 };
@@ -168,12 +168,16 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let recovery;
     let mut exit = Exit::Ok;
     let source = if args.repair {
-        recovery = recover(&*engine, &overrides, &session).with_context(name)?;
+        let options = Options {
+            overrides,
+            ..Options::default()
+        };
+        recovery = recover(&*engine, &options, &session).with_context(name)?;
         if !recovery.report.is_complete {
             exit = Exit::Repairable;
         }
         super::repair::say_report(&recovery.report, &session);
-        recovery.source(&*engine, selection, &session)
+        recovery.source(selection, &session)
     } else {
         MetadataSource {
             engine: &*engine,

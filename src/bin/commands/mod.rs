@@ -2,6 +2,8 @@
 
 pub(crate) mod check;
 pub(crate) mod completions;
+#[cfg(feature = "devtools")]
+pub(crate) mod devtools;
 pub(crate) mod dump;
 pub(crate) mod install_links;
 pub(crate) mod man;
@@ -75,7 +77,7 @@ pub(crate) struct Page {
     pub(crate) see_also: &'static [(&'static str, &'static str)],
 }
 
-/// All commands, in the order in which they are listed.
+/// The commands of every build, in the order in which they are listed.
 pub(crate) static COMMANDS: &[Spec] = &[
     Spec {
         name: check::NAME,
@@ -142,6 +144,20 @@ pub(crate) static COMMANDS: &[Spec] = &[
     },
 ];
 
+/// The commands for those who develop repairs: none without the feature `devtools`.
+static DEVELOPER_COMMANDS: &[Spec] = {
+    #[cfg(feature = "devtools")]
+    let commands = devtools::COMMANDS;
+    #[cfg(not(feature = "devtools"))]
+    let commands = &[];
+    commands
+};
+
+/// All commands, those for developers last.
+fn all() -> impl Iterator<Item = &'static Spec> {
+    COMMANDS.iter().chain(DEVELOPER_COMMANDS)
+}
+
 /// The `thin_*` commands with their manual page texts.
 pub(crate) fn tools() -> impl Iterator<Item = (&'static Spec, &'static Page)> {
     COMMANDS
@@ -158,16 +174,18 @@ pub(crate) fn find_linked(name: &OsStr) -> Option<&'static Spec> {
 
 /// The command with the long or short name `name`.
 pub(crate) fn find(name: &OsStr) -> Option<&'static Spec> {
-    COMMANDS
-        .iter()
-        .find(|spec| name == spec.name || name == spec.short)
+    all().find(|spec| name == spec.name || name == spec.short)
 }
 
 /// How to use `thintools`, with the list of commands.
 pub(crate) fn list() -> String {
     let mut text = format!("Usage: {PROGRAM} <COMMAND> [ARGUMENTS]\n\nCommands:\n");
-    for spec in COMMANDS.iter().filter(|spec| !spec.hidden) {
-        let long = if spec.is_tool() { spec.name } else { "" };
+    for spec in all().filter(|spec| !spec.hidden) {
+        let long = if spec.name == spec.short {
+            ""
+        } else {
+            spec.name
+        };
         text.push_str(&format!("  {:<14} {long:<13} {}\n", spec.short, spec.title));
     }
     text.push_str(&format!(
@@ -184,7 +202,7 @@ pub(crate) fn general() -> Command {
         .override_usage(format!("{PROGRAM} <COMMAND> [ARGUMENTS]"))
         .after_help(LINKS)
         .after_long_help(format!("{LINKS}\n\n{}", exit::help_text()));
-    for spec in COMMANDS {
+    for spec in all() {
         let mut cmd = (spec.build)().name(spec.short).hide(spec.hidden);
         if spec.name != spec.short {
             cmd = cmd.visible_alias(spec.name);
@@ -308,7 +326,7 @@ mod tests {
     #[test]
     fn parsers_are_sound() {
         general().debug_assert();
-        for spec in COMMANDS {
+        for spec in all() {
             (spec.build)().debug_assert();
         }
     }
@@ -316,7 +334,7 @@ mod tests {
     /// Long and short names lead to the same command.
     #[test]
     fn names_are_found() {
-        for spec in COMMANDS {
+        for spec in all() {
             for name in [spec.name, spec.short] {
                 assert!(find(OsStr::new(name)).is_some_and(|s| s.name == spec.name));
             }

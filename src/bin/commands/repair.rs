@@ -1,12 +1,16 @@
 //! `thin_repair`: what can be recovered of damaged metadata, written to a fresh device.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 use anyhow::Context;
 use thintools::io::{Access, open_output, open_read};
-use thintools::tools::repair::{RepairReport, recover};
+use thintools::tools::repair::{
+    Candidate, Evidence, Options, RecoveredDevice, RepairReport, list_candidates, recover,
+};
 use thintools::tools::{Overridden, Selection, restore};
+use thintools::units::MetadataBlock;
 
 use super::repair_in_place::{self, InPlace};
 use super::{Compat, Overrides, Page};
@@ -90,9 +94,13 @@ pub(crate) const PAGE: Page = Page {
 /// The command line.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Say what --in-place would do, and write nothing.
-    #[arg(long, requires = "in_place", conflicts_with_all = ["input", "output"])]
+    /// Write nothing: only report what would be recovered.
+    #[arg(long, conflicts_with = "output")]
     pub(crate) dry_run: bool,
+
+    /// Take in what is in doubt, where it is likeliest to belong. Without it, that is left out and listed.
+    #[arg(long)]
+    include_ambiguous: bool,
 
     /// Repair in place, and undoing it.
     #[command(flatten)]
@@ -106,13 +114,22 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(crate) json: bool,
 
+    /// List the states of the pool that the device still holds, the likeliest last one first, and write nothing.
+    #[arg(long, conflicts_with_all = ["output", "dry_run", "include_ambiguous", "roots"])]
+    list_candidates: bool,
+
     /// The device or file to write the recovered metadata to.
-    #[arg(short, long, value_name = "DEV", required_unless_present = "in_place")]
+    #[arg(short, long, value_name = "DEV", required_unless_present_any = ["dry_run", "list_candidates", "in_place"])]
     pub(crate) output: Option<PathBuf>,
 
     /// Do not show progress.
     #[arg(short, long)]
     pub(crate) quiet: bool,
+
+    /// Use the trees with these roots (block numbers of the top-level tree and of the details tree), whatever the superblock
+    /// says.
+    #[arg(long, value_name = "MAPPING,DETAILS", value_parser = roots)]
+    roots: Option<(MetadataBlock, MetadataBlock)>,
 
     /// Values that take the place of those in the superblock.
     #[command(flatten)]
@@ -127,6 +144,14 @@ pub(crate) struct Args {
     ignored: Option<OsString>,
 }
 
+fn roots(text: &str) -> Result<(MetadataBlock, MetadataBlock), String> {
+    let number = |text: &str| text.trim().parse().map(MetadataBlock).ok();
+    let pair = text
+        .split_once(',')
+        .and_then(|(m, d)| number(m).zip(number(d)));
+    pair.ok_or_else(|| String::from("two block numbers with a comma between them are needed, as --list-candidates shows them"))
+}
+
 /// Makes the parser of the command line.
 pub(crate) fn build() -> clap::Command {
     let cmd = <Args as clap::Args>::augment_args(clap::Command::new(NAME));
@@ -139,22 +164,36 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     if let Some(device) = &args.in_place.in_place {
         return repair_in_place::run(device, &args, &session);
     }
-    // The parser has seen to both.
+    // The parser has seen to it.
     let path = args.input.as_deref().context("no input is given")?;
-    let output = args.output.as_deref().context("no output is given")?;
     let input = open_read(path, Access::Exclusive)?;
-    let output = open_output(output, Some(path))?;
+    let name = || path.display().to_string();
+    if args.list_candidates {
+        let report = list_candidates(&*input, &session).with_context(name)?;
+        return print_candidates(&report, args.json);
+    }
+    let output = match &args.output {
+        Some(output) => Some(open_output(output, Some(path))?),
+        None => None,
+    };
     let overrides = (&args.overrides).into();
-    let recovery =
-        recover(&*input, &overrides, &session).with_context(|| path.display().to_string())?;
-    let source = recovery.source(&*input, Selection::default(), &session);
+    let options = Options {
+        overrides,
+        roots: args.roots,
+        include_ambiguous: args.include_ambiguous,
+    };
+    let recovery = recover(&*input, &options, &session).with_context(name)?;
+    let source = recovery.source(Selection::default(), &session);
     let source = Overridden {
         source: &source,
         overrides,
         observer: &session,
         heard: Default::default(),
     };
-    let restored = restore(&source, &*output, &session)?;
+    let restored = match &output {
+        Some(output) => Some(restore(&source, &**output, &session)?),
+        None => None,
+    };
     let exit = if recovery.report.is_complete {
         Exit::Ok
     } else {
@@ -163,64 +202,132 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     if args.json {
         let all = serde_json::json!({
             "report": recovery.report,
-            "mappings": restored.mappings,
+            "mappings": restored.map(|r| r.mappings),
             "exit_status": exit.code(),
         });
         output::stdout_line(&serde_json::to_string_pretty(&all)?)
             .context("cannot write to standard output")?;
-    } else {
-        say_report(&recovery.report, &session);
-        session.say(&format!(
+        return Ok(exit);
+    }
+    say_report(&recovery.report, &session);
+    session.say(&match restored {
+        Some(restored) => format!(
             "wrote {} mappings in {} of {} metadata blocks",
             restored.mappings, restored.used_blocks, restored.nr_blocks
-        ));
-    }
+        ),
+        None => String::from("nothing was written"),
+    });
     Ok(exit)
 }
 
+fn print_candidates(report: &RepairReport, json: bool) -> anyhow::Result<Exit> {
+    let text = match json {
+        true => serde_json::to_string_pretty(&serde_json::json!({
+            "candidates": report.candidates,
+            "more_candidates": report.more_candidates,
+            "exit_status": Exit::Ok.code(),
+        }))?,
+        false => {
+            let mut lines: Vec<String> =
+                report.candidates.iter().map(ToString::to_string).collect();
+            if report.more_candidates > 0 {
+                lines.push(format!("{} more", report.more_candidates));
+            }
+            if lines.is_empty() {
+                lines.push(String::from("no state of a pool was found"));
+            }
+            lines.join("\n")
+        }
+    };
+    output::stdout_line(&text).context("cannot write to standard output")?;
+    Ok(Exit::Ok)
+}
+
+/// Ranges of a device that are told one by one.
+const SHOWN: usize = 20;
+
 /// Says on standard error what was chosen, and everything that is lost.
 pub(crate) fn say_report(report: &RepairReport, session: &Session) {
-    let details = match report.details_root {
-        Some(root) => format!("block {root}"),
-        None => String::from("none"),
+    let block = |root: Option<MetadataBlock>| {
+        root.map_or(String::from("rebuilt"), |r| format!("block {r}"))
     };
     session.say(&format!(
-        "roots: mappings block {}, details {details}: {}",
-        report.mapping_root, report.why
+        "roots: mappings {}, details {}: {}",
+        block(report.mapping_root),
+        block(report.details_root),
+        report.why
     ));
-    for candidate in &report.candidates {
-        session.say(&format!("considered: {candidate}"));
+    let is_chosen = |c: &&Candidate| Some(c.mapping_root) == report.mapping_root;
+    for candidate in report.candidates.iter().filter(|c| !is_chosen(c)).take(3) {
+        session.say(&format!("also on the device: {candidate}"));
     }
-    if report.more_candidates > 0 {
-        session.say(&format!("considered: {} more", report.more_candidates));
+    if report.candidates.len() > 4 {
+        session.say("--list-candidates shows more states that are on the device");
     }
-    for note in &report.notes {
+    for mended in report.mended.iter().take(SHOWN) {
+        session.say(&format!("mended: block {}: {}", mended.block, mended.mend));
+    }
+    say_more(report.mended.len(), "mended blocks", session);
+    for note in report.notes.iter().take(SHOWN) {
         session.say(&format!("note: {note}"));
     }
+    say_more(report.notes.len(), "notes", session);
     for lost in &report.lost_ids {
-        session.say(&format!("lost: {lost}"));
+        session.say(&format!("damaged in the top-level tree: {lost}"));
     }
-    for device in &report.devices {
-        let is_whole = device.lost.is_empty() && device.expected == Some(device.mappings);
-        if is_whole {
-            continue;
-        }
-        let expected = device
-            .expected
-            .map_or(String::new(), |n| format!(" of {n}"));
-        session.say(&format!(
-            "device {}: {}{expected} mappings recovered",
-            device.dev_id, device.mappings
-        ));
-        for lost in &device.lost {
-            session.say(&format!("lost: mappings of {lost}"));
-        }
+    report
+        .devices
+        .iter()
+        .for_each(|device| say_device(device, session));
+    for ambiguous in report.ambiguous.iter().take(SHOWN) {
+        session.say(&format!("left out: {ambiguous}"));
     }
-    let whole = report.devices.iter();
-    let whole = whole.filter(|d| d.lost.is_empty() && d.expected == Some(d.mappings));
+    say_more(report.ambiguous.len(), "subtrees left out", session);
+    let whole = report.devices.iter().filter(|d| d.is_whole());
     session.say(&format!(
         "{} devices recovered, {} of them whole",
         report.devices.len(),
         whole.count()
     ));
+}
+
+fn say_device(device: &RecoveredDevice, session: &Session) {
+    let id = device.dev_id;
+    let mut evidence: BTreeMap<Evidence, (u64, u64)> = BTreeMap::new();
+    for subtree in &device.reattached {
+        let (subtrees, mappings) = evidence.entry(subtree.evidence).or_default();
+        *subtrees += 1;
+        *mappings += subtree.mappings;
+    }
+    for (why, (subtrees, mappings)) in evidence {
+        session.say(&format!(
+            "device {id}: {mappings} mappings in {subtrees} subtrees put back: {why}"
+        ));
+    }
+    if device.is_whole() {
+        return;
+    }
+    let expected = device
+        .expected
+        .map_or(String::new(), |n| format!(" of {n}"));
+    session.say(&format!(
+        "device {id}: {}{expected} mappings recovered",
+        device.mappings
+    ));
+    for lost in device.lost.iter().take(SHOWN) {
+        session.say(&format!("lost: mappings of {lost}"));
+    }
+    say_more(device.lost.len(), "lost ranges", session);
+    if let (Some(first), Some(last)) = (device.contested.first(), device.contested.last()) {
+        session.say(&format!(
+            "left out: {} mappings of device {id}, of blocks {first} to {last}: they contradict the data space map",
+            device.contested.len()
+        ));
+    }
+}
+
+fn say_more(all: usize, what: &str, session: &Session) {
+    if all > SHOWN {
+        session.say(&format!("and {} more {what}; --json has all", all - SHOWN));
+    }
 }

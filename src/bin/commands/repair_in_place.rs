@@ -64,7 +64,7 @@ pub(crate) const EXAMPLE: (&str, &[&str]) = (
 pub(crate) struct InPlace {
     /// Repair the metadata on this device itself, as far as mappings are not damaged. What is
     /// overwritten is saved to the undo file.
-    #[arg(long, value_name = "DEV", conflicts_with_all = ["input", "output"])]
+    #[arg(long, value_name = "DEV", conflicts_with_all = ["input", "output", "list_candidates", "include_ambiguous", "roots"])]
     pub(crate) in_place: Option<PathBuf>,
 
     /// Put back what a repair in place has overwritten, from the file that it saved it to.

@@ -272,7 +272,7 @@ impl Structure {
     fn note_under_full(&mut self, tree: TreeKind, node: &NodeInfo) {
         let (entries, capacity) = match node.shape {
             Shape::Leaf { entries, .. } if entries > 0 => (entries, max_entries(tree.value_size())),
-            Shape::Internal { entries, .. } => (entries, max_entries(8)),
+            Shape::Internal { entries, .. } => (entries as u16, max_entries(8)),
             _ => return,
         };
         let min = (capacity / 3) as u16;

@@ -120,7 +120,7 @@ pub enum Shape {
         /// Where its edges begin.
         start: u32,
         /// How many there are.
-        entries: u16,
+        entries: u32,
     },
     /// Damaged: there is a problem on record for this block.
     Bad,
@@ -234,7 +234,7 @@ impl Forest {
         else {
             return;
         };
-        for edge in &mut self.edges[start as usize..][..usize::from(entries)] {
+        for edge in &mut self.edges[start as usize..][..entries as usize] {
             if u64::from(edge.child) == child.0 {
                 edge.child = NOWHERE;
             }
@@ -248,12 +248,35 @@ impl Forest {
         }
     }
 
+    /// Puts an inner node with these children, ascending by key, in the place of the node at `block`, which was lost.
+    pub fn mend(&mut self, block: MetadataBlock, children: &[(u64, MetadataBlock)]) {
+        let Some(number) = self.number(block) else {
+            return;
+        };
+        let start = self.edges.len() as u32;
+        self.edges.extend(children.iter().map(|&(key, child)| Edge {
+            key,
+            child: child.0 as u32,
+        }));
+        self.nodes[number].shape = Shape::Internal {
+            start,
+            entries: children.len() as u32,
+        };
+    }
+
+    /// Adds an inner node of `tree` that no block holds; it gets a number past the last block.
+    pub fn invent(&mut self, tree: TreeKind, children: &[(u64, MetadataBlock)]) -> MetadataBlock {
+        let block = MetadataBlock(self.index.len() as u64);
+        self.index.push(0);
+        self.add(block.0, tree, Shape::Bad);
+        self.mend(block, children);
+        block
+    }
+
     /// The edges of an inner node, ascending by key; nothing for other nodes.
     pub fn edges(&self, node: &NodeInfo) -> &[Edge] {
         match node.shape {
-            Shape::Internal { start, entries } => {
-                &self.edges[start as usize..][..usize::from(entries)]
-            }
+            Shape::Internal { start, entries } => &self.edges[start as usize..][..entries as usize],
             _ => &[],
         }
     }
@@ -438,7 +461,7 @@ impl Forest {
                 }));
                 self.nodes[number].shape = Shape::Internal {
                     start,
-                    entries: pairs.len() as u16,
+                    entries: pairs.len() as u32,
                 };
                 Some(start..start + pairs.len() as u32)
             }

@@ -192,6 +192,15 @@ pub fn held_root(
         .map_err(|e| e.context("the metadata snapshot cannot be read"))
 }
 
+/// What a repair recovered of mapping trees.
+#[derive(Debug)]
+pub struct Recovered {
+    /// The trees, with damaged nodes taken out.
+    pub forest: Forest,
+    /// Virtual blocks, by leaf and ascending, the mappings of which are left out.
+    pub omitted: BTreeMap<MetadataBlock, Vec<u64>>,
+}
+
 /// A pool's trees on a device, as a source of events.
 pub struct MetadataSource<'a> {
     /// Where the trees are.
@@ -200,9 +209,8 @@ pub struct MetadataSource<'a> {
     pub trees: Trees,
     /// What of them is told.
     pub selection: Selection,
-    /// The mapping trees with damaged nodes taken out, when a repair has read them before. Mappings that a pool cannot have
-    /// are then left out instead of told.
-    pub recovered: Option<&'a Forest>,
+    /// The mapping trees as a repair has recovered them. Mappings that a pool cannot have are then left out instead of told.
+    pub recovered: Option<&'a Recovered>,
     /// Asked whether to stop.
     pub observer: &'a dyn Observer,
 }
@@ -239,7 +247,7 @@ impl Source for MetadataSource<'_> {
         let roots: Vec<MetadataBlock> = selected.iter().map(|s| s.1).collect();
         let found;
         let forest = match self.recovered {
-            Some(forest) => forest,
+            Some(recovered) => &recovered.forest,
             None => {
                 found = self.find_leaves(&roots)?;
                 &found
@@ -254,7 +262,7 @@ impl Source for MetadataSource<'_> {
             steps: Vec::new(),
             leaves: 0,
             runs: Vec::new(),
-            limit: self.recovered.map(|_| self.trees.pool.nr_data_blocks),
+            recovered: self.recovered,
             defined: HashMap::new(),
             open: None,
             told: 0,
@@ -362,8 +370,8 @@ struct Teller<'a> {
     leaves: usize,
     /// Runs not told yet: the last one may go on in the next leaf.
     runs: Vec<Run>,
-    /// Leave out mappings to this data block and those after it.
-    limit: Option<u64>,
+    /// What a repair leaves out, and that mappings past the end of the pool are left out.
+    recovered: Option<&'a Recovered>,
     /// Mappings of each definition told.
     defined: HashMap<MetadataBlock, u64>,
     /// The definition that is being told.
@@ -392,12 +400,18 @@ impl Teller<'_> {
                 Step::Leaf(block) => {
                     let at = leaves.binary_search_by_key(&block, |l| l.0);
                     let runs = at.map_or(&[][..], |i| &leaves[i].1);
-                    match self.limit {
+                    match self.recovered {
                         None => {
                             self.judge_runs(block, runs)?;
                             self.add_runs(block, runs)?;
                         }
-                        Some(limit) => self.add_runs(block, &within(runs, limit))?,
+                        Some(recovered) => {
+                            let mut told = within(runs, self.pool.nr_data_blocks);
+                            if let Some(keys) = recovered.omitted.get(&block) {
+                                told = without(&told, keys);
+                            }
+                            self.add_runs(block, &told)?;
+                        }
                     }
                 }
                 Step::Define(block) => {
@@ -471,7 +485,7 @@ impl Teller<'_> {
     /// A device told with another number of mappings than its details have is an error: nobody should keep such a dump. A
     /// repair has said before what is missing.
     fn judge_told(&self, device: &Device, root: MetadataBlock) -> Result<()> {
-        if self.limit.is_some() || self.told == device.mapped_blocks {
+        if self.recovered.is_some() || self.told == device.mapped_blocks {
             return Ok(());
         }
         let what = format!(
@@ -535,6 +549,37 @@ fn within(runs: &[Run], limit: u64) -> Vec<Run> {
             ..*run
         })
         .collect()
+}
+
+/// `runs` without the mappings of these virtual blocks, which ascend.
+fn without(runs: &[Run], keys: &[u64]) -> Vec<Run> {
+    let mut left = Vec::with_capacity(runs.len() + keys.len());
+    for run in runs {
+        let mut rest = *run;
+        let first = keys.partition_point(|&k| k < run.thin_begin.0);
+        let inside = keys[first..]
+            .iter()
+            .take_while(|&&k| k - run.thin_begin.0 < run.length);
+        for &key in inside {
+            let before = key - rest.thin_begin.0;
+            if before > 0 {
+                left.push(Run {
+                    length: before,
+                    ..rest
+                });
+            }
+            rest = Run {
+                thin_begin: ThinBlock(key + 1),
+                data_begin: DataBlock(rest.data_begin.0 + before + 1),
+                length: rest.length - before - 1,
+                time: rest.time,
+            };
+        }
+        if rest.length > 0 {
+            left.push(rest);
+        }
+    }
+    left
 }
 
 fn decode_leaf(block: MetadataBlock, data: std::io::Result<&[u8]>) -> Result<Vec<Run>> {

@@ -2,6 +2,8 @@
 
 mod affected;
 pub mod check;
+#[cfg(feature = "devtools")]
+pub mod devtools;
 pub mod event;
 mod metadata_source;
 mod overrides;

@@ -11,7 +11,7 @@
 use super::kept::{Kept, Old, read_details, snapshot};
 use super::report::RepairReport;
 use super::undo::save;
-use super::{Recovery, recover};
+use super::{Options, Recovery, recover};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{AlignedBuffer, BlockEngine, StagedEngine, sweep};
 use crate::observer::Observer;
@@ -342,8 +342,12 @@ impl Start {
         overrides: &Overrides,
         observer: &dyn Observer,
     ) -> Result<Self> {
+        let options = Options {
+            overrides: *overrides,
+            ..Options::default()
+        };
         let Recovery { report, trees, .. } =
-            recover(engine, overrides, observer).map_err(|e| e.context("nothing was written"))?;
+            recover(engine, &options, observer).map_err(|e| e.context("nothing was written"))?;
         let pool = overrides.apply(&trees.pool, observer);
         let (details, details_are_whole) = match report.details_root {
             Some(root) => read_details(engine, root, observer)?,
@@ -351,7 +355,8 @@ impl Start {
         };
         let fresh = || Fields {
             uuid: uuid_bytes(&pool.uuid),
-            mapping_root: report.mapping_root,
+            // A top-level tree that was rebuilt is not on the device.
+            mapping_root: report.mapping_root.unwrap_or(SUPERBLOCK),
             ..Fields::fresh(engine.nr_blocks().min(MAX_METADATA_BLOCKS))
         };
         let mut fields = superblock.map_or_else(fresh, |s| *s);

@@ -1,136 +1,511 @@
-//! thin_repair: finds the trees of damaged metadata that are whole, and tells them to a restorer, which rebuilds the rest.
+//! thin_repair: finds what the last committed transaction left of a pool, rebuilds what leads to it, and tells it to a restorer.
 //!
-//! Roots are chosen by the superblock; where that or its root is lost, by what a readable metadata space map says is in use,
-//! then by times. Damaged nodes are left out, with a report of the ranges behind them. Nothing is written to the input.
+//! In three steps, each only if the one before was not enough:
+//! 1. The superblock's trees are read. If they are whole and agree with each other, there is nothing to look for.
+//! 2. Every block of the device is read once: blocks with one wrong bit, or that were written to the wrong place, are mended, and
+//!    a lost superblock's roots are found among the states that the device still holds ([`states`]).
+//! 3. Where top-level, details or inner nodes are lost, the metadata space map tells which blocks are in use, and evidence of
+//!    several kinds where they belong ([`attribute`]).
+//!
+//! Nothing is invented: what is in doubt is left out and reported. Nothing is written to the input.
 
-mod choose;
+mod attribute;
+mod basis;
+mod bits;
+mod contested;
+mod describe;
 mod in_place;
 mod kept;
+mod liveness;
+mod mend;
+mod orphans;
 mod report;
 mod scan;
+mod small;
+mod states;
 mod undo;
 
+pub use attribute::Evidence;
 pub use in_place::{InPlace, InPlaceReport, plan_in_place};
-pub use report::{Candidate, RecoveredDevice, RepairReport};
+pub use mend::Mend;
+pub use report::{Ambiguous, Candidate, Mended, Reattached, RecoveredDevice, RepairReport};
 pub use undo::{Undone, undo};
 
-use self::choose::{Chosen, choose};
-use super::affected::{Affected, affected};
+use self::attribute::{Attribution, Placed};
+use self::basis::{Basis, Founder, Pair};
+use self::contested::{DataMap, Differences, Omitted};
+use self::liveness::Liveness;
+use self::mend::MendedEngine;
+use self::orphans::{Finder, Orphans};
+use self::scan::{Class, Scan};
+use self::small::SmallTrees;
+use self::states::States;
 use super::event::PoolInfo;
-use super::metadata_source::{MetadataSource, Selection, Trees, uuid_text};
+use super::metadata_source::{MetadataSource, Recovered, Selection, Trees};
 use super::overrides::Overrides;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{AlignedBuffer, BlockEngine};
+use crate::io::BlockEngine;
 use crate::observer::Observer;
-use crate::pdata::{Forest, Leaves, Shape, Structure, TreeKind, Walk};
-use crate::thin::{DeviceDetail, Fields, SUPERBLOCK, Superblock, SuperblockFault, VERSION};
-use crate::units::{MAX_THIN_ID, MAX_TIME, MetadataBlock, ThinId, is_legal_data_block_size};
-use std::collections::{BTreeMap, HashSet};
+use crate::pdata::{
+    CountBatch, CountMap, Forest, IndexEntry, Leaves, Node, Shape, Structure, TreeKind, Walk,
+};
+use crate::thin::Superblock;
+use crate::units::{ENTRIES_PER_BITMAP, MAX_TIME, MetadataBlock};
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+/// What to recover, and with which values in the place of lost ones.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Values that stand in for what a lost superblock would say.
+    pub overrides: Overrides,
+    /// Use these roots of the top-level tree and the details tree, whatever the superblock says.
+    pub roots: Option<(MetadataBlock, MetadataBlock)>,
+    /// Take in what is in doubt, where it is likeliest.
+    pub include_ambiguous: bool,
+}
 
 /// Metadata that can be told to a restorer or dumped.
 #[derive(Debug)]
-pub struct Recovery {
+pub struct Recovery<'a> {
     /// What was chosen and what is lost.
     pub report: RepairReport,
+    engine: MendedEngine<'a>,
     trees: Trees,
-    forest: Forest,
+    recovered: Recovered,
 }
 
-impl Recovery {
+impl Recovery<'_> {
     /// The recovered trees as a source of events.
     pub fn source<'a>(
         &'a self,
-        engine: &'a dyn BlockEngine,
         selection: Selection,
         observer: &'a dyn Observer,
     ) -> MetadataSource<'a> {
         MetadataSource {
-            engine,
+            engine: &self.engine,
             trees: self.trees.clone(),
             selection,
-            recovered: Some(&self.forest),
+            recovered: Some(&self.recovered),
             observer,
         }
     }
+
+    /// The pool as it was recovered.
+    pub fn pool(&self) -> &PoolInfo {
+        &self.trees.pool
+    }
 }
 
-/// Finds what can be recovered from `engine`. `overrides` stand in for what a lost superblock would say.
+/// Finds what can be recovered from `engine`.
 ///
 /// # Errors
-/// `Damaged` when no top-level tree in use can be found, or the data block size is neither known nor given; `Io`.
-pub fn recover(
-    engine: &dyn BlockEngine,
-    overrides: &Overrides,
+/// `Damaged` when no top-level tree can be found, or the data block size is neither known nor given; `Io`.
+pub fn recover<'a>(
+    engine: &'a dyn BlockEngine,
+    options: &Options,
     observer: &dyn Observer,
-) -> Result<Recovery> {
-    let superblock = usable_superblock(engine)?;
+) -> Result<Recovery<'a>> {
+    let mut engine = MendedEngine {
+        engine,
+        mends: BTreeMap::new(),
+    };
     let mut report = RepairReport {
         is_complete: true,
         ..RepairReport::default()
     };
-    let chosen = choose(engine, superblock.as_ref(), &mut report, observer)?;
-    let mut forest = Forest::new(engine.nr_blocks());
-    let limit = forest.nr_blocks();
-    let roots: Vec<MetadataBlock> = chosen
-        .roots
-        .values()
-        .copied()
-        .filter(|r| r.0 > 0 && r.0 < limit)
-        .collect();
-    let given = overrides.nr_data_blocks.unwrap_or(u64::MAX);
-    let nr_data_blocks = superblock
-        .as_ref()
-        .map_or(given, |s| s.data_space_map.nr_blocks);
-    observer.progress("reading mappings", 0, 1);
-    let spans = forest.walk(
-        &Walk {
-            engine,
-            observer,
-            tree: TreeKind::Mappings,
-            leaves: Leaves::Read,
-        },
-        roots.iter().copied(),
-        Span::default,
-        |span, node| span.see(node.values_u64(), nr_data_blocks),
-    )?;
-    let span = spans.into_iter().fold(Span::default(), Span::join);
-    if span.past_end > 0 {
-        report.is_complete = false;
-        report.notes.push(format!(
-            "{} mappings to data blocks past the last of {nr_data_blocks} are left out",
-            span.past_end
-        ));
+    if let Some((superblock, work)) = as_it_is(&engine, options, observer)? {
+        report.take_as_is(&superblock);
+        return work.finish(engine, Some(&superblock), options, report);
     }
-    // A node of the top-level tree that a device claims as its own is not the device's.
-    chosen
-        .top_nodes
-        .iter()
-        .for_each(|&block| forest.exclude(block));
-    let damaged = cut_damaged(&mut forest, &roots);
-    let pool = pool_info(superblock.as_ref(), &chosen, span, overrides, &mut report)?;
-    let pool = raise_clock(pool, superblock.is_some(), &chosen, &mut report);
-    let trees = describe_devices(&forest, &chosen, pool, &damaged, &mut report);
-    Ok(Recovery {
-        report,
-        trees,
-        forest,
-    })
+    let scan = Scan::of(engine.engine, observer)?;
+    engine.mends.clone_from(&scan.mends);
+    report.tell_scan(&scan);
+    if !engine.mends.is_empty()
+        && let Some((superblock, work)) = as_it_is(&engine, options, observer)?
+    {
+        report.take_as_is(&superblock);
+        return work.finish(engine, Some(&superblock), options, report);
+    }
+    let superblock = usable_superblock(&engine)?;
+    let states = States::find(&engine, &scan, observer)?;
+    let basis = Founder {
+        engine: &engine,
+        scan: &scan,
+        superblock: superblock.as_ref(),
+        options,
+        observer,
+        report: &mut report,
+    }
+    .found(&states)?;
+    let work = rebuild(
+        &engine,
+        &scan,
+        &states,
+        basis,
+        superblock.as_ref(),
+        options,
+        &mut report,
+        observer,
+    )?;
+    work.finish(engine, superblock.as_ref(), options, report)
+}
+
+/// The states of the pool that the device still holds, the likeliest last one first.
+///
+/// # Errors
+/// `Io` and `Interrupted` only.
+pub fn list_candidates(engine: &dyn BlockEngine, observer: &dyn Observer) -> Result<RepairReport> {
+    let scan = Scan::of(engine, observer)?;
+    let engine = MendedEngine {
+        engine,
+        mends: scan.mends.clone(),
+    };
+    let superblock = usable_superblock(&engine)?;
+    let states = States::find(&engine, &scan, observer)?;
+    let latest = states.latest(|block| !scan.is_sealed(block));
+    let mut report = RepairReport::default();
+    report.tell_scan(&scan);
+    report.list(&states, latest.state);
+    if let Some(superblock) = superblock {
+        report.take_as_is(&superblock);
+    }
+    Ok(report)
 }
 
 /// The superblock, if its roots can be believed. A wrong size of the device does not matter to a repair.
-fn usable_superblock(engine: &dyn BlockEngine) -> Result<Option<Superblock>> {
-    let mut block = AlignedBuffer::new(1);
-    if engine.read(SUPERBLOCK, block.blocks_mut(1)).is_err() {
-        return Ok(None);
-    }
-    let (superblock, faults) = Superblock::verify(block.blocks(1), SUPERBLOCK, engine.nr_blocks());
-    if faults.contains(&SuperblockFault::Unfinished) {
+fn usable_superblock(engine: &MendedEngine<'_>) -> Result<Option<Superblock>> {
+    let (superblock, is_unfinished) = engine.superblock().unwrap_or_default();
+    if is_unfinished {
         return Err(Error::new(
             ErrorKind::Damaged,
             "writing metadata to this device has not finished: there is nothing to repair; repair the device that it came from",
         ));
     }
     Ok(superblock)
+}
+
+/// The superblock and its trees, if these are whole and agree with each other and with the data space map.
+fn as_it_is(
+    engine: &MendedEngine<'_>,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<Option<(Superblock, Work)>> {
+    let superblock = match usable_superblock(engine)? {
+        Some(superblock) if options.roots.is_none() => superblock,
+        _ => return Ok(None),
+    };
+    let roots = (superblock.mapping_root, superblock.details_root);
+    let pair = Pair::read(engine, roots, observer)?;
+    if !pair.is_whole() {
+        return Ok(None);
+    }
+    let map = DataMap::of(&superblock);
+    let limit = superblock.data_space_map.nr_blocks;
+    let work = Work::walk(engine, Basis::of_pair(pair), limit, Some(&map), observer)?;
+    // What is counted but not mapped may be a leak, or belong to mappings that an older node in the place of a newer one hides.
+    if std::env::var_os("DBG").is_some() {
+        eprintln!(
+            "as is: whole {} over {} leaked {}",
+            work.is_whole(),
+            work.differences.over.len(),
+            work.differences.leaked
+        );
+    }
+    let is_whole =
+        work.is_whole() && work.differences.over.is_empty() && work.differences.leaked == 0;
+    Ok(is_whole.then_some((superblock, work)))
+}
+
+/// The trees of a basis, read.
+struct Work {
+    basis: Basis,
+    forest: Forest,
+    span: Span,
+    /// Nodes that could not be mended.
+    damaged: HashSet<MetadataBlock>,
+    differences: Differences,
+    omitted: Omitted,
+    orphans: Orphans,
+    placed: Vec<Placed>,
+}
+
+impl Work {
+    fn walk(
+        engine: &MendedEngine<'_>,
+        basis: Basis,
+        nr_data_blocks: u64,
+        map: Option<&DataMap>,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        observer.progress("reading mappings", 0, 1);
+        let mut forest = Forest::new(engine.nr_blocks());
+        let limit = forest.nr_blocks();
+        let countable = map.map_or(Ok(0), |m| m.nr_countable(engine, observer))?;
+        let counts = CountMap::new(countable.min(nr_data_blocks));
+        let roots = basis.roots.values().copied();
+        let walk = Walk {
+            engine,
+            observer,
+            tree: TreeKind::Mappings,
+            leaves: Leaves::Read,
+        };
+        let state = || (Span::default(), CountBatch::new(&counts));
+        let spans = forest.walk(
+            &walk,
+            roots.filter(|r| r.0 > 0 && r.0 < limit),
+            state,
+            |(span, batch), node| span.see(node, nr_data_blocks, &counts, batch),
+        )?;
+        let mut span = Span::default();
+        for (one, mut batch) in spans {
+            batch.flush(&counts);
+            span = span.join(one);
+        }
+        let differences = match map {
+            Some(map) => map.compare(engine, &counts, None, observer)?,
+            None => Differences::default(),
+        };
+        let mut work = Self {
+            basis,
+            forest,
+            span,
+            damaged: HashSet::new(),
+            differences,
+            omitted: Omitted::new(),
+            orphans: Orphans::default(),
+            placed: Vec::new(),
+        };
+        // A node of the top-level tree that a device claims as its own is not the device's.
+        for &block in &work.basis.small_nodes {
+            work.forest.exclude(block);
+        }
+        let roots = work.roots();
+        work.damaged = cut_damaged(&mut work.forest, &roots);
+        Ok(work)
+    }
+
+    fn roots(&self) -> Vec<MetadataBlock> {
+        self.basis.roots.values().copied().collect()
+    }
+
+    /// True if every device has all the mappings that its details say.
+    fn is_whole(&self) -> bool {
+        let structure = Structure::of(&self.forest, TreeKind::Mappings, &self.roots());
+        let fits = |(id, root): (&u64, &MetadataBlock)| {
+            let summary = structure.summary(&self.forest, *root);
+            let has = summary.filter(|s| !s.damaged).map(|s| s.entries);
+            has.is_some() && has == self.basis.details.get(id).map(|d| d.mapped_blocks)
+        };
+        self.forest.problems.is_empty()
+            && self.damaged.is_empty()
+            && self.span.past_end == 0
+            && self.basis.roots.iter().all(fits)
+    }
+}
+
+/// Reads what the basis leads to, looks for what nothing leads to any more, and puts it where it belongs.
+fn rebuild(
+    engine: &MendedEngine<'_>,
+    scan: &Scan,
+    states: &States,
+    basis: Basis,
+    superblock: Option<&Superblock>,
+    options: &Options,
+    report: &mut RepairReport,
+    observer: &dyn Observer,
+) -> Result<Work> {
+    let given = options.overrides.nr_data_blocks.unwrap_or(u64::MAX);
+    let nr_data_blocks = superblock.map_or(given, |s| s.data_space_map.nr_blocks);
+    let map = match superblock {
+        Some(superblock) => Some(DataMap::of(superblock)),
+        None => basis
+            .counts
+            .as_ref()
+            .and_then(|counts| DataMap::find(scan, counts)),
+    };
+    let mut work = Work::walk(engine, basis, nr_data_blocks, None, observer)?;
+    let mut orphans = work.find_orphans(engine, scan, observer)?;
+    let has_contradiction = orphans.roots_are_contested || !work.basis.freed.is_empty();
+    if has_contradiction && !orphans.orphans.is_empty() {
+        // The top-level tree is older than the space map: its roots are known from an older transaction, no more.
+        let basis = work.basis.without_roots();
+        report.note_old_top();
+        work = Work::walk(engine, basis, nr_data_blocks, None, observer)?;
+        orphans = work.find_orphans(engine, scan, observer)?;
+    }
+    let latest = states.latest(|block| !scan.is_sealed(block)).state;
+    let history = states.history(work.basis.counts.as_ref(), latest);
+    let mut attribution = Attribution {
+        engine,
+        scan,
+        history: &history,
+        observer,
+        orphans: &mut orphans,
+        has_other_place: work.basis.held_is_lost,
+        placed: Vec::new(),
+    };
+    attribution.run(&work.forest, options.include_ambiguous)?;
+    work.placed = attribution.placed;
+    for (device, root) in orphans.mend(&mut work.forest) {
+        work.basis.roots.insert(device.0, root);
+    }
+    // A block that was freed too early is better than nothing, if no other root was found.
+    let freed: Vec<(u64, MetadataBlock)> =
+        work.basis.freed.iter().map(|(&id, &r)| (id, r)).collect();
+    let is_all_placed = orphans.orphans.iter().all(|o| o.missing == 0);
+    for (id, root) in freed {
+        if is_all_placed && !work.basis.roots.contains_key(&id) && scan.class(root).is_some() {
+            work.basis.roots.insert(id, root);
+        }
+    }
+    work.orphans = orphans;
+    work.damaged = work
+        .forest
+        .nodes()
+        .iter()
+        .filter(|n| n.shape == Shape::Bad)
+        .map(|n| n.block)
+        .collect();
+    work.count_again(engine, nr_data_blocks, map.as_ref(), observer)?;
+    work.omit(engine, options, observer)?;
+    Ok(work)
+}
+
+impl Work {
+    fn find_orphans(
+        &mut self,
+        engine: &MendedEngine<'_>,
+        scan: &Scan,
+        observer: &dyn Observer,
+    ) -> Result<Orphans> {
+        let roots = self.roots();
+        let finder = Finder {
+            engine,
+            scan,
+            basis: &self.basis,
+            observer,
+        };
+        finder.find(&mut self.forest, &roots)
+    }
+
+    /// Counts the mappings of every leaf that is part of a device.
+    fn count_again(
+        &mut self,
+        engine: &MendedEngine<'_>,
+        nr_data_blocks: u64,
+        map: Option<&DataMap>,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        let countable = map.map_or(Ok(0), |m| m.nr_countable(engine, observer))?;
+        let counts = CountMap::new(countable.min(nr_data_blocks));
+        let leaves = self.leaves();
+        let stop = || observer.is_cancelled();
+        let state = || (Span::default(), CountBatch::new(&counts));
+        let spans = crate::io::sweep(
+            engine,
+            &leaves,
+            &stop,
+            state,
+            |(span, batch), block, data| {
+                if let Some(node) = data.ok().and_then(|data| Node::parse(data, block, 8).ok()) {
+                    span.see(&node, nr_data_blocks, &counts, batch);
+                }
+            },
+        );
+        observer.check_cancelled()?;
+        self.span = Span::default();
+        for (one, mut batch) in spans {
+            batch.flush(&counts);
+            self.span = self.span.join(one);
+        }
+        if let Some(map) = map {
+            let metadata = self.basis.counts.as_ref();
+            self.differences = map.compare(engine, &counts, metadata, observer)?;
+        }
+        Ok(())
+    }
+
+    /// Leaves of all devices, ascending.
+    fn leaves(&self) -> Vec<u64> {
+        let numbers = self
+            .basis
+            .roots
+            .values()
+            .filter_map(|&r| self.forest.number(r));
+        let nodes = self.forest.children_first(&numbers.collect::<Vec<_>>());
+        let nodes = nodes.into_iter().map(|n| self.forest.nodes()[n]);
+        let mut leaves: Vec<u64> = nodes
+            .filter(|n| matches!(n.shape, Shape::Leaf { .. }))
+            .map(|n| n.block.0)
+            .collect();
+        leaves.sort_unstable();
+        leaves
+    }
+
+    /// Leaves out mappings that contradict the data space map, if a leaf that is too old explains it.
+    fn omit(
+        &mut self,
+        engine: &MendedEngine<'_>,
+        options: &Options,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        let over = self.differences.over.len() as u64;
+        let fits = |(id, has): (&u64, &u64)| {
+            let detail = self.basis.details.get(id);
+            detail.is_none_or(|d| d.mapped_blocks == *has)
+        };
+        let totals = describe::totals(&self.forest, &self.basis.roots, &self.omitted);
+        if std::env::var_os("DBG").is_some() {
+            eprintln!("omit: over {} leaked {}", over, self.differences.leaked);
+        }
+        let is_off = self.basis.details_are_current && !totals.iter().all(fits);
+        if over > 0 && !options.include_ambiguous && (is_off || 2 * self.differences.leaked >= over)
+        {
+            self.omitted = self.differences.omitted(engine, &self.leaves(), observer)?;
+        }
+        Ok(())
+    }
+}
+
+impl DataMap {
+    fn of(superblock: &Superblock) -> Self {
+        Self {
+            index_root: superblock.data_space_map.bitmap_root,
+            counts_root: Some(superblock.data_space_map.ref_count_root),
+        }
+    }
+
+    /// The one in use, when no superblock tells: the only index tree in use that is no part of another one.
+    fn find(scan: &Scan, counts: &Liveness) -> Option<Self> {
+        let nodes = scan.nodes().iter().map(|n| n.block());
+        let is_index = |b: &MetadataBlock| {
+            counts.is_used(*b) == Some(true) && scan.leaf_class(*b) == Some(Class::DataIndex)
+        };
+        let in_use: Vec<MetadataBlock> = nodes.filter(is_index).collect();
+        let mut inner = in_use
+            .iter()
+            .filter(|b| matches!(scan.class(**b), Some(Class::Inner(_))));
+        let index_root = match (&in_use[..], inner.next(), inner.next()) {
+            ([only], ..) => *only,
+            (_, Some(&only), None) => only,
+            _ => return None,
+        };
+        Some(Self {
+            index_root,
+            counts_root: None,
+        })
+    }
+
+    /// Data blocks for which there are bitmaps.
+    fn nr_countable(&self, engine: &dyn BlockEngine, observer: &dyn Observer) -> Result<u64> {
+        let trees = SmallTrees::<IndexEntry>::read(
+            engine,
+            TreeKind::DataIndex,
+            &[self.index_root],
+            observer,
+        )?;
+        Ok(trees.tree(self.index_root).entries.len() as u64 * ENTRIES_PER_BITMAP)
+    }
 }
 
 /// The furthest data block and the latest time of mappings, and how many are to data blocks that do not exist.
@@ -142,8 +517,9 @@ struct Span {
 }
 
 impl Span {
-    fn see(&mut self, values: impl Iterator<Item = u64>, limit: u64) {
-        for value in values {
+    fn see(&mut self, node: &Node<'_>, limit: u64, counts: &CountMap, batch: &mut CountBatch) {
+        for value in node.values_u64() {
+            batch.add(counts, value >> 24);
             self.past_end += u64::from(value >> 24 >= limit);
             self.data_blocks = self.data_blocks.max((value >> 24) + 1);
             self.time = self.time.max(value as u32 & MAX_TIME);
@@ -175,8 +551,17 @@ fn cut_damaged(forest: &mut Forest, roots: &[MetadataBlock]) -> HashSet<Metadata
         if cuts.is_empty() {
             break;
         }
+        let mut parents: HashMap<MetadataBlock, u32> = HashMap::new();
+        for node in forest.nodes() {
+            let children = forest.edges(node).iter().filter_map(|e| forest.child(e));
+            children.for_each(|c| *parents.entry(c).or_default() += 1);
+        }
         for (parent, child) in cuts {
-            forest.cut(parent, child);
+            // What only one node points to is at fault itself, rather than the pointer.
+            match parents.get(&child) {
+                Some(1) if !roots.contains(&child) => forest.exclude(child),
+                _ => forest.cut(parent, child),
+            }
             if round == MOST_ROUNDS {
                 forest.exclude(parent);
             }
@@ -188,199 +573,4 @@ fn cut_damaged(forest: &mut Forest, roots: &[MetadataBlock]) -> HashSet<Metadata
         .filter(|n| n.shape == Shape::Bad)
         .map(|n| n.block)
         .collect()
-}
-
-fn pool_info(
-    superblock: Option<&Superblock>,
-    chosen: &Chosen,
-    span: Span,
-    overrides: &Overrides,
-    report: &mut RepairReport,
-) -> Result<PoolInfo> {
-    let fields: Option<&Fields> = superblock.map(|s| &**s).or(chosen.copy.as_ref());
-    let mut note = |text: String| {
-        report.notes.push(text);
-        report.is_complete = false;
-    };
-    let known = fields
-        .map(|f| f.data_block_size)
-        .filter(|&s| is_legal_data_block_size(s));
-    let data_block_size = overrides.data_block_size.or(known).ok_or_else(|| {
-        Error::new(
-            ErrorKind::Damaged,
-            "the superblock is lost, and with it the data block size; give it with --data-block-size (in sectors of 512 bytes, \
-             'lvs -o chunksize' or the pool's table has it)",
-        )
-    })?;
-    let details = chosen.details.values();
-    let latest_transaction = details.clone().map(|d| d.transaction_id).max();
-    let latest_time = details
-        .map(|d| d.snapshotted_time.max(d.creation_time))
-        .max()
-        .unwrap_or(0);
-    let clock = superblock.map_or(0, |s| s.time);
-    let time = clock
-        .max(span.time)
-        .max(latest_time.min(MAX_TIME))
-        .min(MAX_TIME);
-    if superblock.is_some() && time != clock {
-        note(format!(
-            "the snapshot clock {clock} is behind the mappings; {time} is written"
-        ));
-    }
-    let transaction = match superblock {
-        Some(superblock) => superblock.transaction_id,
-        None => {
-            let guess = latest_transaction.map_or(0, |t| t.saturating_add(1));
-            let used = overrides.transaction_id.unwrap_or(0).max(guess);
-            if overrides.transaction_id.is_none() {
-                note(format!(
-                    "the transaction id is guessed to be {guess}, one above the latest device's; LVM accepts only its own number \
-                     or the one before: give it with --transaction-id"
-                ));
-            }
-            used
-        }
-    };
-    let nr_data_blocks = match superblock {
-        Some(superblock) => superblock.data_space_map.nr_blocks,
-        None => {
-            if overrides.nr_data_blocks.is_none() {
-                note(format!(
-                    "the size of the data device is taken to be {} blocks, the last one mapped; the kernel grows it at activation",
-                    span.data_blocks
-                ));
-            }
-            overrides.nr_data_blocks.unwrap_or(span.data_blocks)
-        }
-    };
-    if superblock.is_none() {
-        note("the superblock is lost and was rebuilt".to_owned());
-    }
-    Ok(PoolInfo {
-        uuid: fields.map_or_else(String::new, |f| uuid_text(&f.uuid)),
-        time,
-        transaction,
-        flags: 0,
-        version: VERSION,
-        data_block_size,
-        nr_data_blocks,
-    })
-}
-
-/// Details that are made up, or may be stale, must presume blocks shared: a block counts as shared when it was mapped before the
-/// device's last snapshot, so that must lie after every mapping. The superblock's own clock does; a guessed one is raised.
-fn raise_clock(
-    pool: PoolInfo,
-    is_known: bool,
-    chosen: &Chosen,
-    report: &mut RepairReport,
-) -> PoolInfo {
-    let all_there = chosen
-        .roots
-        .keys()
-        .all(|id| chosen.details.contains_key(id));
-    if is_known || chosen.details_are_current && all_there {
-        return pool;
-    }
-    if pool.time == MAX_TIME {
-        report.notes.push(format!(
-            "the snapshot clock is at its end, {MAX_TIME}: take no snapshots of this pool"
-        ));
-    }
-    PoolInfo {
-        time: (pool.time + 1).min(MAX_TIME),
-        ..pool
-    }
-}
-
-/// Says of every device what is recovered, and makes up details where they are lost.
-fn describe_devices(
-    forest: &Forest,
-    chosen: &Chosen,
-    pool: PoolInfo,
-    damaged: &HashSet<MetadataBlock>,
-    report: &mut RepairReport,
-) -> Trees {
-    let roots: Vec<MetadataBlock> = chosen.roots.values().copied().collect();
-    let structure = Structure::of(forest, TreeKind::Mappings, &roots);
-    let by_device: Vec<(Option<ThinId>, MetadataBlock)> = chosen
-        .roots
-        .iter()
-        .map(|(&id, &root)| (Some(ThinId(id)), root))
-        .collect();
-    let mut lost: BTreeMap<ThinId, Vec<Affected>> = BTreeMap::new();
-    for (list, _) in affected(forest, &by_device, damaged).into_values() {
-        for range in list {
-            if let Some(device) = range.device {
-                lost.entry(device).or_default().push(range);
-            }
-        }
-    }
-    let mut devices = BTreeMap::new();
-    for (&id, &root) in &chosen.roots {
-        if id > MAX_THIN_ID {
-            report.is_complete = false;
-            report.notes.push(format!(
-                "device {id} is left out: the kernel takes ids up to {MAX_THIN_ID}"
-            ));
-            continue;
-        }
-        let summary = structure.summary(forest, root).unwrap_or_default();
-        let is_there = forest.number(root).is_some();
-        let detail = chosen.details.get(&id);
-        let mut lost = lost.remove(&ThinId(id)).unwrap_or_default();
-        lost.sort_unstable();
-        if !is_there {
-            lost.push(Affected {
-                device: Some(ThinId(id)),
-                begin: 0,
-                end: None,
-            });
-        }
-        if !lost.is_empty() || detail.is_none_or(|d| d.mapped_blocks != summary.entries) {
-            report.is_complete = false;
-        }
-        if detail.is_none() {
-            report.notes.push(format!(
-                "device {id} has no details left; they are made up, all its blocks presumed shared with snapshots"
-            ));
-        }
-        report.devices.push(RecoveredDevice {
-            dev_id: ThinId(id),
-            mappings: summary.entries,
-            expected: detail.map(|d| d.mapped_blocks),
-            lost,
-        });
-        let made_up = DeviceDetail {
-            mapped_blocks: summary.entries,
-            transaction_id: pool.transaction,
-            creation_time: 0,
-            snapshotted_time: pool.time,
-        };
-        let known = *detail.unwrap_or(&made_up);
-        let snapshotted_time = if chosen.details_are_current {
-            known.snapshotted_time.min(MAX_TIME)
-        } else {
-            pool.time
-        };
-        let detail = DeviceDetail {
-            mapped_blocks: summary.entries,
-            creation_time: known.creation_time.min(MAX_TIME),
-            snapshotted_time,
-            ..known
-        };
-        devices.insert(id, (root, detail));
-    }
-    for id in chosen
-        .details
-        .keys()
-        .filter(|id| !chosen.roots.contains_key(id))
-    {
-        report.is_complete = false;
-        report.notes.push(format!(
-            "device {id} has details, but its mapping tree is lost; it is left out"
-        ));
-    }
-    Trees { pool, devices }
 }

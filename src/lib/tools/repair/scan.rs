@@ -1,220 +1,265 @@
-//! Reads every block of a damaged device once and keeps what may help: candidates for roots, and readable space maps.
+//! Reads every block of a damaged device once, in large reads on all cores, and keeps what may help to rebuild it: a few words
+//! about each sealed node, the index blocks, superblocks, and how damaged blocks can be mended.
 
+use super::mend::{Mend, explain};
 use crate::bytes::get_u32;
 use crate::checksum::{self, BlockKind};
 use crate::error::Result;
 use crate::io::{BlockEngine, sweep};
 use crate::observer::Observer;
-use crate::pdata::{BITMAP_HEADER, Bitmap, INDEX_ENTRY_SIZE, IndexEntry, Node};
-use crate::thin::Fields;
-use crate::units::{ENTRIES_PER_BITMAP, MAGIC, MAX_METADATA_BLOCKS, MAX_THIN_ID, MetadataBlock};
-use std::collections::{HashMap, HashSet};
+use crate::pdata::Node;
+use crate::thin::{Fields, MARKER, SUPERBLOCK};
+use crate::units::{BLOCK_SIZE, MAGIC, MAX_METADATA_BLOCKS, MAX_THIN_ID, MetadataBlock};
+use std::collections::{BTreeMap, HashSet};
 
-/// A sealed block that may matter.
-enum Found {
-    /// A leaf that may be one of the top-level tree: device ids to blocks of the device.
-    Top(Vec<(u64, u64)>),
+/// What kind of node a sealed block holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Class {
+    /// An inner node of any tree; with the block of its first child.
+    Inner(u32),
+    /// A leaf of 8-byte values all of which could be roots of devices, with keys that could be device ids.
+    MaybeTop,
+    /// Any other leaf of 8-byte values: mappings.
+    Mappings,
     /// A leaf of device details.
     Details,
-    /// An inner node with its children.
-    Inner(Vec<u64>),
-    /// Any other node: a root of a mapping tree looks like this.
-    OtherNode,
-    /// The metadata space map's index.
-    Index(Vec<IndexEntry>),
-    /// A superblock, or the copy of a metadata snapshot.
+    /// A leaf of the data space map's index.
+    DataIndex,
+    /// A leaf of large counts, of either space map.
+    Counts,
+}
+
+/// A sealed node in its place.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sighting {
+    block: u32,
+    pub(super) class: Class,
+}
+
+impl Sighting {
+    pub(super) fn block(&self) -> MetadataBlock {
+        MetadataBlock(u64::from(self.block))
+    }
+}
+
+/// A block that may matter.
+enum Found {
+    Node(Class),
+    Index,
+    Bitmap,
     Superblock(Box<Fields>),
+}
+
+/// One thread's findings.
+#[derive(Default)]
+struct Part {
+    found: Vec<(MetadataBlock, Found)>,
+    mends: Vec<(MetadataBlock, Mend)>,
+    /// Blocks sealed for another place: that place, where they lie, and what they hold.
+    misplaced: Vec<(MetadataBlock, MetadataBlock, Option<Found>)>,
+    suspects: u64,
+    unreadable: u64,
 }
 
 /// What a whole device holds.
 #[derive(Debug, Default)]
 pub(super) struct Scan {
-    /// Blocks that may be roots of a top-level tree.
-    pub(super) tops: Vec<MetadataBlock>,
-    /// Blocks that may be roots of a details tree.
-    pub(super) details: Vec<MetadataBlock>,
-    /// Superblocks away from block 0.
+    /// Every sealed node, ascending by block.
+    nodes: Vec<Sighting>,
+    /// Block 0 is sealed.
+    has_superblock: bool,
+    /// Superblocks away from block 0: copies that metadata snapshots hold, of any age.
     pub(super) copies: Vec<(MetadataBlock, Fields)>,
-    /// Index blocks of metadata space maps, of any age.
-    indexes: Vec<(MetadataBlock, Vec<IndexEntry>)>,
+    /// Index blocks of metadata space maps, of any age, ascending.
+    pub(super) indexes: Vec<MetadataBlock>,
+    /// Sealed bitmaps of either space map, of any age, ascending.
+    pub(super) bitmaps: Vec<MetadataBlock>,
+    /// Blocks that hold what was sealed for another place.
+    misplaced: HashSet<MetadataBlock>,
+    /// Damaged blocks whose contents can be told.
+    pub(super) mends: BTreeMap<MetadataBlock, Mend>,
+    /// Blocks that hold something, but nothing sealed for their place.
+    pub(super) suspects: u64,
+    /// Blocks that cannot be read.
+    pub(super) unreadable: u64,
 }
 
 impl Scan {
     /// Reads the first `MAX_METADATA_BLOCKS` blocks of `engine`.
     pub(super) fn of(engine: &dyn BlockEngine, observer: &dyn Observer) -> Result<Self> {
+        observer.progress("scanning all blocks", 0, 1);
         let blocks: Vec<u64> = (0..engine.nr_blocks().min(MAX_METADATA_BLOCKS)).collect();
         let limit = blocks.len() as u64;
+        let stop = || observer.is_cancelled();
         let parts = sweep(
             engine,
             &blocks,
-            &|| observer.is_cancelled(),
-            Vec::new,
-            |found, block, data| {
-                if let Some(kind) = data.ok().and_then(|data| look(data, block, limit)) {
-                    found.push((block, kind));
-                }
+            &stop,
+            Part::default,
+            |part, block, data| match data {
+                Ok(data) => part.look(data, block, limit),
+                Err(_) => part.unreadable += 1,
             },
         );
         observer.check_cancelled()?;
         let mut scan = Self::default();
-        let mut nodes = HashSet::new();
-        let mut top_leaves = Vec::new();
-        let mut inner = HashMap::new();
-        for (block, found) in parts.into_iter().flatten() {
-            match found {
-                Found::Index(entries) => scan.indexes.push((block, entries)),
-                Found::Superblock(fields) if block.0 > 0 => scan.copies.push((block, *fields)),
-                Found::Superblock(_) => {}
-                node => {
-                    nodes.insert(block.0);
-                    match node {
-                        Found::Top(entries) => top_leaves.push((block, entries)),
-                        Found::Details => scan.details.push(block),
-                        Found::Inner(children) => {
-                            inner.insert(block, children);
-                        }
-                        _ => {}
-                    }
-                }
+        let mut misplaced = BTreeMap::new();
+        for part in parts {
+            scan.suspects += part.suspects;
+            scan.unreadable += part.unreadable;
+            scan.mends.extend(part.mends);
+            for (block, found) in part.found {
+                scan.add(block, found);
+            }
+            for (place, at, found) in part.misplaced {
+                scan.misplaced.insert(at);
+                let several: &mut Vec<_> = misplaced.entry(place).or_default();
+                several.push((at, found));
             }
         }
-        // A device or two may have lost its root.
-        let is_top = |entries: &[(u64, u64)]| {
-            entries
-                .iter()
-                .filter(|(_, root)| nodes.contains(root))
-                .count()
-                * 2
-                >= entries.len()
-        };
-        top_leaves.retain(|(_, entries)| is_top(entries));
-        scan.tops = top_leaves.into_iter().map(|(block, _)| block).collect();
-        add_inner(&mut scan.tops, &inner);
-        add_inner(&mut scan.details, &inner);
-        scan.indexes.sort_unstable_by_key(|i| i.0);
+        scan.nodes.sort_unstable_by_key(|n| n.block);
+        scan.indexes.sort_unstable();
+        scan.bitmaps.sort_unstable();
+        scan.copies.sort_unstable_by_key(|c| c.0);
+        let mut homeless = Vec::new();
+        for (place, mut several) in misplaced {
+            if several.len() == 1 && place.0 < limit && !scan.is_sealed(place) {
+                homeless.extend(several.pop().map(|(at, found)| (place, at, found)));
+            }
+        }
+        for (place, block, found) in homeless {
+            scan.mends.insert(place, Mend::Elsewhere { block });
+            if let Some(found) = found {
+                scan.add(place, found);
+            }
+        }
+        scan.nodes.sort_unstable_by_key(|n| n.block);
         Ok(scan)
     }
 
-    /// The space maps that can be read whole, by place: that of `known` (from a superblock), or all that account for themselves.
-    pub(super) fn space_maps(
-        &self,
-        engine: &dyn BlockEngine,
-        known: Option<MetadataBlock>,
-    ) -> Vec<Liveness> {
-        let known_first = self.indexes.iter().filter(|i| Some(i.0) == known);
-        let maps: Vec<Liveness> = known_first
-            .filter_map(|i| Liveness::read(engine, i))
-            .collect();
-        if !maps.is_empty() {
-            return maps;
+    fn add(&mut self, block: MetadataBlock, found: Found) {
+        match found {
+            Found::Node(class) => self.nodes.push(Sighting {
+                block: block.0 as u32,
+                class,
+            }),
+            Found::Index => self.indexes.push(block),
+            Found::Bitmap => self.bitmaps.push(block),
+            Found::Superblock(fields) if block != SUPERBLOCK => self.copies.push((block, *fields)),
+            Found::Superblock(_) => self.has_superblock = true,
         }
-        self.indexes
-            .iter()
-            .filter_map(|i| Liveness::read(engine, i))
-            .collect()
+    }
+
+    /// True if what lies at `block` was meant for another place.
+    pub(super) fn is_misplaced(&self, block: MetadataBlock) -> bool {
+        self.misplaced.contains(&block)
+    }
+
+    /// True if something sealed for its place lies at `block`, or can be told.
+    pub(super) fn is_sealed(&self, block: MetadataBlock) -> bool {
+        block == SUPERBLOCK && self.has_superblock
+            || self.class(block).is_some()
+            || self.indexes.binary_search(&block).is_ok()
+            || self.bitmaps.binary_search(&block).is_ok()
+            || self.mends.contains_key(&block)
+    }
+
+    /// Every sealed node, ascending by block.
+    pub(super) fn nodes(&self) -> &[Sighting] {
+        &self.nodes
+    }
+
+    /// What the node at `block` is, if one lies there.
+    pub(super) fn class(&self, block: MetadataBlock) -> Option<Class> {
+        let at = |n: &Sighting| n.block().cmp(&block);
+        let found = self.nodes.binary_search_by(at).ok()?;
+        Some(self.nodes[found].class)
+    }
+
+    /// The kind of leaves below the node at `block`, as far as its eldest descendants tell.
+    pub(super) fn leaf_class(&self, block: MetadataBlock) -> Option<Class> {
+        let mut class = self.class(block)?;
+        // No tree of the format is higher.
+        for _ in 0..8 {
+            match class {
+                Class::Inner(first) => class = self.class(MetadataBlock(u64::from(first)))?,
+                leaf => return Some(leaf),
+            }
+        }
+        None
     }
 }
 
-/// Adds the inner nodes all of whose children are among `level`, level by level.
-fn add_inner(level: &mut Vec<MetadataBlock>, inner: &HashMap<MetadataBlock, Vec<u64>>) {
-    let mut all: HashSet<u64> = level.iter().map(|b| b.0).collect();
-    loop {
-        let more: Vec<MetadataBlock> = inner
-            .iter()
-            .filter(|(block, children)| {
-                !all.contains(&block.0) && children.iter().all(|c| all.contains(c))
-            })
-            .map(|(block, _)| *block)
-            .collect();
-        if more.is_empty() {
-            level.sort_unstable();
+impl Part {
+    fn look(&mut self, data: &[u8], block: MetadataBlock, limit: u64) {
+        let Some(kind) = checksum::identify(data) else {
+            if data.iter().all(|&b| b == 0) || data.starts_with(MARKER) {
+                return;
+            }
+            let Some(mend) = explain(data, block) else {
+                self.suspects += 1;
+                return;
+            };
+            let mut mended = [0; BLOCK_SIZE];
+            mended.copy_from_slice(data);
+            match mend {
+                Mend::Bit { bit } => mended[usize::from(bit / 8)] ^= 1 << (bit % 8),
+                _ => mended[super::mend::SECTOR..].fill(0),
+            }
+            self.mends.push((block, mend));
+            if let Some(kind) = checksum::identify(&mended) {
+                let found = look(&mended, kind, block, limit);
+                self.found.extend(found.map(|f| (block, f)));
+            }
             return;
+        };
+        let place = checksum::claimed_location(data);
+        let found = look(data, kind, place, limit);
+        // The copy that a metadata snapshot holds, and nothing else, carries its own place.
+        if place == block {
+            self.found.extend(found.map(|f| (block, f)));
+        } else {
+            self.suspects += 1;
+            self.misplaced.push((place, block, found));
         }
-        all.extend(more.iter().map(|b| b.0));
-        level.extend(more);
     }
 }
 
-fn look(data: &[u8], block: MetadataBlock, limit: u64) -> Option<Found> {
-    let kind = checksum::identify(data)?;
+fn look(data: &[u8], kind: BlockKind, block: MetadataBlock, limit: u64) -> Option<Found> {
     match kind {
-        _ if checksum::claimed_location(data) != block => None,
-        BlockKind::Bitmap => None,
+        BlockKind::Bitmap => Some(Found::Bitmap),
         BlockKind::Superblock => {
             let fields = Fields::unpack(data);
             (fields.magic == MAGIC).then(|| Found::Superblock(Box::new(fields)))
         }
-        BlockKind::Index => {
-            let slots = data[BITMAP_HEADER..]
-                .chunks_exact(INDEX_ENTRY_SIZE)
-                .map(IndexEntry::unpack);
-            Some(Found::Index(
-                slots
-                    .take_while(|e| e.block.0 != 0 && e.block.0 < limit)
-                    .collect(),
-            ))
-        }
+        BlockKind::Index => Some(Found::Index),
         BlockKind::Node => {
             let value_size = get_u32(data, 24) as usize;
             if ![4, 8, 16, 24].contains(&value_size) {
                 return None;
             }
             let node = Node::parse(data, block, value_size).ok()?;
-            Some(look_at_node(&node, value_size, limit))
+            Some(Found::Node(classify(&node, value_size, limit)))
         }
     }
 }
 
-fn look_at_node(node: &Node<'_>, value_size: usize, limit: u64) -> Found {
+fn classify(node: &Node<'_>, value_size: usize, limit: u64) -> Class {
     if !node.is_leaf() {
-        return Found::Inner(node.values_u64().collect());
+        let first = node.values_u64().next().unwrap_or(0);
+        return Class::Inner(u32::try_from(first).unwrap_or(u32::MAX));
     }
     match value_size {
-        24 => Found::Details,
+        24 => Class::Details,
         8 => {
             let may_be_top = node.keys().all(|id| id <= MAX_THIN_ID)
                 && node.values_u64().all(|root| root > 0 && root < limit);
-            if may_be_top {
-                Found::Top(node.keys().zip(node.values_u64()).collect())
-            } else {
-                Found::OtherNode
+            match may_be_top {
+                true => Class::MaybeTop,
+                false => Class::Mappings,
             }
         }
-        _ => Found::OtherNode,
-    }
-}
-
-/// Which metadata blocks a space map on disk says are in use.
-#[derive(Debug)]
-pub(super) struct Liveness {
-    /// Its index block.
-    pub(super) index: MetadataBlock,
-    bitmaps: Vec<Bitmap>,
-}
-
-impl Liveness {
-    /// Reads the bitmaps of an index; none unless all are whole and the map counts its own blocks as used.
-    fn read(
-        engine: &dyn BlockEngine,
-        (block, entries): &(MetadataBlock, Vec<IndexEntry>),
-    ) -> Option<Self> {
-        let mut bitmaps = Vec::with_capacity(entries.len());
-        for entry in entries {
-            let data = crate::thin::read_block(engine, entry.block).ok()?;
-            checksum::verify(data.blocks(1), BlockKind::Bitmap, entry.block).ok()?;
-            bitmaps.push(Bitmap::from_block(data.blocks(1)));
-        }
-        let map = Self {
-            index: *block,
-            bitmaps,
-        };
-        let own = entries.iter().map(|e| e.block).chain([*block]);
-        own.into_iter().all(|b| map.is_used(b)).then_some(map)
-    }
-
-    /// True when the space map says that `block` is in use.
-    pub(super) fn is_used(&self, block: MetadataBlock) -> bool {
-        let bitmap = self.bitmaps.get((block.0 / ENTRIES_PER_BITMAP) as usize);
-        bitmap.is_some_and(|b| b.get(block.0 % ENTRIES_PER_BITMAP) > 0)
+        16 => Class::DataIndex,
+        _ => Class::Counts,
     }
 }

@@ -1,0 +1,158 @@
+//! Holds the mappings against the data space map: a leaf that is older than it should be, though sealed, maps data blocks that have
+//! been freed since, and leaves others in use that nothing maps.
+//!
+//! Counts that are merely too low, as old kernels left them, are no reason to doubt a mapping: only together with blocks that nothing
+//! maps, or with a device that has another number of mappings than its details say, is a leaf believed to be older.
+
+use crate::checksum::{self, BlockKind};
+use crate::error::Result;
+use crate::io::{BlockEngine, sweep};
+use crate::observer::Observer;
+use crate::pdata::{Bitmap, CountMap, IndexEntry, Node, TreeKind};
+use crate::thin::read_block;
+use crate::tools::repair::liveness::Liveness;
+use crate::tools::repair::small::SmallTrees;
+use crate::units::{ENTRIES_PER_BITMAP, MetadataBlock};
+use std::collections::{BTreeMap, HashMap};
+
+/// Data blocks looked at one by one; a space map that contradicts more mappings is not believed.
+const MOST_CONTESTED: usize = 100_000;
+
+/// Mappings that are left out: keys by leaf, ascending.
+pub(super) type Omitted = BTreeMap<MetadataBlock, Vec<u64>>;
+
+/// How the data space map differs from the mappings.
+#[derive(Debug, Default)]
+pub(super) struct Differences {
+    /// Data blocks that are mapped more often than they are counted, and how often they are counted.
+    pub(super) over: HashMap<u64, u32>,
+    /// Data blocks that are counted and that nothing maps.
+    pub(super) leaked: u64,
+}
+
+/// A data space map on disk.
+pub(super) struct DataMap {
+    pub(super) index_root: MetadataBlock,
+    /// The tree of large counts, if it is known.
+    pub(super) counts_root: Option<MetadataBlock>,
+}
+
+impl DataMap {
+    /// Compares it with `mapped`, as far as it can be read and believed.
+    pub(super) fn compare(
+        &self,
+        engine: &dyn BlockEngine,
+        mapped: &CountMap,
+        metadata: Option<&Liveness>,
+        observer: &dyn Observer,
+    ) -> Result<Differences> {
+        let mut found = Differences::default();
+        let index = SmallTrees::<IndexEntry>::read(
+            engine,
+            TreeKind::DataIndex,
+            &[self.index_root],
+            observer,
+        )?;
+        let many = match self.counts_root {
+            Some(root) => {
+                let trees =
+                    SmallTrees::<u32>::read(engine, TreeKind::DataCounts, &[root], observer)?;
+                let tree = trees.tree(root);
+                tree.damaged.is_empty().then_some(tree.entries)
+            }
+            None => None,
+        };
+        for (number, entry) in index.tree(self.index_root).entries {
+            observer.check_cancelled()?;
+            let Ok(data) = read_block(engine, entry.block) else {
+                continue;
+            };
+            // A bitmap that was freed is that of an older transaction, and so is the index.
+            let is_freed = metadata.is_some_and(|m| m.is_used(entry.block) == Some(false));
+            if is_freed || checksum::verify(data.blocks(1), BlockKind::Bitmap, entry.block).is_err()
+            {
+                continue;
+            }
+            let bitmap = Bitmap::from_block(data.blocks(1));
+            if bitmap.nr_free() != entry.nr_free || number > u64::MAX / ENTRIES_PER_BITMAP - 1 {
+                continue;
+            }
+            let (words, _) = mapped.bitmap(number);
+            if bitmap.equals(&words) && many.as_ref().is_none_or(|m| m.is_empty()) {
+                continue;
+            }
+            for at in 0..ENTRIES_PER_BITMAP {
+                let block = number * ENTRIES_PER_BITMAP + at;
+                if block >= mapped.nr_blocks() {
+                    break;
+                }
+                let stored = match bitmap.get(at) {
+                    3 => many
+                        .as_ref()
+                        .and_then(|m| m.get(&block))
+                        .copied()
+                        .unwrap_or(u32::MAX),
+                    few => few,
+                };
+                let claims = mapped.get(block);
+                found.leaked += u64::from(claims == 0 && stored > 0);
+                if claims > stored {
+                    found.over.insert(block, stored);
+                }
+            }
+            if found.over.len() > MOST_CONTESTED {
+                return Ok(Differences::default());
+            }
+        }
+        Ok(found)
+    }
+}
+
+impl Differences {
+    /// The mappings, in the leaves at `leaves`, that are not to be believed.
+    pub(super) fn omitted(
+        &self,
+        engine: &dyn BlockEngine,
+        leaves: &[u64],
+        observer: &dyn Observer,
+    ) -> Result<Omitted> {
+        let stop = || observer.is_cancelled();
+        let parts = sweep(
+            engine,
+            leaves,
+            &stop,
+            Vec::new,
+            |seen: &mut Vec<_>, block, data| {
+                let node = data.ok().and_then(|data| Node::parse(data, block, 8).ok());
+                let Some(node) = node.filter(Node::is_leaf) else {
+                    return;
+                };
+                let over = node.keys().zip(node.values_u64());
+                let over = over.filter(|(_, value)| self.over.contains_key(&(value >> 24)));
+                seen.extend(over.map(|(key, value)| (block, key, value >> 24)));
+            },
+        );
+        observer.check_cancelled()?;
+        let mut claims: BTreeMap<u64, Vec<(MetadataBlock, u64)>> = BTreeMap::new();
+        let mut per_leaf: HashMap<MetadataBlock, usize> = HashMap::new();
+        for (leaf, key, data_block) in parts.into_iter().flatten() {
+            claims.entry(data_block).or_default().push((leaf, key));
+            *per_leaf.entry(leaf).or_default() += 1;
+        }
+        let mut omitted = Omitted::new();
+        for (data_block, mut claimants) in claims {
+            // The leaf with most contradictions is the one that is older; of equals none is believed.
+            claimants.sort_by_key(|c| per_leaf[&c.0]);
+            let allowed = self.over[&data_block] as usize;
+            let is_clear = claimants.get(allowed).is_some_and(|first_out| {
+                allowed > 0 && per_leaf[&claimants[allowed - 1].0] < per_leaf[&first_out.0]
+            });
+            let kept = if is_clear { allowed } else { 0 };
+            for (leaf, key) in claimants.drain(kept..) {
+                omitted.entry(leaf).or_default().push(key);
+            }
+        }
+        omitted.values_mut().for_each(|keys| keys.sort_unstable());
+        Ok(omitted)
+    }
+}

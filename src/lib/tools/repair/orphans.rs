@@ -1,0 +1,352 @@
+//! Mapping nodes that are in use, as a space map on disk says, though not everything that leads to them is left: the orphans; and
+//! the holes that they may have been in: lost inner nodes, and devices whose root is not known.
+
+use super::basis::Basis;
+use super::liveness::Liveness;
+use super::mend::MendedEngine;
+use super::scan::{Class, Scan};
+use crate::error::Result;
+use crate::io::BlockEngine;
+use crate::observer::Observer;
+use crate::pdata::{CountMap, Forest, Leaves, Shape, Structure, TreeKind, Walk};
+use crate::tools::affected::affected;
+use crate::units::{MetadataBlock, ThinId};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+
+/// A subtree that lacks a parent.
+#[derive(Clone, Debug)]
+pub(super) struct Orphan {
+    pub(super) block: MetadataBlock,
+    /// Its smallest and largest key; none if it is empty.
+    pub(super) keys: Option<(u64, u64)>,
+    pub(super) entries: u64,
+    /// Something below it is lost.
+    is_damaged: bool,
+    /// Levels below it.
+    height: u8,
+    /// Parents that are missing.
+    pub(super) missing: u32,
+}
+
+/// Where orphans may belong.
+#[derive(Clone, Debug)]
+pub(super) struct Hole {
+    /// The block of the lost node; none for a device whose root is not known.
+    pub(super) block: Option<MetadataBlock>,
+    /// The devices that the lost node belonged to.
+    pub(super) devices: Vec<ThinId>,
+    pub(super) begin: u64,
+    pub(super) end: Option<u64>,
+    /// Levels below the lost node, where its siblings tell.
+    height: Option<u8>,
+    /// The orphans that were found to belong here, by their smallest key.
+    pub(super) filled: BTreeMap<u64, usize>,
+}
+
+/// Orphans and holes.
+#[derive(Debug, Default)]
+pub(super) struct Orphans {
+    pub(super) orphans: Vec<Orphan>,
+    pub(super) holes: Vec<Hole>,
+    /// Mappings that each device is known to lack, where its details tell.
+    pub(super) lacking: HashMap<ThinId, u64>,
+    /// More devices have the same root than the space map counts.
+    pub(super) roots_are_contested: bool,
+}
+
+impl Hole {
+    /// True if nothing but the level and the keys speaks against `orphan` in this hole.
+    fn has_room_for(&self, orphan: &Orphan, orphans: &[Orphan]) -> bool {
+        let Some((first, last)) = orphan.keys else {
+            return self.block.is_none() && self.filled.is_empty();
+        };
+        let before = self.filled.range(..=last).next_back();
+        let is_free = before.is_none_or(|(_, &o)| orphans[o].keys.is_some_and(|k| k.1 < first));
+        is_free
+            && first >= self.begin
+            && self.end.is_none_or(|end| last < end)
+            && self.height.is_none_or(|h| orphan.height < h)
+    }
+}
+
+impl Orphans {
+    /// True if `orphan` can be in `hole`, by keys, level, and the number of mappings that its devices lack.
+    pub(super) fn fits(&self, orphan: usize, hole: usize) -> bool {
+        let (o, h) = (&self.orphans[orphan], &self.holes[hole]);
+        let lacking = h.devices.iter().filter_map(|d| self.lacking.get(d));
+        let has_mappings = lacking.into_iter().all(|&n| match h.block {
+            Some(_) => o.entries <= n,
+            // A tree that is whole has all of its device's mappings.
+            None => o.entries == n || o.is_damaged && o.entries < n,
+        });
+        o.missing > 0 && has_mappings && h.has_room_for(o, &self.orphans)
+    }
+
+    /// The holes that `orphan` can be in.
+    pub(super) fn candidates(&self, orphan: usize) -> Vec<usize> {
+        (0..self.holes.len())
+            .filter(|&h| self.fits(orphan, h))
+            .collect()
+    }
+
+    /// Puts `orphan` into `hole`.
+    pub(super) fn fill(&mut self, orphan: usize, hole: usize) {
+        let o = &mut self.orphans[orphan];
+        o.missing -= 1;
+        let key = o.keys.map_or(0, |k| k.0);
+        let entries = o.entries;
+        self.holes[hole].filled.insert(key, orphan);
+        for device in &self.holes[hole].devices {
+            if let Some(lacking) = self.lacking.get_mut(device) {
+                *lacking = lacking.saturating_sub(entries);
+            }
+        }
+    }
+
+    /// Mends the forest: lost nodes get the children that were found. Returns the roots of devices that had none.
+    pub(super) fn mend(&self, forest: &mut Forest) -> BTreeMap<ThinId, MetadataBlock> {
+        let mut roots = BTreeMap::new();
+        for hole in &self.holes {
+            let children = hole
+                .filled
+                .iter()
+                .map(|(&key, &o)| (key, self.orphans[o].block));
+            let children: Vec<(u64, MetadataBlock)> = children.collect();
+            match (hole.block, &children[..]) {
+                (_, []) => {}
+                (Some(block), _) => forest.mend(block, &children),
+                (None, [(_, root)]) => {
+                    roots.extend(hole.devices.iter().map(|&d| (d, *root)));
+                }
+                (None, _) => {
+                    let root = forest.invent(TreeKind::Mappings, &children);
+                    roots.extend(hole.devices.iter().map(|&d| (d, root)));
+                }
+            }
+        }
+        roots
+    }
+}
+
+/// Looks for orphans and holes.
+pub(super) struct Finder<'a> {
+    pub(super) engine: &'a MendedEngine<'a>,
+    pub(super) scan: &'a Scan,
+    pub(super) basis: &'a Basis,
+    pub(super) observer: &'a dyn Observer,
+}
+
+impl Finder<'_> {
+    /// Adds every mapping node in use to the forest of the trees at `roots`, and finds which lack a parent.
+    pub(super) fn find(&self, forest: &mut Forest, roots: &[MetadataBlock]) -> Result<Orphans> {
+        let loose = self.loose(forest);
+        let walk = Walk {
+            engine: self.engine,
+            observer: self.observer,
+            tree: TreeKind::Mappings,
+            leaves: Leaves::Read,
+        };
+        forest.walk(&walk, loose.iter().copied(), || (), |(), _| ())?;
+        let all: Vec<MetadataBlock> = roots.iter().chain(&loose).copied().collect();
+        super::cut_damaged(forest, &all);
+        self.cut_stale(forest, &all);
+        let missing = self.missing(forest);
+        // What a stale node led to is reached from nowhere else.
+        let all: Vec<MetadataBlock> = all.into_iter().chain(missing.iter().map(|m| m.0)).collect();
+        let structure = Structure::of(forest, TreeKind::Mappings, &all);
+        let orphan = |(block, missing): (MetadataBlock, u32)| {
+            let summary = structure.summary(forest, block)?;
+            Some(Orphan {
+                block,
+                keys: summary.first.zip(summary.last),
+                entries: summary.entries,
+                is_damaged: summary.damaged,
+                height: summary.height?,
+                missing,
+            })
+        };
+        let orphans: Vec<Orphan> = missing.into_iter().filter_map(orphan).collect();
+        let mut found = Orphans {
+            holes: self.holes(forest, &structure),
+            orphans,
+            lacking: HashMap::new(),
+            roots_are_contested: self.roots_are_contested(forest),
+        };
+        if self.basis.details_are_current {
+            for (&id, detail) in &self.basis.details {
+                let root = self.basis.roots.get(&id);
+                let has = root
+                    .and_then(|&r| structure.summary(forest, r))
+                    .map_or(0, |s| s.entries);
+                let lacking = detail.mapped_blocks.saturating_sub(has);
+                found.lacking.insert(ThinId(id), lacking);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Mapping nodes in use that no device's tree reaches.
+    fn loose(&self, forest: &Forest) -> Vec<MetadataBlock> {
+        let Some(counts) = &self.basis.counts else {
+            return Vec::new();
+        };
+        let is_loose = |block: &MetadataBlock| {
+            counts.is_used(*block) == Some(true)
+                && forest.number(*block).is_none()
+                && !self.basis.small_nodes.contains(block)
+                && matches!(
+                    self.scan.leaf_class(*block),
+                    Some(Class::Mappings | Class::MaybeTop)
+                )
+        };
+        self.scan
+            .nodes()
+            .iter()
+            .map(|n| n.block())
+            .filter(is_loose)
+            .collect()
+    }
+
+    /// A node that points to a freed block, the place of which an orphan can take, is older than it should be: it lies in the
+    /// place of one that was lost.
+    fn cut_stale(&self, forest: &mut Forest, roots: &[MetadataBlock]) {
+        let Some(counts) = &self.basis.counts else {
+            return;
+        };
+        let structure = Structure::of(forest, TreeKind::Mappings, roots);
+        let unclaimed: Vec<(u64, u64)> = self
+            .missing(forest)
+            .iter()
+            .filter_map(|(block, _)| {
+                let summary = structure.summary(forest, *block)?;
+                summary.first.zip(summary.last)
+            })
+            .collect();
+        let mut stale = BTreeSet::new();
+        for node in forest.nodes() {
+            let edges = forest.edges(node);
+            for (i, edge) in edges.iter().enumerate() {
+                let Some(child) = forest.child(edge) else {
+                    continue;
+                };
+                let end = edges.get(i + 1).map_or(u64::MAX, |e| e.key);
+                let is_replaced = |&(first, last): &(u64, u64)| first < end && last >= edge.key;
+                if counts.is_used(child) == Some(false)
+                    && counts.is_used(node.block) != Some(false)
+                    && unclaimed.iter().any(is_replaced)
+                {
+                    stale.insert(node.block);
+                }
+            }
+        }
+        stale.into_iter().for_each(|block| forest.exclude(block));
+    }
+
+    /// Nodes that more should point to than do, and how many.
+    fn missing(&self, forest: &Forest) -> Vec<(MetadataBlock, u32)> {
+        let Some(counts) = &self.basis.counts else {
+            return Vec::new();
+        };
+        let claims = self.claims(forest, counts);
+        let good = forest
+            .nodes()
+            .iter()
+            .filter(|n| n.shape != Shape::Bad && n.block.0 < claims.nr_blocks());
+        let missing = good.filter_map(|node| {
+            let claimed = claims.get(node.block.0);
+            let missing = match counts.count(node.block) {
+                Some(count) => count.saturating_sub(claimed),
+                None => u32::from(counts.is_used(node.block) == Some(true) && claimed == 0),
+            };
+            (missing > 0).then_some((node.block, missing))
+        });
+        missing.collect()
+    }
+
+    fn roots_are_contested(&self, forest: &Forest) -> bool {
+        let Some(counts) = &self.basis.counts else {
+            return false;
+        };
+        let claims = self.claims(forest, counts);
+        let is_contested = |root: &&MetadataBlock| {
+            root.0 < claims.nr_blocks()
+                && counts
+                    .count(**root)
+                    .is_some_and(|count| claims.get(root.0) > count)
+        };
+        self.basis.roots.values().any(|root| is_contested(&root))
+    }
+
+    /// How often each block is pointed to by what is in use.
+    fn claims(&self, forest: &Forest, counts: &Liveness) -> CountMap {
+        let limit = self.engine.nr_blocks();
+        let mut claims = CountMap::new(limit);
+        let mut claim = |block: MetadataBlock| {
+            if block.0 < limit {
+                claims.add(block.0, 1);
+            }
+        };
+        self.basis
+            .roots
+            .values()
+            .chain(&self.basis.held)
+            .copied()
+            .for_each(&mut claim);
+        for node in forest.nodes() {
+            let is_live = counts.is_used(node.block) != Some(false);
+            let edges = forest.edges(node).iter().filter(|_| is_live);
+            edges.filter_map(|e| forest.child(e)).for_each(&mut claim);
+        }
+        claims
+    }
+
+    fn holes(&self, forest: &Forest, structure: &Structure) -> Vec<Hole> {
+        let bad = forest.nodes().iter().filter(|n| n.shape == Shape::Bad);
+        let bad: HashSet<MetadataBlock> = bad.map(|n| n.block).collect();
+        let roots = self.basis.roots.iter();
+        let by_device: Vec<_> = roots.map(|(&id, &root)| (Some(ThinId(id)), root)).collect();
+        let mut heights: HashMap<MetadataBlock, Option<u8>> = HashMap::new();
+        for node in forest.nodes() {
+            let edges = forest.edges(node).iter().filter_map(|e| forest.child(e));
+            for child in edges.filter(|c| bad.contains(c)) {
+                let height = structure.summary(forest, node.block).and_then(|s| s.height);
+                let height = height.and_then(|h| h.checked_sub(1));
+                let known = heights.entry(child).or_default();
+                *known = known.or(height);
+            }
+        }
+        let mut holes: Vec<Hole> = Vec::new();
+        for (block, (list, _)) in affected(forest, &by_device, &bad) {
+            if !bad.contains(&block) {
+                continue;
+            }
+            let devices: BTreeSet<ThinId> = list.iter().filter_map(|a| a.device).collect();
+            let end = list.iter().map(|a| a.end.unwrap_or(u64::MAX)).max();
+            holes.push(Hole {
+                block: Some(block),
+                devices: devices.into_iter().collect(),
+                begin: list.iter().map(|a| a.begin).min().unwrap_or(0),
+                end: end.filter(|&e| e != u64::MAX),
+                height: heights.get(&block).copied().flatten(),
+                filled: BTreeMap::new(),
+            });
+        }
+        let rootless = self
+            .basis
+            .details
+            .keys()
+            .filter(|id| !self.basis.roots.contains_key(id));
+        let may_be_more = !self.basis.top_is_whole || !self.basis.freed.is_empty();
+        holes.extend(rootless.filter(|_| may_be_more).map(|&id| Hole {
+            block: None,
+            devices: vec![ThinId(id)],
+            begin: 0,
+            end: None,
+            height: None,
+            filled: BTreeMap::new(),
+        }));
+        holes.retain(|h| h.height != Some(0));
+        holes.sort_by_key(|h| (h.block, h.devices.first().copied()));
+        holes
+    }
+}
