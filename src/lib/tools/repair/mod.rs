@@ -15,6 +15,8 @@ mod bits;
 mod common;
 mod contested;
 mod describe;
+mod in_place;
+mod kept;
 mod lineage;
 mod liveness;
 mod mend;
@@ -25,10 +27,13 @@ mod report;
 mod scan;
 mod small;
 mod states;
+mod undo;
 
 pub use attribute::Evidence;
+pub use in_place::{InPlace, InPlaceReport, plan_in_place};
 pub use mend::Mend;
 pub use report::{Ambiguous, Candidate, Mended, Reattached, RecoveredDevice, RepairReport};
+pub use undo::{Undone, undo};
 
 use self::attribute::Placed;
 use self::basis::{Basis, Founder, Pair};
