@@ -10,7 +10,7 @@ use thintools::observer::Silent;
 use thintools::thin::Superblock;
 use thintools::tools::check::{CheckOptions, Severity, check};
 use thintools::tools::event::Source;
-use thintools::tools::repair::recover;
+use thintools::tools::repair::{plan_in_place, recover};
 use thintools::tools::{MetadataSource, Overrides, Selection, TextSink, Trees, restore, text};
 use thintools::units::{BLOCK_SIZE, MetadataBlock};
 
@@ -55,6 +55,8 @@ fuzz_target!(|script: &[u8]| {
         data_block_size: Some(128),
         ..Overrides::default()
     };
+    // It checks what it would write before it is written.
+    let _ = plan_in_place(&engine, &overrides, &Silent);
     if let Ok(recovery) = recover(&engine, &overrides, &Silent) {
         let output = RamEngine::new(2048);
         let source = recovery.source(&engine, Selection::default(), &Silent);

@@ -244,13 +244,13 @@ fn bytes_past_the_last_whole_block_are_left_alone() {
 }
 
 /// A small file system of its own, gone with the value.
-struct SmallDisk {
+pub(crate) struct SmallDisk {
     folder: TempDir,
 }
 
 impl SmallDisk {
     /// None, with the reason printed, if none can be mounted here.
-    fn new(size: &str) -> Option<Self> {
+    pub(crate) fn new(size: &str) -> Option<Self> {
         let folder = folder();
         let options = format!("size={size},mode=1777");
         let args = ["-t", "tmpfs", "-o", &options, "thintools-test"];
@@ -264,7 +264,8 @@ impl SmallDisk {
         }
     }
 
-    fn path(&self) -> &Path {
+    /// Where it is mounted.
+    pub(crate) fn path(&self) -> &Path {
         self.folder.path()
     }
 }

@@ -1,11 +1,13 @@
 //! Integration tests of the library and the binary, against metadata made by the kernel.
 
 mod commands;
+mod crash;
 mod damage;
 #[cfg(feature = "devtools")]
 mod devtools;
 mod failures;
 mod fixtures;
+mod in_place;
 mod repair;
 mod repair_in_place;
 mod shapes;

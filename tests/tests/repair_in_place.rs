@@ -2,15 +2,11 @@
 //! any moment leaves the old state or the new one.
 
 use std::collections::BTreeSet;
-use std::io;
-use std::sync::Mutex;
 
-use thintools::io::{BlockEngine, RamEngine};
 use thintools::observer::Silent;
-use thintools::tools::check::{CheckOptions, Severity};
-use thintools::tools::check::{check as check_engine, fix};
-use thintools::units::{BLOCK_SIZE, MetadataBlock};
+use thintools::tools::check::{CheckOptions, check as check_engine, fix};
 
+use crate::crash::{Recorder, Step, after_crashes, codes_of};
 use crate::support::{
     Fixture, Image, Map, check, damage_lines, dump, expand, fixtures, get_u32, put_u32, testdata,
 };
@@ -228,70 +224,12 @@ fn the_json_of_a_repair_says_what_was_done() {
     assert_eq!(json["repaired"], serde_json::json!([]));
 }
 
-/// What happened to an engine.
-#[derive(Clone, Debug)]
-enum Step {
-    Write(u64, Vec<u8>),
-    Sync,
-}
-
-/// Memory that records what is done to it.
-struct Recorder {
-    memory: RamEngine,
-    steps: Mutex<Vec<Step>>,
-}
-
-impl BlockEngine for Recorder {
-    fn nr_blocks(&self) -> u64 {
-        self.memory.nr_blocks()
-    }
-
-    fn read(&self, start: MetadataBlock, buf: &mut [u8]) -> io::Result<()> {
-        self.memory.read(start, buf)
-    }
-
-    fn write(&self, start: MetadataBlock, buf: &[u8]) -> io::Result<()> {
-        self.memory.write(start, buf)?;
-        let blocks = buf.chunks(BLOCK_SIZE).enumerate();
-        let mut steps = self.steps.lock().expect("no panic");
-        steps.extend(blocks.map(|(i, block)| Step::Write(start.0 + i as u64, block.to_vec())));
-        Ok(())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.steps.lock().expect("no panic").push(Step::Sync);
-        Ok(())
-    }
-
-    fn depth(&self) -> usize {
-        self.memory.depth()
-    }
-}
-
-/// Codes that a check of these bytes finds, without notes but needs_check.
-fn codes_of(bytes: Vec<u8>) -> BTreeSet<&'static str> {
-    let engine = RamEngine::from_bytes(bytes);
-    let checked = check_engine(&engine, &CheckOptions::default(), &Silent).expect("a report");
-    let damages = checked.report.damages.iter();
-    let matters = damages.filter(|d| d.severity > Severity::Note || d.code.name() == "needs-check");
-    matters.map(|d| d.code.name()).collect()
-}
-
 /// Repairs `before`, and returns what was written.
 fn record(before: &[u8]) -> Vec<Step> {
-    let engine = Recorder {
-        memory: RamEngine::from_bytes(before.to_vec()),
-        steps: Mutex::new(Vec::new()),
-    };
+    let engine = Recorder::new(before);
     let checked = check_engine(&engine, &CheckOptions::default(), &Silent).expect("a report");
     fix(&engine, &checked).expect("a repair");
-    engine.steps.into_inner().expect("no panic")
-}
-
-fn apply<'a>(state: &mut [u8], writes: impl IntoIterator<Item = &'a (u64, Vec<u8>)>) {
-    for (block, data) in writes {
-        state[*block as usize * BLOCK_SIZE..][..BLOCK_SIZE].copy_from_slice(data);
-    }
+    engine.into_steps()
 }
 
 #[test]
@@ -305,16 +243,6 @@ fn a_crash_at_any_moment_leaves_the_old_state_or_the_new_one() {
             "{}: the last write is not flushed",
             row.0
         );
-        // Writes between two flushes may reach the disk in any order, or not at all.
-        let mut epochs: Vec<Vec<(u64, Vec<u8>)>> = vec![Vec::new()];
-        for step in steps {
-            match step {
-                Step::Sync => epochs.push(Vec::new()),
-                Step::Write(block, data) => epochs.last_mut().expect("one").push((block, data)),
-            }
-        }
-        let mut state = before.clone();
-        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
         let judge = |state: &[u8], what: &str| {
             let codes = codes_of(state.to_vec());
             assert!(
@@ -324,45 +252,14 @@ fn a_crash_at_any_moment_leaves_the_old_state_or_the_new_one() {
             );
             codes.is_empty()
         };
-        let mut tried = 0;
-        for epoch in &epochs {
-            for i in 0..epoch.len() {
-                // A prefix, all but one, one alone, and a random choice.
-                let mut prefix = state.clone();
-                apply(&mut prefix, &epoch[..=i]);
-                judge(&prefix, "a prefix of the writes");
-                let mut dropped = state.clone();
-                apply(
-                    &mut dropped,
-                    epoch
-                        .iter()
-                        .enumerate()
-                        .filter(|(k, _)| *k != i)
-                        .map(|(_, write)| write),
-                );
-                judge(&dropped, "one write lost");
-                let mut alone = state.clone();
-                apply(&mut alone, [&epoch[i]]);
-                judge(&alone, "one write alone");
-                let mut some = state.clone();
-                let chosen = epoch.iter().filter(|_| {
-                    random ^= random << 13;
-                    random ^= random >> 7;
-                    random ^= random << 17;
-                    random & 1 == 0
-                });
-                apply(&mut some, chosen);
-                judge(&some, "some of the writes");
-                tried += 4;
-            }
-            apply(&mut state, epoch);
-        }
+        let after = after_crashes(&before, &steps, &mut |state, what| {
+            judge(state, what);
+        });
         assert!(
-            judge(&state, "everything written"),
+            judge(&after, "everything written"),
             "{}: nothing was repaired",
             row.0
         );
-        assert!(tried > 0, "{}", row.0);
     }
 }
 
@@ -477,7 +374,7 @@ fn a_check_that_leaves_something_out_never_changes_a_byte() {
 }
 
 /// A sound pool on the smallest device that holds it, but for one leaked data block.
-fn full() -> Image {
+pub(crate) fn full() -> Image {
     let xml = "<superblock uuid=\"\" time=\"0\" transaction=\"0\" version=\"2\" data_block_size=\"128\" nr_data_blocks=\"1000\">\n\
         <device dev_id=\"0\" mapped_blocks=\"900\" transaction=\"0\" creation_time=\"0\" snap_time=\"0\">\n\
         <range_mapping origin_begin=\"0\" data_begin=\"0\" length=\"900\" time=\"0\"/>\n</device>\n</superblock>\n";

@@ -26,7 +26,8 @@ const SECTION: &str = "8";
 /// What the one environment variable does.
 const TMPDIR: &str = "Where temporary files go, /tmp if it is not set: a compressed image is expanded there, XML \
                       from a pipe is copied there because it is read twice, and thin_restore and thin_repair keep \
-                      there what devices share while they work out the size. They have no names and vanish with \
+                      there what devices share while they work out the size, and thin_repair --in-place what it is \
+                      going to write. They have no names and vanish with \
                       the process. A folder in memory counts against the memory.";
 
 /// The page of `thintools` itself.

@@ -8,6 +8,7 @@ pub(crate) mod dump;
 pub(crate) mod install_links;
 pub(crate) mod man;
 pub(crate) mod repair;
+pub(crate) mod repair_in_place;
 pub(crate) mod restore;
 
 use std::ffi::OsStr;

@@ -12,6 +12,7 @@ use thintools::tools::repair::{
 use thintools::tools::{Overridden, Selection, restore};
 use thintools::units::MetadataBlock;
 
+use super::repair_in_place::{self, InPlace};
 use super::{Compat, Overrides, Page};
 use crate::exit::Exit;
 use crate::output;
@@ -48,16 +49,19 @@ pub(crate) const PAGE: Page = Page {
          written last. After a repair, check the output with thin_check and the file systems on \
          the thin devices with their own tools before they are used.",
     ],
-    sections: &[(
-        "JSON OUTPUT",
-        &[
-            "With --json standard output is one JSON object: report has mapping_root, details_root, \
+    sections: &[
+        (
+            "JSON OUTPUT",
+            &[
+                "With --json standard output is one JSON object: report has mapping_root, details_root, \
              why they were chosen, the other candidates, devices (each with dev_id, mappings, \
              expected and the lost ranges), lost_ids, notes and is_complete; mappings is the number \
              of mappings written; exit_status is the exit status. Programs should ignore members \
              they do not know; later versions may add some.",
-        ],
-    )],
+            ],
+        ),
+        repair_in_place::SECTION,
+    ],
     examples: &[
         (
             "Let LVM repair a pool; it runs thin_repair and swaps the metadata volumes:",
@@ -77,6 +81,7 @@ pub(crate) const PAGE: Page = Page {
                 "    --data-block-size 128 --nr-data-blocks 1638400",
             ],
         ),
+        repair_in_place::EXAMPLE,
     ],
     files: &[(
         "/etc/lvm/lvm.conf",
@@ -91,15 +96,19 @@ pub(crate) const PAGE: Page = Page {
 pub(crate) struct Args {
     /// Write nothing: only report what would be recovered.
     #[arg(long, conflicts_with = "output")]
-    dry_run: bool,
+    pub(crate) dry_run: bool,
 
     /// Take in what is in doubt, where it is likeliest to belong. Without it, that is left out and listed.
     #[arg(long)]
     include_ambiguous: bool,
 
+    /// Repair in place, and undoing it.
+    #[command(flatten)]
+    pub(crate) in_place: InPlace,
+
     /// The damaged metadata device or image. It is only read.
-    #[arg(short, long, value_name = "FILE", required = true)]
-    pub(crate) input: PathBuf,
+    #[arg(short, long, value_name = "FILE", required_unless_present = "in_place")]
+    pub(crate) input: Option<PathBuf>,
 
     /// Print the report on standard output as JSON.
     #[arg(long)]
@@ -110,7 +119,7 @@ pub(crate) struct Args {
     list_candidates: bool,
 
     /// The device or file to write the recovered metadata to.
-    #[arg(short, long, value_name = "DEV", required_unless_present_any = ["dry_run", "list_candidates"])]
+    #[arg(short, long, value_name = "DEV", required_unless_present_any = ["dry_run", "list_candidates", "in_place"])]
     pub(crate) output: Option<PathBuf>,
 
     /// Do not show progress.
@@ -146,20 +155,25 @@ fn roots(text: &str) -> Result<(MetadataBlock, MetadataBlock), String> {
 /// Makes the parser of the command line.
 pub(crate) fn build() -> clap::Command {
     let cmd = <Args as clap::Args>::augment_args(clap::Command::new(NAME));
-    super::tool(cmd, TITLE, &PAGE)
+    super::tool(cmd.override_usage(repair_in_place::USAGE), TITLE, &PAGE)
 }
 
 /// Repairs the metadata.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let session = Session::new("Repairing", args.quiet)?;
-    let input = open_read(&args.input, Access::Exclusive)?;
-    let name = || args.input.display().to_string();
+    if let Some(device) = &args.in_place.in_place {
+        return repair_in_place::run(device, &args, &session);
+    }
+    // The parser has seen to it.
+    let path = args.input.as_deref().context("no input is given")?;
+    let input = open_read(path, Access::Exclusive)?;
+    let name = || path.display().to_string();
     if args.list_candidates {
         let report = list_candidates(&*input, &session).with_context(name)?;
         return print_candidates(&report, args.json);
     }
     let output = match &args.output {
-        Some(output) => Some(open_output(output, Some(&args.input))?),
+        Some(output) => Some(open_output(output, Some(path))?),
         None => None,
     };
     let overrides = (&args.overrides).into();

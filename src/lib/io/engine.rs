@@ -29,7 +29,7 @@ pub trait BlockEngine: Send + Sync {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::{AlignedBuffer, FileEngine, RamEngine};
+    use crate::io::{AlignedBuffer, FileEngine, RamEngine, StagedEngine};
     use crate::units::BLOCK_SIZE;
 
     fn keeps_the_contract(engine: &dyn BlockEngine) {
@@ -86,6 +86,11 @@ mod tests {
     #[test]
     fn memory_keeps_the_contract() {
         keeps_the_contract(&RamEngine::new(8));
+    }
+
+    #[test]
+    fn staged_writes_keep_the_contract() {
+        keeps_the_contract(&StagedEngine::new(&RamEngine::new(8)).unwrap());
     }
 
     #[test]

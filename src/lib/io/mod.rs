@@ -6,6 +6,7 @@ mod engine;
 mod file;
 mod open;
 mod ram;
+mod staged;
 mod sweep;
 
 pub use buffer::AlignedBuffer;
@@ -13,8 +14,9 @@ pub(crate) use compressed::is_compressed;
 pub use engine::BlockEngine;
 pub use file::FileEngine;
 pub use open::{
-    Access, FileId, file_id, open_output, open_read, open_write, remove_temporary_files,
+    Access, FileId, file_id, open_output, open_read, open_write, remove_temporary_files, write_new,
     write_replacing,
 };
 pub use ram::RamEngine;
+pub use staged::StagedEngine;
 pub use sweep::sweep;

@@ -255,10 +255,7 @@ pub fn write_replacing(
         Some(_) => fs::canonicalize(path).map_err(|e| cannot("resolve", e))?,
         None => path.to_path_buf(),
     };
-    let folder = match target.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let folder = folder_of(&target);
     let mut temporary = tempfile::Builder::new()
         .prefix(".thintools-")
         .permissions(permissions(existing.as_ref()))
@@ -273,9 +270,61 @@ pub fn write_replacing(
     temporary
         .persist(&target)
         .map_err(|e| cannot("put in place", e.error))?;
-    File::open(folder)
-        .and_then(|f| f.sync_all())
-        .map_err(|e| cannot("sync the folder of", e))
+    sync_folder(folder).map_err(|e| cannot("sync the folder of", e))
+}
+
+/// Runs `fill` on a writer for the file `path`, which must not exist. It appears only when everything is written and synced,
+/// and its folder is synced too: after an error or a crash there is no such file, after success it is there to stay.
+///
+/// # Errors
+/// `Unsuitable` when there is anything of that name; whatever `fill` returns; `Io`.
+pub fn write_new(path: &Path, fill: &mut dyn FnMut(&mut dyn Write) -> Result<()>) -> Result<()> {
+    let shown = path.display();
+    let cannot = |what: &str, e: io::Error| Error::io(format!("cannot {what} {shown}"), e);
+    let exists = || {
+        Error::new(
+            ErrorKind::Unsuitable,
+            format!("{shown} exists, and is not overwritten; give another name"),
+        )
+    };
+    if fs::symlink_metadata(path).is_ok() {
+        return Err(exists());
+    }
+    let folder = folder_of(path);
+    let mut temporary = tempfile::Builder::new()
+        .prefix(".thintools-")
+        .tempfile_in(folder)
+        .map_err(|e| cannot("make a temporary file beside", e))?;
+    let _listed = Listed::new(temporary.path());
+    fill(&mut temporary)?;
+    temporary
+        .as_file()
+        .sync_all()
+        .map_err(|e| cannot("sync", e))?;
+    temporary.persist_noclobber(path).map_err(|e| {
+        if e.error.kind() == io::ErrorKind::AlreadyExists {
+            exists()
+        } else {
+            cannot("put in place", e.error)
+        }
+    })?;
+    sync_folder(folder).map_err(|e| {
+        // The error that matters is the first; a file that cannot be removed is found by the next run.
+        let _ = fs::remove_file(path);
+        cannot("sync the folder of", e)
+    })
+}
+
+/// The folder that a file of this name lies in.
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
 }
 
 /// Temporary files that exist at the moment.

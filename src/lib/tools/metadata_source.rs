@@ -46,6 +46,7 @@ pub(super) fn damaged(tree: TreeKind, block: MetadataBlock, what: &str) -> Error
     )
 }
 
+/// The first problem that a walk has put on record, as an error.
 pub(super) fn problem_error(forest: &mut Forest) -> Option<Error> {
     let (block, tree, problem) = forest.problems.drain(..).next()?;
     Some(match problem {
@@ -69,6 +70,7 @@ pub(super) fn problem_error(forest: &mut Forest) -> Option<Error> {
     })
 }
 
+/// The first fault between nodes that is one, as an error.
 pub(super) fn structure_error(structure: &Structure, tree: TreeKind) -> Option<Error> {
     let mut faults = structure.faults.iter();
     let (block, fault) = faults.find(|(_, f)| !matches!(f, StructureFault::UnderFull { .. }))?;

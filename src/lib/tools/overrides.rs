@@ -7,7 +7,7 @@ use std::cell::Cell;
 
 /// What to put in place. As with the other tools of this name, the transaction id and the number of data blocks are only
 /// ever raised: lowering them makes LVM refuse the pool, or cuts mappings off.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Overrides {
     /// The least transaction id.
     pub transaction_id: Option<u64>,

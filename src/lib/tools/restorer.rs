@@ -297,7 +297,7 @@ fn judge_time(index: usize, attribute: &'static str, time: u32, clock: u32) -> R
 const UUID_BYTES: usize = 16;
 
 /// The uuid field for a dumped text.
-fn uuid_bytes(text: &str) -> [u8; UUID_BYTES] {
+pub(super) fn uuid_bytes(text: &str) -> [u8; UUID_BYTES] {
     let mut bytes = [0; UUID_BYTES];
     for (to, from) in bytes.iter_mut().zip(text.bytes()) {
         *to = from;

@@ -17,7 +17,7 @@ pub enum Severity {
     Leak,
     /// Wrong, and put right in place by `thin_check --auto-repair`.
     Repairable,
-    /// Needs `thin_repair` to another device, or help.
+    /// Needs `thin_repair`, or help.
     Fatal,
 }
 

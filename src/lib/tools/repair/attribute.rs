@@ -4,7 +4,7 @@
 //! 1. What is left of the lost node itself names the orphan, with its first key.
 //! 2. An older top-level tree has the orphan as a device's root.
 //! 3. There is as much room as there are parents missing.
-//! 4. An older tree of the device has mappings of the orphan that no other device in question ever had.
+//! 4. Older trees rule out all other devices ([`super::lineage`]).
 //! 5. The kernel writes a node's new children after the node: the orphan has mappings that are no older than the device, and lies
 //!    behind the lost node, no other inner node between them. That is believed only of a pool in which it holds for every such
 //!    child whose parent is known.
@@ -12,19 +12,19 @@
 //! An orphan that none of these decides stays an orphan, and is reported.
 
 use super::basis::Basis;
+use super::lineage::{Lineage, Sources};
 use super::orphans::Orphans;
+use super::position::{KnownChildren, is_own};
 use super::scan::{Class, Scan};
 use super::states::{Sighted, State};
 use crate::bytes::get_u64;
 use crate::error::Result;
-use crate::io::{AlignedBuffer, BlockEngine, sweep};
+use crate::io::{AlignedBuffer, BlockEngine};
 use crate::observer::Observer;
-use crate::pdata::{
-    Forest, Leaves, NODE_HEADER, Node, Shape, Structure, TreeKind, Walk, max_entries,
-};
+use crate::pdata::{Forest, NODE_HEADER, Shape, max_entries};
 use crate::units::{MetadataBlock, ThinId};
 use serde::Serialize;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
 /// Why an orphan was put where it is.
@@ -37,7 +37,7 @@ pub enum Evidence {
     OlderRoot,
     /// There is no other place for it.
     OnlyPlace,
-    /// An older tree of the device has its mappings.
+    /// Older trees rule out every other device.
     OlderMappings,
     /// It was written right after the lost node.
     Position,
@@ -51,9 +51,7 @@ impl fmt::Display for Evidence {
             Self::Remnant => "what is left of the lost node names it",
             Self::OlderRoot => "an older top-level tree has it as the device's root",
             Self::OnlyPlace => "there is no other place for it",
-            Self::OlderMappings => {
-                "older trees of the device, and of no other in question, have its mappings"
-            }
+            Self::OlderMappings => "older trees rule out every other device",
             Self::Position => {
                 "it was written right after the lost node, as all others in this pool"
             }
@@ -61,11 +59,6 @@ impl fmt::Display for Evidence {
         })
     }
 }
-
-/// How many distinctive mappings make evidence.
-const DISTINCT: usize = 2;
-/// Known children that must bear out where the kernel writes children before that is evidence.
-const SAMPLE: u64 = 8;
 
 /// A place found for an orphan.
 #[derive(Clone, Copy, Debug)]
@@ -104,30 +97,22 @@ impl Attribution<'_> {
             .filter(|n| matches!(n.class, Class::Inner(_)))
             .map(|n| n.block());
         let known = KnownChildren::of(forest, self.basis, self.scan, lost.chain(stale));
-        if std::env::var_os("DBG").is_some() {
-            eprintln!(
-                "known behind {} elsewhere {}",
-                known.behind, known.elsewhere
-            );
-        }
         self.remnants();
         self.older_roots();
-        self.only_places();
-        let owned = self.older_mappings(forest)?;
-        self.decide(
-            |this, o, holes| this.by_mappings(&owned, o, holes),
-            Evidence::OlderMappings,
-        );
+        self.only_places(Evidence::OnlyPlace);
+        let lineage = self.lineage(forest)?;
+        lineage.refute(self.orphans, self.basis);
+        self.only_places(Evidence::OlderMappings);
         if known.is_reliable() {
             self.decide(
                 |this, o, holes| this.by_position(&known, o, holes),
                 Evidence::Position,
             );
+            self.only_places(Evidence::OnlyPlace);
         }
-        self.only_places();
         if take_all {
             self.decide(
-                |this, o, holes| this.likeliest(&owned, o, holes),
+                |this, o, holes| this.likeliest(&lineage, o, holes),
                 Evidence::Likeliest,
             );
         }
@@ -251,21 +236,12 @@ impl Attribution<'_> {
     }
 
     /// Evidence 3.
-    fn only_places(&mut self) {
+    fn only_places(&mut self, evidence: Evidence) {
         while !self.has_other_place {
             let open = self.open();
-            // Of several orphans that fit the same device, none has to be its root.
-            let mut contenders: HashMap<usize, usize> = HashMap::new();
-            for hole in open.iter().flat_map(|(_, holes)| holes) {
-                *contenders.entry(*hole).or_default() += 1;
-            }
             let is_decided = |(o, holes): &&(usize, Vec<usize>)| {
-                let is_free =
-                    |h: &usize| self.orphans.holes[*h].block.is_some() || contenders[h] == 1;
-                let rivals = holes.iter().any(|&h| self.has_rival(*o, h, &open));
-                holes.len() <= self.orphans.orphans[*o].missing as usize
-                    && holes.iter().all(is_free)
-                    && !rivals
+                let has_rival = holes.iter().any(|&h| self.has_rival(*o, h, &open));
+                holes.len() <= self.orphans.orphans[*o].missing as usize && !has_rival
             };
             let decided: Vec<(usize, Vec<usize>)> =
                 open.iter().filter(is_decided).cloned().collect();
@@ -273,7 +249,7 @@ impl Attribution<'_> {
             for (orphan, holes) in decided {
                 for hole in holes {
                     if self.orphans.fits(orphan, hole) {
-                        self.place(orphan, hole, Evidence::OnlyPlace);
+                        self.place(orphan, hole, evidence);
                     }
                 }
             }
@@ -283,15 +259,40 @@ impl Attribution<'_> {
         }
     }
 
-    /// True if another orphan claims the same keys of the hole, or all that fit it are more than its devices lack.
+    /// True if another orphan claims the same keys of the hole, or the same device's root, and has no other place either.
     fn has_rival(&self, orphan: usize, hole: usize, open: &[(usize, Vec<usize>)]) -> bool {
         let orphans = &self.orphans.orphans;
         let Some((first, last)) = orphans[orphan].keys else {
             return false;
         };
-        let overlaps = |o: usize| orphans[o].keys.is_some_and(|k| k.0 <= last && k.1 >= first);
-        open.iter()
-            .any(|(o, holes)| *o != orphan && holes.contains(&hole) && overlaps(*o))
+        let is_root = self.orphans.holes[hole].block.is_none();
+        let overlaps =
+            |o: usize| is_root || orphans[o].keys.is_some_and(|k| k.0 <= last && k.1 >= first);
+        let is_stuck = |o: usize, holes: &[usize]| holes.len() <= orphans[o].missing as usize;
+        open.iter().any(|(o, holes)| {
+            *o != orphan && holes.contains(&hole) && overlaps(*o) && is_stuck(*o, holes)
+        })
+    }
+
+    /// What older trees tell of the orphans that are not placed yet.
+    fn lineage(&self, forest: &Forest) -> Result<Lineage> {
+        let open: Vec<usize> = self.open().into_iter().map(|o| o.0).collect();
+        let leaves = open.iter().flat_map(|&orphan| {
+            let number = forest.number(self.orphans.orphans[orphan].block);
+            let nodes = forest
+                .children_first(number.as_slice())
+                .into_iter()
+                .map(|n| forest.nodes()[n]);
+            let leaves = nodes.filter(|n| matches!(n.shape, Shape::Leaf { .. }));
+            leaves.map(move |n| (orphan, n.block)).collect::<Vec<_>>()
+        });
+        let sources = Sources {
+            engine: self.engine,
+            history: self.history,
+            basis: self.basis,
+            observer: self.observer,
+        };
+        Lineage::of(&sources, self.orphans, leaves.collect())
     }
 
     /// Places every orphan that `choose` decides: it gets the orphan and the holes that it fits, more than are missing.
@@ -308,189 +309,6 @@ impl Attribution<'_> {
                 }
             }
         }
-    }
-
-    /// Evidence 4: which mappings of each orphan older trees of each device have.
-    fn older_mappings(&self, forest: &Forest) -> Result<Owned> {
-        let open = self.open();
-        let holes = open.iter().flat_map(|(_, holes)| holes);
-        let wanted: BTreeSet<ThinId> = holes
-            .flat_map(|&h| self.orphans.holes[h].devices.iter().copied())
-            .collect();
-        let mut owned = Owned::default();
-        if wanted.is_empty() {
-            return Ok(owned);
-        }
-        // Where each mapping of the open orphans is: (orphan, number of the mapping).
-        let mut mappings: HashMap<(u64, u64), Vec<(u32, u32)>> = HashMap::new();
-        for (orphan, leaf) in self.leaves(forest, &open) {
-            self.read_leaf(leaf, |n, key, value| {
-                let at = mappings.entry((key, value)).or_default();
-                at.push((orphan as u32, leaf.0 as u32 * 256 + n));
-            });
-        }
-        let older = self.older_leaves(&wanted)?;
-        for ((first, last), devices) in older.values() {
-            for &device in devices {
-                owned
-                    .ranges
-                    .entry(device)
-                    .or_default()
-                    .push((*first, *last));
-            }
-        }
-        let blocks: Vec<u64> = older.keys().map(|b| b.0).collect();
-        let stop = || self.observer.is_cancelled();
-        let parts = sweep(
-            self.engine,
-            &blocks,
-            &stop,
-            Vec::new,
-            |seen: &mut Vec<_>, block, data| {
-                let node = data.ok().and_then(|data| Node::parse(data, block, 8).ok());
-                let Some(node) = node.filter(Node::is_leaf) else {
-                    return;
-                };
-                for (key, value) in node.keys().zip(node.values_u64()) {
-                    for &at in mappings.get(&(key, value)).into_iter().flatten() {
-                        seen.push((block, at));
-                    }
-                }
-            },
-        );
-        self.observer.check_cancelled()?;
-        for (block, (orphan, mapping)) in parts.into_iter().flatten() {
-            for &device in &older[&block].1 {
-                owned
-                    .by
-                    .entry((orphan as usize, device))
-                    .or_default()
-                    .insert(mapping);
-            }
-        }
-        Ok(owned)
-    }
-
-    fn leaves(&self, forest: &Forest, open: &[(usize, Vec<usize>)]) -> Vec<(usize, MetadataBlock)> {
-        let mut leaves = Vec::new();
-        for &(orphan, _) in open {
-            let number = forest.number(self.orphans.orphans[orphan].block);
-            for n in forest.children_first(number.as_slice()) {
-                let node = &forest.nodes()[n];
-                if matches!(node.shape, Shape::Leaf { .. }) {
-                    leaves.push((orphan, node.block));
-                }
-            }
-        }
-        leaves
-    }
-
-    fn read_leaf(&self, block: MetadataBlock, mut see: impl FnMut(u32, u64, u64)) {
-        let mut data = AlignedBuffer::new(1);
-        if self.engine.read(block, data.blocks_mut(1)).is_err() {
-            return;
-        }
-        if let Ok(node) = Node::parse(data.blocks(1), block, 8) {
-            for (n, (key, value)) in (0..).zip(node.keys().zip(node.values_u64())) {
-                see(n, key, value);
-            }
-        }
-    }
-
-    /// The leaves of older trees of these devices. A tree counts only if it is whole and has as many mappings as details of its
-    /// time say: then its blocks were not reused.
-    fn older_leaves(&self, wanted: &BTreeSet<ThinId>) -> Result<OlderLeaves> {
-        let lost: BTreeSet<MetadataBlock> =
-            self.orphans.holes.iter().filter_map(|h| h.block).collect();
-        // The latest first; a lost node is of no use, and what came before it counts.
-        let mut trees: Vec<(ThinId, MetadataBlock, u64)> = Vec::new();
-        for state in self.history {
-            for &device in wanted {
-                if let (Some(&root), Some(detail)) =
-                    (state.roots.get(&device.0), state.details.get(&device.0))
-                {
-                    let tree = (device, root, detail.mapped_blocks);
-                    if !lost.contains(&root) && !trees.contains(&tree) {
-                        trees.push(tree);
-                    }
-                }
-            }
-        }
-        let mut forest = Forest::new(self.engine.nr_blocks());
-        let limit = forest.nr_blocks();
-        let roots: Vec<MetadataBlock> = trees.iter().map(|t| t.1).filter(|r| r.0 < limit).collect();
-        let walk = Walk {
-            engine: self.engine,
-            observer: self.observer,
-            tree: TreeKind::Mappings,
-            leaves: Leaves::Read,
-        };
-        forest.walk(&walk, roots.iter().copied(), || (), |(), _| ())?;
-        let structure = Structure::of(&forest, TreeKind::Mappings, &roots);
-        let mut leaves = OlderLeaves::new();
-        let mut judged: BTreeMap<ThinId, bool> = BTreeMap::new();
-        for (device, root, mapped) in trees {
-            let summary = structure.summary(&forest, root);
-            let is_whole = summary.is_some_and(|s| !s.damaged && s.entries == mapped);
-            // Without the latest tree, what the device had since is not known, and older ones mislead.
-            if !*judged.entry(device).or_insert(is_whole) || !is_whole {
-                continue;
-            }
-            for n in forest.children_first(forest.number(root).as_slice()) {
-                let node = &forest.nodes()[n];
-                if let Shape::Leaf { first, last, .. } = node.shape {
-                    let leaf = leaves.entry(node.block).or_default();
-                    leaf.0 = (first, last);
-                    leaf.1.insert(device);
-                }
-            }
-        }
-        Ok(leaves)
-    }
-
-    fn by_mappings(&self, owned: &Owned, orphan: usize, holes: &[usize]) -> Vec<usize> {
-        // Of a device without a history here, nothing can be said.
-        let keys = self.orphans.orphans[orphan].keys;
-        let has_history = |&h: &usize| owned.has_history(&self.orphans.holes[h].devices, keys);
-        if !holes.iter().all(has_history) {
-            return Vec::new();
-        }
-        let of = |h: usize| owned.of(orphan, &self.orphans.holes[h].devices);
-        let sets: Vec<(usize, BTreeSet<u32>)> = holes.iter().map(|&h| (h, of(h))).collect();
-        let missing = self.orphans.orphans[orphan].missing as usize;
-        let mut order: Vec<&(usize, BTreeSet<u32>)> = sets.iter().collect();
-        order.sort_by_key(|s| std::cmp::Reverse(s.1.len()));
-        let (chosen, rest) = order.split_at(missing.min(order.len()));
-        let is_clear = |a: &BTreeSet<u32>, b: &BTreeSet<u32>| {
-            let (more, less) = (a.difference(b).count(), b.difference(a).count());
-            more >= DISTINCT && 8 * less <= more
-        };
-        let strange = |o: usize, h: usize| owned.nr_strange(self, o, h);
-        let is_best = |h: usize| {
-            let own = strange(orphan, h);
-            self.rivals(orphan, h).all(|o| strange(o, h) >= own)
-        };
-        let is_decided = chosen
-            .iter()
-            .all(|a| is_best(a.0) && rest.iter().all(|b| is_clear(&a.1, &b.1)));
-        match is_decided {
-            true => chosen.iter().map(|c| c.0).collect(),
-            false => Vec::new(),
-        }
-    }
-
-    /// Other orphans that could have the place of `orphan` in `hole`.
-    fn rivals(&self, orphan: usize, hole: usize) -> impl Iterator<Item = usize> + '_ {
-        let orphans = &self.orphans.orphans;
-        let keys = orphans[orphan].keys;
-        let overlaps = move |o: &usize| match (keys, orphans[*o].keys) {
-            (Some(a), Some(b)) => a.0 <= b.1 && b.0 <= a.1,
-            _ => false,
-        };
-        let others = (0..orphans.len()).filter(move |o| *o != orphan);
-        others
-            .filter(overlaps)
-            .filter(move |&o| self.orphans.fits(o, hole))
     }
 
     fn by_position(&self, known: &KnownChildren, orphan: usize, holes: &[usize]) -> Vec<usize> {
@@ -512,148 +330,16 @@ impl Attribution<'_> {
         }
     }
 
-    fn likeliest(&self, owned: &Owned, orphan: usize, holes: &[usize]) -> Vec<usize> {
+    fn likeliest(&self, lineage: &Lineage, orphan: usize, holes: &[usize]) -> Vec<usize> {
         let place = self.orphans.orphans[orphan].block;
         let score = |h: &usize| {
             let hole = &self.orphans.holes[*h];
-            let mappings = owned.of(orphan, &hole.devices).len();
-            let behind = hole.block.filter(|b| *b < place);
-            (mappings, behind)
+            let mappings = lineage.nr_known(orphan, &hole.devices);
+            (mappings, hole.block.filter(|b| *b < place))
         };
         let mut order = holes.to_vec();
         order.sort_by_key(|h| std::cmp::Reverse(score(h)));
         order.truncate(self.orphans.orphans[orphan].missing as usize);
         order
-    }
-}
-
-/// Leaves of older trees: smallest and largest key, and the devices that had them.
-type OlderLeaves = BTreeMap<MetadataBlock, ((u64, u64), BTreeSet<ThinId>)>;
-
-/// Which mappings of an orphan older trees of a device have.
-#[derive(Default)]
-struct Owned {
-    by: HashMap<(usize, ThinId), BTreeSet<u32>>,
-    /// Ranges of keys of which older leaves of a device are left.
-    ranges: HashMap<ThinId, Vec<(u64, u64)>>,
-}
-
-impl Owned {
-    fn has_history(&self, devices: &[ThinId], keys: Option<(u64, u64)>) -> bool {
-        let overlaps =
-            |r: &(u64, u64)| keys.is_some_and(|(first, last)| r.0 <= last && r.1 >= first);
-        let ranges = devices.iter().filter_map(|d| self.ranges.get(d)).flatten();
-        ranges.into_iter().any(overlaps)
-    }
-
-    /// Mappings of `orphan` that no older tree of the devices of `hole` has.
-    fn nr_strange(&self, attribution: &Attribution<'_>, orphan: usize, hole: usize) -> u64 {
-        let orphans = &attribution.orphans;
-        let known = self.of(orphan, &orphans.holes[hole].devices).len() as u64;
-        orphans.orphans[orphan].entries - known.min(orphans.orphans[orphan].entries)
-    }
-
-    fn of(&self, orphan: usize, devices: &[ThinId]) -> BTreeSet<u32> {
-        let sets = devices.iter().filter_map(|&d| self.by.get(&(orphan, d)));
-        sets.flatten().copied().collect()
-    }
-}
-
-/// When the first of the devices that each node belongs to was created.
-fn created(forest: &Forest, basis: &Basis) -> Vec<Option<u32>> {
-    let mut created: Vec<Option<u32>> = vec![None; forest.nodes().len()];
-    let mut lower = |n: usize, time: Option<u32>| {
-        created[n] = match (created[n], time) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        };
-        created[n]
-    };
-    let mut roots = Vec::new();
-    for (id, &root) in &basis.roots {
-        if let Some(n) = forest.number(root) {
-            lower(n, basis.details.get(id).map(|d| d.creation_time));
-            roots.push(n);
-        }
-    }
-    for n in forest.children_first(&roots).into_iter().rev() {
-        let time = lower(n, None);
-        for child in forest
-            .edges(&forest.nodes()[n])
-            .iter()
-            .filter_map(|e| forest.number(forest.child(e)?))
-        {
-            lower(child, time);
-        }
-    }
-    created
-}
-
-/// True for a leaf that was written after its device was created, rather than inherited from the device's origin.
-fn is_own(time: Option<u32>, created: Option<u32>) -> bool {
-    time.zip(created)
-        .is_some_and(|(time, created)| time >= created)
-}
-
-/// Where the children of inner nodes lie that are known.
-struct KnownChildren {
-    /// All inner nodes: of trees, lost ones, and freed ones that are still there.
-    inner: BTreeSet<MetadataBlock>,
-    /// Children behind their parent with no other inner node between them.
-    behind: u64,
-    /// Children behind an inner node in use that is not their parent.
-    elsewhere: u64,
-}
-
-impl KnownChildren {
-    fn of(
-        forest: &Forest,
-        basis: &Basis,
-        scan: &Scan,
-        others: impl Iterator<Item = MetadataBlock>,
-    ) -> Self {
-        let created = created(forest, basis);
-        let nodes = forest.nodes().iter();
-        let inner = nodes
-            .filter(|n| matches!(n.shape, Shape::Internal { .. }))
-            .map(|n| n.block);
-        let in_use: BTreeSet<MetadataBlock> = inner.collect();
-        let mut known = Self {
-            inner: others.chain(in_use.iter().copied()).collect(),
-            behind: 0,
-            elsewhere: 0,
-        };
-        let mut parents: HashMap<MetadataBlock, Vec<MetadataBlock>> = HashMap::new();
-        for node in forest.nodes() {
-            for child in forest.edges(node).iter().filter_map(|e| forest.child(e)) {
-                parents.entry(child).or_default().push(node.block);
-            }
-        }
-        // A shared child was written with the first of its parents, which may be gone.
-        for (child, parents) in parents
-            .into_iter()
-            .filter(|(_, parents)| parents.len() == 1)
-        {
-            let created = forest.number(parents[0]).and_then(|n| created[n]);
-            if !is_own(scan.time(child), created) {
-                continue;
-            }
-            match known.inner_before(child) {
-                Some(before) if parents.contains(&before) => known.behind += 1,
-                Some(before) if in_use.contains(&before) => known.elsewhere += 1,
-                _ => {}
-            }
-        }
-        known
-    }
-
-    fn is_reliable(&self) -> bool {
-        self.behind >= SAMPLE && self.elsewhere == 0
-    }
-
-    /// The inner node that lies before `block`, the last one of the device if none does.
-    fn inner_before(&self, block: MetadataBlock) -> Option<MetadataBlock> {
-        let before = self.inner.range(..block).next_back();
-        before.or(self.inner.last()).copied()
     }
 }

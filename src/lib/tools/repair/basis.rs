@@ -34,8 +34,6 @@ pub(super) struct Basis {
     pub(super) top_is_whole: bool,
     /// The details tree is whole.
     pub(super) details_are_whole: bool,
-    /// The trees on the device are the ones to use as they are: neither was rebuilt.
-    pub(super) is_as_on_disk: bool,
     /// Nodes of top-level and details trees, the metadata snapshot's included: not part of a mapping tree.
     pub(super) small_nodes: HashSet<MetadataBlock>,
     /// Roots in the metadata snapshot's top-level tree.
@@ -94,7 +92,6 @@ impl Basis {
             details_are_current: true,
             top_is_whole: pair.top.damaged.is_empty(),
             details_are_whole: pair.details.damaged.is_empty(),
-            is_as_on_disk: true,
             small_nodes: pair
                 .top
                 .nodes
@@ -113,8 +110,19 @@ impl Basis {
             roots: BTreeMap::new(),
             freed: BTreeMap::new(),
             top_is_whole: false,
-            is_as_on_disk: false,
             ..self
+        }
+    }
+
+    /// The same with details that may be of an older transaction, and without roots if the top-level tree is in doubt too.
+    pub(super) fn with_doubtful_details(self, without_roots: bool) -> Self {
+        let basis = match without_roots {
+            true => self.without_roots(),
+            false => self,
+        };
+        Self {
+            details_are_current: false,
+            ..basis
         }
     }
 }
@@ -278,7 +286,6 @@ impl Founder<'_> {
         let Pair { top, details } = pair;
         basis.top_is_whole = top.damaged.is_empty();
         basis.details_are_whole = details.damaged.is_empty();
-        basis.is_as_on_disk = basis.top_is_whole && basis.details_are_whole;
         basis.details_are_current = true;
         let mut tops = top.entries;
         let mut known = details.entries;

@@ -26,7 +26,7 @@ pub(super) type Omitted = BTreeMap<MetadataBlock, Vec<u64>>;
 pub(super) struct Differences {
     /// Data blocks that are mapped more often than they are counted, and how often they are counted.
     pub(super) over: HashMap<u64, u32>,
-    /// Data blocks that are counted more often than they are mapped.
+    /// Data blocks that are counted once or twice, and mapped less often.
     pub(super) under: u64,
 }
 
@@ -106,7 +106,7 @@ impl DataMap {
                     few => few,
                 };
                 let claims = mapped.get(block);
-                found.under += u64::from(claims < stored && stored != u32::MAX);
+                found.under += u64::from(claims < stored && bitmap.get(at) < 3);
                 if claims > stored {
                     found.over.insert(block, stored);
                 }

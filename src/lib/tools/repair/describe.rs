@@ -71,6 +71,30 @@ impl RepairReport {
         );
     }
 
+    /// The details are not the last ones.
+    pub(super) fn note_old_details(&mut self) {
+        self.lose("the device details do not go with any tree that is in use; they are taken to be of an older transaction".into());
+    }
+
+    /// Devices of which only what others prove is taken.
+    pub(super) fn note_doubtful(&mut self, older: usize, devices: &[ThinId]) {
+        let ids: Vec<String> = devices.iter().map(ToString::to_string).collect();
+        self.lose(format!(
+            "{older} nodes are older than they should be, so that writes to this disk were lost; of devices {} the number of mappings is \
+             not what their details say, and what no other device bears out is left out; --include-ambiguous takes it in",
+            ids.join(", ")
+        ));
+    }
+
+    /// Of devices that could have any of several trees, only what these have in common was taken.
+    pub(super) fn note_common(&mut self, devices: &[ThinId]) {
+        let ids: Vec<String> = devices.iter().map(ToString::to_string).collect();
+        self.lose(format!(
+            "which tree belongs to which of the devices {} cannot be told: each gets the mappings that all of the trees have",
+            ids.join(", ")
+        ));
+    }
+
     fn lose(&mut self, note: String) {
         self.notes.push(note);
         self.is_complete = false;

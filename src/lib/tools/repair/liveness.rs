@@ -69,7 +69,11 @@ impl Liveness {
                 many: None,
             };
             let is_used = |b: &MetadataBlock| map.is_used(*b) == Some(true);
-            (is_used(&block) && used.iter().all(is_used)).then_some(map)
+            // A bitmap of the data space map may have them in use as well, but others past the end of this device too.
+            let tail = map.bitmaps[0]
+                .as_ref()
+                .map_or(0, |b| b.nr_used_from(engine.nr_blocks()));
+            (tail == 0 && is_used(&block) && used.iter().all(is_used)).then_some(map)
         });
         match (fitting.next(), fitting.next()) {
             (Some(only), None) => Some(only),

@@ -12,26 +12,36 @@
 mod attribute;
 mod basis;
 mod bits;
+mod common;
 mod contested;
 mod describe;
+mod in_place;
+mod kept;
+mod lineage;
 mod liveness;
 mod mend;
 mod orphans;
+mod position;
+mod rebuild;
 mod report;
 mod scan;
 mod small;
 mod states;
+mod undo;
 
 pub use attribute::Evidence;
+pub use in_place::{InPlace, InPlaceReport, plan_in_place};
 pub use mend::Mend;
 pub use report::{Ambiguous, Candidate, Mended, Reattached, RecoveredDevice, RepairReport};
+pub use undo::{Undone, undo};
 
-use self::attribute::{Attribution, Placed};
+use self::attribute::Placed;
 use self::basis::{Basis, Founder, Pair};
 use self::contested::{DataMap, Differences, Omitted};
 use self::liveness::Liveness;
 use self::mend::MendedEngine;
-use self::orphans::{Finder, Orphans};
+use self::orphans::Orphans;
+use self::rebuild::Rebuild;
 use self::scan::{Class, Scan};
 use self::small::SmallTrees;
 use self::states::States;
@@ -45,7 +55,7 @@ use crate::pdata::{
     CountBatch, CountMap, Forest, IndexEntry, Leaves, Node, Shape, Structure, TreeKind, Walk,
 };
 use crate::thin::Superblock;
-use crate::units::{ENTRIES_PER_BITMAP, MAX_TIME, MetadataBlock};
+use crate::units::{ENTRIES_PER_BITMAP, MAX_TIME, MetadataBlock, ThinId};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// What to recover, and with which values in the place of lost ones.
@@ -132,16 +142,15 @@ pub fn recover<'a>(
         report: &mut report,
     }
     .found(&states)?;
-    let work = rebuild(
-        &engine,
-        &scan,
-        &states,
-        basis,
-        superblock.as_ref(),
+    let rebuild = Rebuild {
+        engine: &engine,
+        scan: &scan,
+        states: &states,
+        superblock: superblock.as_ref(),
         options,
-        &mut report,
         observer,
-    )?;
+    };
+    let work = rebuild.run(basis, &mut report)?;
     work.finish(engine, superblock.as_ref(), options, report)
 }
 
@@ -198,14 +207,6 @@ fn as_it_is(
     let limit = superblock.data_space_map.nr_blocks;
     let work = Work::walk(engine, Basis::of_pair(pair), limit, Some(&map), observer)?;
     // What is counted but not mapped may be a leak, or belong to mappings that an older node in the place of a newer one hides.
-    if std::env::var_os("DBG").is_some() {
-        eprintln!(
-            "as is: whole {} over {} leaked {}",
-            work.is_whole(),
-            work.differences.over.len(),
-            work.differences.under
-        );
-    }
     let is_whole =
         work.is_whole() && work.differences.over.is_empty() && work.differences.under == 0;
     Ok(is_whole.then_some((superblock, work)))
@@ -298,93 +299,7 @@ impl Work {
     }
 }
 
-/// Reads what the basis leads to, looks for what nothing leads to any more, and puts it where it belongs.
-fn rebuild(
-    engine: &MendedEngine<'_>,
-    scan: &Scan,
-    states: &States,
-    basis: Basis,
-    superblock: Option<&Superblock>,
-    options: &Options,
-    report: &mut RepairReport,
-    observer: &dyn Observer,
-) -> Result<Work> {
-    let given = options.overrides.nr_data_blocks.unwrap_or(u64::MAX);
-    let nr_data_blocks = superblock.map_or(given, |s| s.data_space_map.nr_blocks);
-    let map = match superblock {
-        Some(superblock) => Some(DataMap::of(superblock)),
-        None => basis
-            .counts
-            .as_ref()
-            .and_then(|counts| DataMap::find(scan, counts)),
-    };
-    let mut work = Work::walk(engine, basis, nr_data_blocks, None, observer)?;
-    let mut orphans = work.find_orphans(engine, scan, observer)?;
-    let has_contradiction = orphans.roots_are_contested || !work.basis.freed.is_empty();
-    if has_contradiction && !orphans.orphans.is_empty() {
-        // The top-level tree is older than the space map: its roots are known from an older transaction, no more.
-        let basis = work.basis.without_roots();
-        report.note_old_top();
-        work = Work::walk(engine, basis, nr_data_blocks, None, observer)?;
-        orphans = work.find_orphans(engine, scan, observer)?;
-    }
-    let latest = states.latest(|block| !scan.is_sealed(block)).state;
-    let history = states.history(work.basis.counts.as_ref(), latest);
-    let mut attribution = Attribution {
-        engine,
-        scan,
-        basis: &work.basis,
-        history: &history,
-        sighted: &states.sighted,
-        observer,
-        orphans: &mut orphans,
-        has_other_place: work.basis.held_is_lost,
-        placed: Vec::new(),
-    };
-    attribution.run(&work.forest, options.include_ambiguous)?;
-    work.placed = attribution.placed;
-    for (device, root) in orphans.mend(&mut work.forest) {
-        work.basis.roots.insert(device.0, root);
-    }
-    // A block that was freed too early is better than nothing, if no other root was found.
-    let freed: Vec<(u64, MetadataBlock)> =
-        work.basis.freed.iter().map(|(&id, &r)| (id, r)).collect();
-    let is_all_placed = orphans.orphans.iter().all(|o| o.missing == 0);
-    for (id, root) in freed {
-        if is_all_placed && !work.basis.roots.contains_key(&id) && scan.class(root).is_some() {
-            work.basis.roots.insert(id, root);
-        }
-    }
-    work.orphans = orphans;
-    work.damaged = work
-        .forest
-        .nodes()
-        .iter()
-        .filter(|n| n.shape == Shape::Bad)
-        .map(|n| n.block)
-        .collect();
-    work.count_again(engine, nr_data_blocks, map.as_ref(), observer)?;
-    work.omit(engine, options, observer)?;
-    Ok(work)
-}
-
 impl Work {
-    fn find_orphans(
-        &mut self,
-        engine: &MendedEngine<'_>,
-        scan: &Scan,
-        observer: &dyn Observer,
-    ) -> Result<Orphans> {
-        let roots = self.roots();
-        let finder = Finder {
-            engine,
-            scan,
-            basis: &self.basis,
-            observer,
-        };
-        finder.find(&mut self.forest, &roots)
-    }
-
     /// Counts the mappings of every leaf that is part of a device.
     fn count_again(
         &mut self,
@@ -439,6 +354,50 @@ impl Work {
         leaves
     }
 
+    /// Where more than a few nodes are older than they should be, though sealed, writes to this disk got lost, and others may be
+    /// older without contradicting anything. A device that has such nodes is believed only if its number of mappings is right.
+    fn leave_out_doubtful(&mut self, scan: &Scan, report: &mut RepairReport) {
+        let bad = self
+            .damaged
+            .iter()
+            .copied()
+            .filter(|&b| scan.class(b).is_some());
+        let older: HashSet<MetadataBlock> = bad.chain(self.omitted.keys().copied()).collect();
+        if older.len() <= MOST_OLDER || !self.basis.details_are_current {
+            return;
+        }
+        let totals = describe::totals(&self.forest, &self.basis.roots, &self.omitted);
+        let nodes = |root: MetadataBlock| {
+            let nodes = self
+                .forest
+                .children_first(self.forest.number(root).as_slice());
+            nodes.into_iter().map(|n| self.forest.nodes()[n])
+        };
+        let mut proved = HashSet::new();
+        let mut doubtful = HashMap::new();
+        for (id, &root) in &self.basis.roots {
+            let expected = self.basis.details.get(id).map(|d| d.mapped_blocks);
+            if expected == Some(totals[id]) {
+                proved.extend(nodes(root).map(|n| n.block));
+            } else if nodes(root).any(|n| older.contains(&n.block)) {
+                let leaves = nodes(root).filter(|n| matches!(n.shape, Shape::Leaf { .. }));
+                doubtful.insert(ThinId(*id), leaves.map(|n| n.block).collect::<Vec<_>>());
+            }
+        }
+        let mut ids = Vec::new();
+        for (id, leaves) in doubtful {
+            ids.push(id);
+            for leaf in leaves.into_iter().filter(|l| !proved.contains(l)) {
+                self.forest.exclude(leaf);
+                self.damaged.insert(leaf);
+            }
+        }
+        if !ids.is_empty() {
+            ids.sort_unstable();
+            report.note_doubtful(older.len(), &ids);
+        }
+    }
+
     /// Leaves out mappings that contradict the data space map, if a leaf that is too old explains it.
     fn omit(
         &mut self,
@@ -452,9 +411,6 @@ impl Work {
             detail.is_none_or(|d| d.mapped_blocks == *has)
         };
         let totals = describe::totals(&self.forest, &self.basis.roots, &self.omitted);
-        if std::env::var_os("DBG").is_some() {
-            eprintln!("omit: over {} leaked {}", over, self.differences.under);
-        }
         let is_off = self.basis.details_are_current && !totals.iter().all(fits);
         if over > 0 && !options.include_ambiguous && (is_off || 2 * self.differences.under >= over)
         {
@@ -532,6 +488,8 @@ impl Span {
     }
 }
 
+/// Nodes older than they should be, up to which the others are believed.
+const MOST_OLDER: usize = 8;
 /// Rounds of judging after which a tree that still shows new faults is left as it is; honest damage needs one or two.
 const MOST_ROUNDS: usize = 16;
 

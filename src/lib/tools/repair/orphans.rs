@@ -43,11 +43,21 @@ pub(super) struct Hole {
     pub(super) filled: BTreeMap<u64, usize>,
 }
 
+/// Devices each of which has one of some orphans as its root, no telling which.
+#[derive(Debug)]
+pub(super) struct Group {
+    pub(super) devices: Vec<ThinId>,
+    /// More than one, by their place in [`Orphans::orphans`].
+    pub(super) orphans: Vec<usize>,
+}
+
 /// Orphans and holes.
 #[derive(Debug, Default)]
 pub(super) struct Orphans {
     pub(super) orphans: Vec<Orphan>,
     pub(super) holes: Vec<Hole>,
+    /// Holes that an orphan cannot be in, whatever its keys.
+    pub(super) refuted: HashSet<(usize, usize)>,
     /// Mappings that each device is known to lack, where its details tell.
     pub(super) lacking: HashMap<ThinId, u64>,
     /// More devices have the same root than the space map counts.
@@ -79,7 +89,10 @@ impl Orphans {
             // A tree that is whole has all of its device's mappings.
             None => o.entries == n || o.is_damaged && o.entries < n,
         });
-        o.missing > 0 && has_mappings && h.has_room_for(o, &self.orphans)
+        o.missing > 0
+            && !self.refuted.contains(&(orphan, hole))
+            && has_mappings
+            && h.has_room_for(o, &self.orphans)
     }
 
     /// The holes that `orphan` can be in.
@@ -87,6 +100,41 @@ impl Orphans {
         (0..self.holes.len())
             .filter(|&h| self.fits(orphan, h))
             .collect()
+    }
+
+    /// True when a device has no root though there are subtrees without a place.
+    pub(super) fn is_stuck(&self) -> bool {
+        let is_rootless = |h: &Hole| h.block.is_none() && h.filled.is_empty();
+        let is_homeless = |o: usize| self.orphans[o].missing > 0 && self.candidates(o).is_empty();
+        self.holes.iter().any(is_rootless) && (0..self.orphans.len()).any(is_homeless)
+    }
+
+    /// Devices without a root, with the orphans one of which is it, where there are as many devices as places missing.
+    pub(super) fn groups(&self) -> Vec<Group> {
+        let mut by_holes: BTreeMap<Vec<usize>, Vec<usize>> = BTreeMap::new();
+        for orphan in (0..self.orphans.len()).filter(|&o| self.orphans[o].missing > 0) {
+            let holes = self.candidates(orphan);
+            if !holes.is_empty() && holes.iter().all(|&h| self.holes[h].block.is_none()) {
+                by_holes.entry(holes).or_default().push(orphan);
+            }
+        }
+        let mut groups = Vec::new();
+        for (holes, orphans) in &by_holes {
+            let missing: u32 = orphans.iter().map(|&o| self.orphans[o].missing).sum();
+            let is_alone = by_holes
+                .keys()
+                .all(|other| other == holes || other.iter().all(|h| !holes.contains(h)));
+            if missing as usize == holes.len() && orphans.len() > 1 && is_alone {
+                groups.push(Group {
+                    devices: holes
+                        .iter()
+                        .flat_map(|&h| self.holes[h].devices.iter().copied())
+                        .collect(),
+                    orphans: orphans.clone(),
+                });
+            }
+        }
+        groups
     }
 
     /// Puts `orphan` into `hole`.
@@ -170,6 +218,7 @@ impl Finder<'_> {
             holes: self.holes(forest, &structure),
             orphans,
             lacking: HashMap::new(),
+            refuted: HashSet::new(),
             roots_are_contested: self.roots_are_contested(forest),
         };
         if self.basis.details_are_current {
