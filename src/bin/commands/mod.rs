@@ -8,6 +8,7 @@ pub(crate) mod dump;
 pub(crate) mod install_links;
 pub(crate) mod man;
 pub(crate) mod repair;
+mod repair_undelete;
 pub(crate) mod restore;
 
 use std::ffi::OsStr;

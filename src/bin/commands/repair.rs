@@ -12,6 +12,7 @@ use thintools::tools::repair::{
 use thintools::tools::{Overridden, Selection, restore};
 use thintools::units::MetadataBlock;
 
+use super::repair_undelete::{self, UndeleteArgs};
 use super::{Compat, Overrides, Page};
 use crate::exit::Exit;
 use crate::output;
@@ -110,7 +111,7 @@ pub(crate) struct Args {
     list_candidates: bool,
 
     /// The device or file to write the recovered metadata to.
-    #[arg(short, long, value_name = "DEV", required_unless_present_any = ["dry_run", "list_candidates"])]
+    #[arg(short, long, value_name = "DEV", required_unless_present_any = ["dry_run", "list_candidates", "list_deleted"])]
     pub(crate) output: Option<PathBuf>,
 
     /// Do not show progress.
@@ -121,6 +122,10 @@ pub(crate) struct Args {
     /// says.
     #[arg(long, value_name = "MAPPING,DETAILS", value_parser = roots)]
     roots: Option<(MetadataBlock, MetadataBlock)>,
+
+    /// Devices that were deleted.
+    #[command(flatten)]
+    undelete: UndeleteArgs,
 
     /// Values that take the place of those in the superblock.
     #[command(flatten)]
@@ -154,6 +159,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let session = Session::new("Repairing", args.quiet)?;
     let input = open_read(&args.input, Access::Exclusive)?;
     let name = || args.input.display().to_string();
+    if args.undelete.list_deleted {
+        return repair_undelete::list(&*input, args.json, &session).with_context(name);
+    }
     if args.list_candidates {
         let report = list_candidates(&*input, &session).with_context(name)?;
         return print_candidates(&report, args.json);
@@ -162,6 +170,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         Some(output) => Some(open_output(output, Some(&args.input))?),
         None => None,
     };
+    if let Some(wanted) = args.undelete.wanted() {
+        let output = output.as_deref();
+        return repair_undelete::bring_back(&*input, output, &wanted, args.json, &session)
+            .with_context(name);
+    }
     let overrides = (&args.overrides).into();
     let options = Options {
         overrides,
@@ -230,7 +243,7 @@ fn print_candidates(report: &RepairReport, json: bool) -> anyhow::Result<Exit> {
 }
 
 /// Ranges of a device that are told one by one.
-const SHOWN: usize = 20;
+pub(crate) const SHOWN: usize = 20;
 
 /// Says on standard error what was chosen, and everything that is lost.
 pub(crate) fn say_report(report: &RepairReport, session: &Session) {
@@ -312,7 +325,8 @@ fn say_device(device: &RecoveredDevice, session: &Session) {
     }
 }
 
-fn say_more(all: usize, what: &str, session: &Session) {
+/// Says how many there are beyond those that were told.
+pub(crate) fn say_more(all: usize, what: &str, session: &Session) {
     if all > SHOWN {
         session.say(&format!("and {} more {what}; --json has all", all - SHOWN));
     }

@@ -18,13 +18,16 @@ mod liveness;
 mod mend;
 mod orphans;
 mod report;
+mod reuse;
 mod scan;
 mod small;
 mod states;
+mod undelete;
 
 pub use attribute::Evidence;
 pub use mend::Mend;
 pub use report::{Ambiguous, Candidate, Mended, Reattached, RecoveredDevice, RepairReport};
+pub use undelete::{DeletedDevice, DeletedList, Deletions, Remains, Undeleted, Wanted};
 
 use self::attribute::{Attribution, Placed};
 use self::basis::{Basis, Founder, Pair};
