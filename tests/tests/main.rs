@@ -9,4 +9,5 @@ mod fixtures;
 mod repair_in_place;
 mod shapes;
 mod support;
+mod undelete;
 mod xml_input;

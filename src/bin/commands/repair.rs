@@ -49,16 +49,50 @@ pub(crate) const PAGE: Page = Page {
          written last. After a repair, check the output with thin_check and the file systems on \
          the thin devices with their own tools before they are used.",
     ],
-    sections: &[(
-        "JSON OUTPUT",
-        &[
-            "With --json standard output is one JSON object: report has mapping_root, details_root, \
-             why they were chosen, the other candidates, devices (each with dev_id, mappings, \
-             expected and the lost ranges), lost_ids, notes and is_complete; mappings is the number \
-             of mappings written; exit_status is the exit status. Programs should ignore members \
-             they do not know; later versions may add some.",
-        ],
-    )],
+    sections: &[
+        (
+            "DELETED DEVICES",
+            &[
+                "The blocks of a deleted device's trees stay on the metadata device until others take \
+                 their place. --list-deleted lists every device that an older state of the pool has \
+                 and the current one has not, from the latest state in which its tree is whole, with \
+                 what became of its mappings. Shared: a current device has the same data block in the \
+                 same place, as snapshots do, so it was never freed. Free: nobody maps the data block \
+                 now; what it holds is not guaranteed, since it may have been discarded, or used by \
+                 others and freed again. Reused: others have the data block by now. Doubtful: a leaf of \
+                 the tree may have been written after the device was deleted. A device that is listed \
+                 with a later version was written to after that state.",
+                "--undelete ID writes the current state with that device added, under its old id or \
+                 under the one that --as gives; without the mappings that are reused or doubtful, for \
+                 they would show the data of other devices. --from takes another state than the latest; \
+                 --dry-run writes nothing. All blocks of the device count as shared with snapshots, and \
+                 a metadata snapshot is not kept. The exit status is 0 if all mappings are back, and 4 \
+                 if some are left out, or if only an older version of the device is left and --from did \
+                 not ask for it. The current state has to be whole.",
+                "Deactivate the pool as soon as the loss is noticed: each transaction may overwrite what \
+                 is left, and with discards passed down the data is gone at once. LVM does not know of a \
+                 device that comes back; vgcfgrestore has older versions of its records, or it is \
+                 activated by hand, with its size from there: dmsetup create NAME --table '0 SECTORS \
+                 thin POOL ID'. Where another pool's metadata lay on the same device before, its devices \
+                 may be listed too.",
+            ],
+        ),
+        (
+            "JSON OUTPUT",
+            &[
+                "With --json standard output is one JSON object: report has mapping_root, details_root, \
+                 why they were chosen, the other candidates, devices (each with dev_id, mappings, \
+                 expected and the lost ranges), lost_ids, notes and is_complete; mappings is the number \
+                 of mappings written; exit_status is the exit status. Programs should ignore members \
+                 they do not know; later versions may add some.",
+                "With --list-deleted it has deleted, with devices (dev_id, transaction, creation_time, \
+                 mapping_root, mapped_blocks, is_whole, is_latest, end, remains with free, shared, reused \
+                 and doubtful, id_is_taken, other_versions), more_devices and older_versions; with \
+                 --undelete it has undeleted, one such device, new_id, left_out, the ranges of virtual \
+                 blocks, and mappings.",
+            ],
+        ),
+    ],
     examples: &[
         (
             "Let LVM repair a pool; it runs thin_repair and swaps the metadata volumes:",
@@ -69,6 +103,13 @@ pub(crate) const PAGE: Page = Page {
             &[
                 "thin_repair -i /dev/vg/damaged -o /dev/vg/newmeta",
                 "thin_check /dev/vg/newmeta",
+            ],
+        ),
+        (
+            "See what is left of deleted devices, and bring one back:",
+            &[
+                "thin_repair --list-deleted -i /dev/vg/meta",
+                "thin_repair --undelete 7 -i /dev/vg/meta -o /dev/vg/newmeta",
             ],
         ),
         (

@@ -93,7 +93,8 @@ pub(crate) fn bring_back(
         None => None,
     };
     let left_out = undeleted.device.remains.map_or(0, |r| r.left_out());
-    let exit = if left_out == 0 {
+    let is_latest = undeleted.device.is_latest || wanted.from.is_some();
+    let exit = if left_out == 0 && is_latest {
         Exit::Ok
     } else {
         Exit::Repairable

@@ -31,6 +31,9 @@ use std::fmt;
 const MOST_LISTED: usize = 1000;
 /// States of a device that are listed beside the one that is chosen.
 const MOST_OTHERS: usize = 16;
+/// Said when the current state is damaged.
+const REFUSED: &str = "the current state of the pool is damaged, so that nobody can tell which data blocks of deleted devices others \
+                       have by now; repair it first";
 
 /// What became of a deleted device's mappings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -80,6 +83,8 @@ pub struct DeletedDevice {
     pub mapped_blocks: u64,
     /// All of its tree is left.
     pub is_whole: bool,
+    /// No later version of it is known, be it whole or overwritten.
+    pub is_latest: bool,
     /// The last virtual block that is mapped, and one; 0 if none is or the tree is not whole.
     pub end: u64,
     /// What became of its mappings; none if the tree is not whole.
@@ -108,6 +113,9 @@ impl fmt::Display for DeletedDevice {
                 "; {} shared with current devices, {} in free data blocks, {} reused by others, {} doubtful",
                 remains.shared, remains.free, remains.reused, remains.doubtful
             )?,
+        }
+        if !self.is_latest {
+            f.write_str("; a later version of it existed")?;
         }
         if self.id_is_taken {
             f.write_str("; another device has its id")?;
@@ -199,14 +207,14 @@ impl<'a> Deletions<'a> {
     /// # Errors
     /// `Damaged` when the current state is not whole; `Io`, `Interrupted`.
     pub fn find(engine: &'a dyn BlockEngine, observer: &'a dyn Observer) -> Result<Self> {
-        let mut recovery = recover(engine, &Options::default(), observer)?;
+        let mut recovery =
+            recover(engine, &Options::default(), observer).map_err(|e| match e.kind() {
+                ErrorKind::Damaged => e.context(REFUSED),
+                _ => e,
+            })?;
         let superblock = recovery.engine.superblock().unwrap_or_default().0;
         let Some(superblock) = superblock.filter(|_| recovery.report.is_complete) else {
-            return Err(Error::new(
-                ErrorKind::Damaged,
-                "the current state of the pool is damaged, so that nobody can tell which data blocks of deleted devices others have by \
-                 now; repair it first",
-            ));
+            return Err(Error::new(ErrorKind::Damaged, REFUSED));
         };
         let scan = Scan::of(engine, observer)?;
         recovery.engine.mends.clone_from(&scan.mends);
@@ -316,6 +324,7 @@ impl<'a> Deletions<'a> {
         summary.is_some_and(|s| !s.damaged && s.entries == detail.mapped_blocks)
     }
 
+    /// True if the version can be brought back.
     fn is_whole(&self, version: &Version) -> bool {
         self.is_tree_whole(version.root, &version.detail)
     }
@@ -626,6 +635,7 @@ impl<'a> Deletions<'a> {
             mapping_root: self.states.states[version.state].mapping_root,
             mapped_blocks: version.detail.mapped_blocks,
             is_whole: remains.is_some(),
+            is_latest: self.deleted[&identity].first().map(|v| v.root) == Some(version.root),
             end: last.map_or(0, |last| last.saturating_add(1)),
             remains,
             id_is_taken: self.recovery.trees.devices.contains_key(&id),
