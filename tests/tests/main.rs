@@ -11,4 +11,5 @@ mod in_place;
 mod repair_in_place;
 mod shapes;
 mod support;
+mod undelete;
 mod xml_input;
