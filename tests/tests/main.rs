@@ -8,6 +8,7 @@ mod devtools;
 mod failures;
 mod fixtures;
 mod in_place;
+mod repair;
 mod repair_in_place;
 mod shapes;
 mod support;
