@@ -316,8 +316,9 @@ impl Founder<'_> {
         // A root that is not in use was freed: the leaf that names it may not be the last one.
         if let Some(counts) = &basis.counts {
             let is_freed =
-                |_: &u64, root: &mut u64| counts.is_used(MetadataBlock(*root)) == Some(false);
-            let freed: BTreeMap<u64, u64> = tops.extract_if(.., is_freed).collect();
+                |(_, root): &(u64, u64)| counts.is_used(MetadataBlock(*root)) == Some(false);
+            let (freed, kept): (BTreeMap<u64, u64>, _) = tops.into_iter().partition(is_freed);
+            tops = kept;
             basis.freed = freed
                 .into_iter()
                 .map(|(id, root)| (id, MetadataBlock(root)))

@@ -13,7 +13,7 @@ use crate::thin::read_block;
 use crate::tools::repair::liveness::Liveness;
 use crate::tools::repair::small::SmallTrees;
 use crate::units::{ENTRIES_PER_BITMAP, MetadataBlock};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// Data blocks looked at one by one; a space map that contradicts more mappings is not believed.
 const MOST_CONTESTED: usize = 100_000;
@@ -120,13 +120,13 @@ impl DataMap {
 }
 
 impl Differences {
-    /// The mappings, in the leaves at `leaves`, that are not to be believed.
+    /// The mappings, in the leaves at `leaves`, that are not to be believed; and the leaves that are clearly too old.
     pub(super) fn omitted(
         &self,
         engine: &dyn BlockEngine,
         leaves: &[u64],
         observer: &dyn Observer,
-    ) -> Result<Omitted> {
+    ) -> Result<(Omitted, HashSet<MetadataBlock>)> {
         let stop = || observer.is_cancelled();
         let parts = sweep(
             engine,
@@ -149,6 +149,7 @@ impl Differences {
             claims.entry(data_block).or_default().push((leaf, key));
         }
         let mut omitted = Omitted::new();
+        let mut older = HashSet::new();
         loop {
             claims.retain(|data_block, claimants| claimants.len() > self.over[data_block] as usize);
             let mut per_leaf: BTreeMap<MetadataBlock, usize> = BTreeMap::new();
@@ -159,6 +160,13 @@ impl Differences {
             let Some(&most) = per_leaf.values().max() else {
                 break;
             };
+            let mut with_most = per_leaf
+                .iter()
+                .filter(|(_, n)| **n == most)
+                .map(|(leaf, _)| *leaf);
+            if let (Some(only), None) = (with_most.next(), with_most.next()) {
+                older.insert(only);
+            }
             for claimants in claims.values_mut() {
                 let (out, kept) = claimants
                     .iter()
@@ -170,6 +178,6 @@ impl Differences {
             }
         }
         omitted.values_mut().for_each(|keys| keys.sort_unstable());
-        Ok(omitted)
+        Ok((omitted, older))
     }
 }

@@ -39,6 +39,9 @@ pub(super) struct Lineage {
 /// The leaves of older trees, with the devices that had them.
 type OlderLeaves = BTreeMap<MetadataBlock, BTreeSet<ThinId>>;
 
+/// Where mappings (key and value) of orphans are: (orphan, place among its mappings).
+type Mappings = HashMap<(u64, u64), Vec<(u32, u32)>>;
+
 impl Lineage {
     /// Holds the `leaves` of orphans, each with its orphan's number, against older trees.
     pub(super) fn of(
@@ -78,12 +81,12 @@ impl Lineage {
         Ok(lineage)
     }
 
-    /// Where each mapping of the orphans is: (orphan, place among its mappings).
+    /// Reads the mappings of the orphans.
     fn mappings(
         &mut self,
         sources: &Sources<'_>,
         leaves: &[(usize, MetadataBlock)],
-    ) -> Result<HashMap<(u64, u64), Vec<(u32, u32)>>> {
+    ) -> Result<Mappings> {
         let mut blocks: Vec<u64> = leaves.iter().map(|l| l.1.0).collect();
         blocks.dedup();
         let stop = || sources.observer.is_cancelled();
@@ -97,7 +100,7 @@ impl Lineage {
             },
         );
         sources.observer.check_cancelled()?;
-        let mut mappings: HashMap<(u64, u64), Vec<(u32, u32)>> = HashMap::new();
+        let mut mappings = Mappings::new();
         for (block, key, value) in read.into_iter().flatten() {
             let first = leaves.partition_point(|l| l.1 < block);
             for &(orphan, _) in leaves[first..].iter().take_while(|l| l.1 == block) {

@@ -221,6 +221,8 @@ struct Work {
     damaged: HashSet<MetadataBlock>,
     differences: Differences,
     omitted: Omitted,
+    /// Leaves that are sealed, and older than they should be.
+    older: HashSet<MetadataBlock>,
     orphans: Orphans,
     placed: Vec<Placed>,
 }
@@ -268,6 +270,7 @@ impl Work {
             damaged: HashSet::new(),
             differences,
             omitted: Omitted::new(),
+            older: HashSet::new(),
             orphans: Orphans::default(),
             placed: Vec::new(),
         };
@@ -362,7 +365,7 @@ impl Work {
             .iter()
             .copied()
             .filter(|&b| scan.class(b).is_some());
-        let older: HashSet<MetadataBlock> = bad.chain(self.omitted.keys().copied()).collect();
+        let older: HashSet<MetadataBlock> = bad.chain(self.older.iter().copied()).collect();
         if older.len() <= MOST_OLDER || !self.basis.details_are_current {
             return;
         }
@@ -414,7 +417,15 @@ impl Work {
         let is_off = self.basis.details_are_current && !totals.iter().all(fits);
         if over > 0 && !options.include_ambiguous && (is_off || 2 * self.differences.under >= over)
         {
-            self.omitted = self.differences.omitted(engine, &self.leaves(), observer)?;
+            let leaves = self.leaves();
+            let (contested, older) = self.differences.omitted(engine, &leaves, observer)?;
+            for (leaf, keys) in contested {
+                let all = self.omitted.entry(leaf).or_default();
+                all.extend(keys);
+                all.sort_unstable();
+                all.dedup();
+            }
+            self.older = older;
         }
         Ok(())
     }
