@@ -12,4 +12,5 @@ mod repair;
 mod repair_in_place;
 mod shapes;
 mod support;
+mod undelete;
 mod xml_input;

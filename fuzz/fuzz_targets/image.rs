@@ -1,0 +1,94 @@
+//! Edited kernel-made images, and images of nothing but the input, through check, dump and repair: nothing may panic, clean
+//! metadata can be dumped, and what a repair writes must pass the check and come through another repair unchanged.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use thintools::ErrorKind;
+use thintools::io::{BlockEngine, RamEngine};
+use thintools::observer::Silent;
+use thintools::thin::Superblock;
+use thintools::tools::check::{CheckOptions, Scope, check};
+use thintools::tools::repair::{Options, list_candidates, recover};
+use thintools::tools::{Overridden, Overrides, Selection, restore};
+use thintools::units::MetadataBlock;
+use thintools_fuzz::{
+    BASES, Base, Input, assert_clean, check_all, dump, edited, is_clean, told, unshared,
+};
+
+/// Blocks of what a repair writes to.
+const OUTPUT_BLOCKS: usize = 2048;
+
+fn options(base: &Base, how: u8, input: &mut Input<'_>) -> Options {
+    let mut roots = || MetadataBlock(input.block(base) as u64);
+    Options {
+        overrides: Overrides {
+            data_block_size: (how & 1 != 0).then_some(128),
+            nr_data_blocks: (how & 2 != 0).then_some(50_000),
+            transaction_id: (how & 4 != 0).then_some(7),
+        },
+        include_ambiguous: how & 8 != 0,
+        roots: (how & 0x30 == 0x30).then(|| (roots(), roots())),
+    }
+}
+
+fn repair(engine: &dyn BlockEngine, options: &Options) {
+    let Ok(recovery) = recover(engine, options, &Silent) else {
+        return;
+    };
+    let source = recovery.source(Selection::default(), &Silent);
+    let overridden = Overridden {
+        source: &source,
+        overrides: options.overrides,
+        observer: &Silent,
+        heard: false.into(),
+    };
+    let output = RamEngine::new(OUTPUT_BLOCKS);
+    if let Err(e) = restore(&overridden, &output, &Silent) {
+        assert_eq!(e.kind(), ErrorKind::OutputTooSmall, "{e}");
+        return;
+    }
+    assert_clean(&output);
+    let mappings = dump(&output, unshared()).expect("clean metadata can be dumped");
+    let again = recover(&output, &Options::default(), &Silent).expect("clean metadata is repaired");
+    assert!(again.report.is_complete, "{:?}", again.report);
+    let mappings_again = told(&again.source(unshared(), &Silent)).expect("a repair can be told");
+    assert!(
+        mappings == mappings_again,
+        "another repair changes what the first one wrote"
+    );
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    let mut input = Input(bytes);
+    let base = &BASES[usize::from(input.u8()) % BASES.len()];
+    let how = input.u8();
+    let options = options(base, how, &mut input);
+    let engine = RamEngine::from_bytes(edited(base, &mut input));
+    let checked = check_all(&engine);
+    let other = CheckOptions {
+        scope: if how & 0x40 != 0 {
+            Scope::SkipMappings
+        } else {
+            Scope::All
+        },
+        metadata_snap: how & 0x80 != 0,
+        mapping_root: options.roots.map(|r| r.0),
+        details_root: options.roots.map(|r| r.1),
+    };
+    let _ = check(&engine, &other, &Silent);
+    let mappings = dump(&engine, unshared());
+    let _ = dump(&engine, Selection::default());
+    if is_clean(&checked) {
+        mappings.expect("clean metadata can be dumped");
+        if let Ok(superblock) = Superblock::read(&engine) {
+            assert_eq!(
+                checked.report.transaction_id,
+                Some(superblock.transaction_id)
+            );
+        }
+    }
+    if how & 0x40 != 0 {
+        list_candidates(&engine, &Silent).ok();
+    }
+    repair(&engine, &options);
+});
