@@ -32,16 +32,21 @@ pub(crate) const PAGE: Page = Page {
          and the mapping trees as far as they can be read, and writes them, with space maps \
          counted anew, to another device or file. The input is never changed; keep it until the \
          recovered pool has proved to be good.",
-        "If the superblock or a root it names cannot be used, thin_repair searches all blocks for \
-         roots that can, and says which ones it chose and which others there were. Trees that a \
-         readable space map says have been freed are not used: they bring deleted devices back \
-         and lead to blocks that may belong to others by now. If only such trees are left, nothing \
-         is written and the exit status is 5.",
-        "It also says which devices were lost, in whole or in part, with the ranges of their \
-         blocks. When something is missing from the output, or had to be guessed, the exit status \
-         is 4; it is 0 only if the output is complete. lvconvert --repair takes any status but 0 \
-         for a failure: in the case of 4, look at the report, and swap the metadata volumes by \
-         hand with lvconvert --thinpool POOL --poolmetadata NEWMETA.",
+        "Every mapping in a leaf that is intact is recovered, whatever else is lost, if it can be told to \
+         which device it belongs. If the superblock is lost, the last of the states of the pool that \
+         the device still holds is taken: --list-candidates lists them, --roots chooses another. Lost \
+         parts of the top-level tree, lost inner nodes and details are rebuilt from what the metadata \
+         space map says is in use, with the older states as witnesses. Blocks with one flipped bit are \
+         read as they were, and blocks that were written to the wrong place are found.",
+        "Nothing is invented. A subtree that may belong to several devices, and mappings that contradict \
+         the data space map because an older leaf lies in the place of the last one, are left out and \
+         listed; --include-ambiguous takes them in where they are likeliest. The report says for each \
+         device what was put back and on which evidence, and which ranges of its blocks are lost; \
+         --dry-run prints it and writes nothing.",
+        "When something is missing from the output, or had to be guessed, the exit status is 4; it is 0 \
+         only if the output is complete. lvconvert --repair takes any status but 0 for a failure: in \
+         the case of 4, look at the report, and swap the metadata volumes by hand with lvconvert \
+         --thinpool POOL --poolmetadata NEWMETA.",
         "A superblock that is lost takes the transaction id, the data block size and the size of \
          the data device with it. Those values can be given as options. The data block size must \
          be the one the pool was made with: with another, every device shows the wrong data.",
@@ -81,10 +86,11 @@ pub(crate) const PAGE: Page = Page {
         (
             "JSON OUTPUT",
             &[
-                "With --json standard output is one JSON object: report has mapping_root, details_root, \
-                 why they were chosen, the other candidates, devices (each with dev_id, mappings, \
-                 expected and the lost ranges), lost_ids, notes and is_complete; mappings is the number \
-                 of mappings written; exit_status is the exit status. Programs should ignore members \
+                "With --json standard output is one JSON object: report has mapping_root and details_root \
+                 (null if rebuilt), why they were chosen, candidates, mended (blocks and how), devices \
+                 (each with dev_id, mappings, expected, reattached subtrees with their evidence, lost \
+                 ranges, contested blocks), lost_ids, ambiguous subtrees, notes and is_complete; mappings \
+                 is the number of mappings written, null with --dry-run; exit_status is the exit status. Programs should ignore members \
                  they do not know; later versions may add some.",
                 "With --undelete and no id it has deleted, with devices (dev_id, transaction, creation_time, \
                  mapping_root, mapped_blocks, is_whole, is_latest, end, remains with free, shared, reused \
@@ -202,6 +208,9 @@ pub(crate) fn build() -> clap::Command {
     super::tool(cmd.override_usage(repair_in_place::USAGE), TITLE, &PAGE)
 }
 
+/// What is missing when an id is given to --undelete and no output.
+const NO_OUTPUT: &str = "--output is needed; --dry-run does without it, and writes nothing";
+
 /// Repairs the metadata.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let session = Session::new("Repairing", args.quiet)?;
@@ -222,7 +231,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let output = match &args.output {
         Some(output) => Some(open_output(output, Some(path))?),
         None if !args.dry_run => {
-            session.say("--output is needed; --dry-run does without it, and writes nothing");
+            output::stderr_line(&format!("{}: {NO_OUTPUT}", output::program()));
             return Ok(Exit::Usage);
         }
         None => None,
