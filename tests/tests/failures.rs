@@ -25,9 +25,9 @@ use thintools::thin::MARKER;
 use thintools::thin::Superblock;
 use thintools::tools::check::{self as checking, CheckOptions, Code, Severity};
 use thintools::tools::event::Source;
-use thintools::tools::repair::recover;
+use thintools::tools::repair::{Options, recover};
 use thintools::tools::{
-    MetadataSource, Overrides, Selection, TextSink, Trees, XmlSource, restore as restoring, text,
+    MetadataSource, Selection, TextSink, Trees, XmlSource, restore as restoring, text,
 };
 use thintools::units::{BLOCK_SIZE, MetadataBlock};
 
@@ -550,9 +550,9 @@ fn dumped(engine: &dyn BlockEngine) -> thintools::Result<Vec<u8>> {
 
 /// What can be recovered, dumped by the library.
 fn recovered(engine: &dyn BlockEngine) -> thintools::Result<Vec<u8>> {
-    let recovery = recover(engine, &Overrides::default(), &Silent)?;
+    let recovery = recover(engine, &Options::default(), &Silent)?;
     let mut out = Vec::new();
-    let source = recovery.source(engine, Selection::default(), &Silent);
+    let source = recovery.source(Selection::default(), &Silent);
     source.emit(&mut TextSink::new(&mut out, &text::Xml))?;
     Ok(out)
 }
@@ -1485,9 +1485,9 @@ fn survive(bytes: &[u8], xml_needs: usize) {
             "a repair of sound metadata changes it"
         );
     }
-    if let Ok(recovery) = recover(&engine, &Overrides::default(), &Silent) {
+    if let Ok(recovery) = recover(&engine, &Options::default(), &Silent) {
         let output = RamEngine::new(xml_needs);
-        let source = recovery.source(&engine, Selection::default(), &Silent);
+        let source = recovery.source(Selection::default(), &Silent);
         restoring(&source, &output, &Silent).expect("what was recovered can be written");
         let again = checking::check(&output, &options, &Silent).expect("memory can be read");
         assert!(

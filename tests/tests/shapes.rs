@@ -9,8 +9,8 @@ use thintools::pdata::{Forest, Leaves, Shape, TreeKind, Walk};
 use thintools::thin::Superblock;
 use thintools::tools::check::{CheckOptions, Severity, check};
 use thintools::tools::event::{Device, PoolInfo, Run, Sink, Source};
-use thintools::tools::repair::recover;
-use thintools::tools::{MetadataSource, Overrides, Restored, Selection, Trees, restore};
+use thintools::tools::repair::{Options, recover};
+use thintools::tools::{MetadataSource, Restored, Selection, Trees, restore};
 use thintools::units::{BLOCK_SIZE, DataBlock, MetadataBlock, ThinBlock, ThinId};
 
 /// Part of a device: own mappings (first virtual block, how many), or a definition by number.
@@ -269,7 +269,7 @@ fn a_lost_first_subtree_takes_no_sibling_with_it() {
         engine.write(leaf, &[0; BLOCK_SIZE]).expect("writes");
     }
     assert!(lost > 60_000);
-    let recovery = recover(&engine, &Overrides::default(), &Silent).expect("recovers");
+    let recovery = recover(&engine, &Options::default(), &Silent).expect("recovers");
     assert_eq!(recovery.report.devices[0].mappings, 200_000 - lost);
     let report = check(&engine, &CheckOptions::default(), &Silent)
         .expect("checks")
@@ -300,7 +300,7 @@ fn a_stray_pointer_costs_the_rightful_owner_nothing() {
         block[second_value..second_value + 8].copy_from_slice(&target.0.to_le_bytes());
         thintools::checksum::seal(&mut block, thintools::checksum::BlockKind::Node, roots[0]);
         engine.write(roots[0], &block).expect("writes");
-        let devices = recover(&engine, &Overrides::default(), &Silent)
+        let devices = recover(&engine, &Options::default(), &Silent)
             .expect("recovers")
             .report
             .devices;

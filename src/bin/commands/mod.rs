@@ -9,6 +9,7 @@ pub(crate) mod install_links;
 pub(crate) mod man;
 pub(crate) mod repair;
 pub(crate) mod repair_in_place;
+mod repair_undelete;
 pub(crate) mod restore;
 
 use std::ffi::OsStr;

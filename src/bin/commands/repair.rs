@@ -13,6 +13,7 @@ use thintools::tools::{Overridden, Selection, restore};
 use thintools::units::MetadataBlock;
 
 use super::repair_in_place::{self, InPlace};
+use super::repair_undelete::{self, UndeleteArgs};
 use super::{Compat, Overrides, Page};
 use crate::exit::Exit;
 use crate::output;
@@ -51,13 +52,45 @@ pub(crate) const PAGE: Page = Page {
     ],
     sections: &[
         (
+            "DELETED DEVICES",
+            &[
+                "The blocks of a deleted device's trees stay on the metadata device until others take \
+                 their place. --undelete without an id lists every device that an older state of the pool has \
+                 and the current one has not, from the latest state in which its tree is whole, with \
+                 what became of its mappings. Shared: a current device has the same data block in the \
+                 same place, as snapshots do, so it was never freed. Free: nobody maps the data block \
+                 now; what it holds is not guaranteed, since it may have been discarded, or used by \
+                 others and freed again. Reused: others have the data block by now. Doubtful: a leaf of \
+                 the tree may have been written after the device was deleted. A device that is listed \
+                 with a later version was written to after that state.",
+                "--undelete ID writes the current state with that device added, under its old id or \
+                 under the one that --as gives; without the mappings that are reused or doubtful, for \
+                 they would show the data of other devices. --from takes another state than the latest; \
+                 --dry-run writes nothing. All blocks of the device count as shared with snapshots, and \
+                 a metadata snapshot is not kept. The exit status is 0 if all mappings are back, and 4 \
+                 if some are left out, or if only an older version of the device is left and --from did \
+                 not ask for it. The current state has to be whole.",
+                "Deactivate the pool as soon as the loss is noticed: each transaction may overwrite what \
+                 is left, and with discards passed down the data is gone at once. LVM does not know of a \
+                 device that comes back; vgcfgrestore has older versions of its records, or it is \
+                 activated by hand, with its size from there: dmsetup create NAME --table '0 SECTORS \
+                 thin POOL ID'. Where another pool's metadata lay on the same device before, its devices \
+                 may be listed too.",
+            ],
+        ),
+        (
             "JSON OUTPUT",
             &[
                 "With --json standard output is one JSON object: report has mapping_root, details_root, \
-             why they were chosen, the other candidates, devices (each with dev_id, mappings, \
-             expected and the lost ranges), lost_ids, notes and is_complete; mappings is the number \
-             of mappings written; exit_status is the exit status. Programs should ignore members \
-             they do not know; later versions may add some.",
+                 why they were chosen, the other candidates, devices (each with dev_id, mappings, \
+                 expected and the lost ranges), lost_ids, notes and is_complete; mappings is the number \
+                 of mappings written; exit_status is the exit status. Programs should ignore members \
+                 they do not know; later versions may add some.",
+                "With --undelete and no id it has deleted, with devices (dev_id, transaction, creation_time, \
+                 mapping_root, mapped_blocks, is_whole, is_latest, end, remains with free, shared, reused \
+                 and doubtful, id_is_taken, other_versions), more_devices and older_versions; with \
+                 an id it has undeleted, one such device, new_id, left_out, the ranges of virtual \
+                 blocks, and mappings.",
             ],
         ),
         repair_in_place::SECTION,
@@ -72,6 +105,13 @@ pub(crate) const PAGE: Page = Page {
             &[
                 "thin_repair -i /dev/vg/damaged -o /dev/vg/newmeta",
                 "thin_check /dev/vg/newmeta",
+            ],
+        ),
+        (
+            "See what is left of deleted devices, and brings one back:",
+            &[
+                "thin_repair --undelete -i /dev/vg/meta",
+                "thin_repair --undelete 7 -i /dev/vg/meta -o /dev/vg/newmeta",
             ],
         ),
         (
@@ -119,7 +159,7 @@ pub(crate) struct Args {
     list_candidates: bool,
 
     /// The device or file to write the recovered metadata to.
-    #[arg(short, long, value_name = "DEV", required_unless_present_any = ["dry_run", "list_candidates", "in_place"])]
+    #[arg(short, long, value_name = "DEV", required_unless_present_any = ["dry_run", "list_candidates", "in_place", "undelete"])]
     pub(crate) output: Option<PathBuf>,
 
     /// Do not show progress.
@@ -130,6 +170,10 @@ pub(crate) struct Args {
     /// says.
     #[arg(long, value_name = "MAPPING,DETAILS", value_parser = roots)]
     roots: Option<(MetadataBlock, MetadataBlock)>,
+
+    /// Devices that were deleted.
+    #[command(flatten)]
+    undelete: UndeleteArgs,
 
     /// Values that take the place of those in the superblock.
     #[command(flatten)]
@@ -168,14 +212,26 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let path = args.input.as_deref().context("no input is given")?;
     let input = open_read(path, Access::Exclusive)?;
     let name = || path.display().to_string();
+    if args.undelete.is_listing() {
+        return repair_undelete::list(&*input, args.json, &session).with_context(name);
+    }
     if args.list_candidates {
         let report = list_candidates(&*input, &session).with_context(name)?;
         return print_candidates(&report, args.json);
     }
     let output = match &args.output {
         Some(output) => Some(open_output(output, Some(path))?),
+        None if !args.dry_run => {
+            session.say("--output is needed; --dry-run does without it, and writes nothing");
+            return Ok(Exit::Usage);
+        }
         None => None,
     };
+    if let Some(wanted) = args.undelete.wanted() {
+        let output = output.as_deref();
+        return repair_undelete::bring_back(&*input, output, &wanted, args.json, &session)
+            .with_context(name);
+    }
     let overrides = (&args.overrides).into();
     let options = Options {
         overrides,
@@ -244,7 +300,7 @@ fn print_candidates(report: &RepairReport, json: bool) -> anyhow::Result<Exit> {
 }
 
 /// Ranges of a device that are told one by one.
-const SHOWN: usize = 20;
+pub(crate) const SHOWN: usize = 20;
 
 /// Says on standard error what was chosen, and everything that is lost.
 pub(crate) fn say_report(report: &RepairReport, session: &Session) {
@@ -326,7 +382,8 @@ fn say_device(device: &RecoveredDevice, session: &Session) {
     }
 }
 
-fn say_more(all: usize, what: &str, session: &Session) {
+/// Says how many there are beyond those that were told.
+pub(crate) fn say_more(all: usize, what: &str, session: &Session) {
     if all > SHOWN {
         session.say(&format!("and {} more {what}; --json has all", all - SHOWN));
     }

@@ -24,15 +24,18 @@ mod orphans;
 mod position;
 mod rebuild;
 mod report;
+mod reuse;
 mod scan;
 mod small;
 mod states;
+mod undelete;
 mod undo;
 
 pub use attribute::Evidence;
 pub use in_place::{InPlace, InPlaceReport, plan_in_place};
 pub use mend::Mend;
 pub use report::{Ambiguous, Candidate, Mended, Reattached, RecoveredDevice, RepairReport};
+pub use undelete::{DeletedDevice, DeletedList, Deletions, Remains, Undeleted, Wanted};
 pub use undo::{Undone, undo};
 
 use self::attribute::Placed;
