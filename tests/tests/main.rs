@@ -7,6 +7,7 @@ mod damage;
 mod devtools;
 mod failures;
 mod fixtures;
+mod fuzzed;
 mod in_place;
 mod repair;
 mod repair_in_place;

@@ -21,21 +21,26 @@ pub fn build_data_map(
     let mut index = TreeBuilder::<IndexEntry>::new();
     let mut many = TreeBuilder::<u32>::new();
     let mut nr_allocated = 0;
-    let empty = Bitmap::from_words(&[0; BITMAP_BYTES / 8]);
+    // Most bitmaps of a large pool have no count: nothing is worked out for each of them.
+    let empty = Packed::of(&Bitmap::from_words(&[0; BITMAP_BYTES / 8]));
     for number in 0..nr_bitmaps(counts.nr_blocks()) {
         let touched;
         let (bitmap, counts_of_many) = if counts.is_untouched(number) {
             (&empty, Vec::new())
         } else {
             let (words, counts_of_many) = counts.bitmap(number);
-            touched = Bitmap::from_words(&words);
+            touched = Packed::of(&Bitmap::from_words(&words));
             (&touched, counts_of_many)
         };
         let block = match existing(number) {
             Some(block) => block,
-            None => write_bitmap(sink, bitmap)?,
+            None => {
+                let block = sink.allocate()?;
+                sink.write(block, BlockKind::Bitmap, &bitmap.contents)?;
+                block
+            }
         };
-        let entry = index_entry(block, bitmap);
+        let entry = bitmap.index_entry(block);
         nr_allocated += ENTRIES_PER_BITMAP - u64::from(entry.nr_free);
         index.push(sink, &mut none, number, entry)?;
         for (block, count) in counts_of_many {
@@ -79,9 +84,9 @@ pub fn build_metadata_map(
     let mut nr_allocated = 0;
     let slots = index[BITMAP_HEADER..].chunks_exact_mut(INDEX_ENTRY_SIZE);
     for ((number, block), slot) in numbers.zip(blocks).zip(slots) {
-        let bitmap = Bitmap::from_words(&sink.counts().bitmap(number).0);
-        put_bitmap(sink, block, &bitmap)?;
-        let entry = index_entry(block, &bitmap);
+        let bitmap = Packed::of(&Bitmap::from_words(&sink.counts().bitmap(number).0));
+        sink.write(block, BlockKind::Bitmap, &bitmap.contents)?;
+        let entry = bitmap.index_entry(block);
         nr_allocated += ENTRIES_PER_BITMAP - u64::from(entry.nr_free);
         entry.pack(slot);
     }
@@ -94,22 +99,29 @@ pub fn build_metadata_map(
     })
 }
 
-fn index_entry(block: MetadataBlock, bitmap: &Bitmap) -> IndexEntry {
-    IndexEntry {
-        block,
-        nr_free: bitmap.nr_free(),
-        none_free_before: bitmap.first_free(),
+/// A bitmap as it is written, with what its index entry says.
+struct Packed {
+    contents: [u8; BLOCK_SIZE],
+    nr_free: u32,
+    first_free: u32,
+}
+
+impl Packed {
+    fn of(bitmap: &Bitmap) -> Self {
+        let mut contents = [0; BLOCK_SIZE];
+        bitmap.write_to(&mut contents);
+        Self {
+            contents,
+            nr_free: bitmap.nr_free(),
+            first_free: bitmap.first_free(),
+        }
     }
-}
 
-fn write_bitmap(sink: &mut dyn BlockSink, bitmap: &Bitmap) -> Result<MetadataBlock> {
-    let block = sink.allocate()?;
-    put_bitmap(sink, block, bitmap)?;
-    Ok(block)
-}
-
-fn put_bitmap(sink: &mut dyn BlockSink, block: MetadataBlock, bitmap: &Bitmap) -> Result<()> {
-    let mut contents = [0; BLOCK_SIZE];
-    bitmap.write_to(&mut contents);
-    sink.write(block, BlockKind::Bitmap, &contents)
+    fn index_entry(&self, block: MetadataBlock) -> IndexEntry {
+        IndexEntry {
+            block,
+            nr_free: self.nr_free,
+            none_free_before: self.first_free,
+        }
+    }
 }

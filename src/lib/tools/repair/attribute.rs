@@ -238,13 +238,19 @@ impl Attribution<'_> {
     /// Evidence 3.
     fn only_places(&mut self, evidence: Evidence) {
         while !self.has_other_place {
-            let open = self.open();
-            let is_decided = |(o, holes): &&(usize, Vec<usize>)| {
-                let has_rival = holes.iter().any(|&h| self.has_rival(*o, h, &open));
-                holes.len() <= self.orphans.orphans[*o].missing as usize && !has_rival
+            // Orphans that have no more holes than parents are missing, and all of these that claim a hole.
+            let mut stuck = self.open();
+            stuck.retain(|(o, holes)| holes.len() <= self.orphans.orphans[*o].missing as usize);
+            let mut claims: HashMap<usize, Vec<usize>> = HashMap::new();
+            for (orphan, holes) in &stuck {
+                let of = |hole: &usize| claims.entry(*hole).or_default().push(*orphan);
+                holes.iter().for_each(of);
+            }
+            let has_rival = |(o, holes): &(usize, Vec<usize>)| {
+                holes.iter().any(|&h| self.has_rival(*o, h, &claims[&h]))
             };
             let decided: Vec<(usize, Vec<usize>)> =
-                open.iter().filter(is_decided).cloned().collect();
+                stuck.into_iter().filter(|s| !has_rival(s)).collect();
             let before = self.placed.len();
             for (orphan, holes) in decided {
                 for hole in holes {
@@ -259,8 +265,8 @@ impl Attribution<'_> {
         }
     }
 
-    /// True if another orphan claims the same keys of the hole, or the same device's root, and has no other place either.
-    fn has_rival(&self, orphan: usize, hole: usize, open: &[(usize, Vec<usize>)]) -> bool {
+    /// True if another of the orphans that claim the hole claims the same keys, or the same device's root.
+    fn has_rival(&self, orphan: usize, hole: usize, claims: &[usize]) -> bool {
         let orphans = &self.orphans.orphans;
         let Some((first, last)) = orphans[orphan].keys else {
             return false;
@@ -268,10 +274,7 @@ impl Attribution<'_> {
         let is_root = self.orphans.holes[hole].block.is_none();
         let overlaps =
             |o: usize| is_root || orphans[o].keys.is_some_and(|k| k.0 <= last && k.1 >= first);
-        let is_stuck = |o: usize, holes: &[usize]| holes.len() <= orphans[o].missing as usize;
-        open.iter().any(|(o, holes)| {
-            *o != orphan && holes.contains(&hole) && overlaps(*o) && is_stuck(*o, holes)
-        })
+        claims.iter().any(|&o| o != orphan && overlaps(o))
     }
 
     /// What older trees tell of the orphans that are not placed yet.
