@@ -10,6 +10,8 @@ mod fixtures;
 mod fuzzed;
 mod in_place;
 mod repair;
+#[cfg(feature = "devtools")]
+mod repair_damage;
 mod repair_in_place;
 mod shapes;
 mod support;
