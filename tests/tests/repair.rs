@@ -226,7 +226,6 @@ fn the_first_candidate_is_the_last_state() {
 
 /// A superblock that can be used decides which state is first, also where later blocks were written but not committed.
 #[test]
-#[ignore = "thin_repair does not do this yet"]
 fn the_superblock_decides_which_candidate_is_first() {
     for name in [
         "crash-log/meta-cut-185",
@@ -279,7 +278,6 @@ const EARLIER: [(&str, &str); 5] = [
 
 /// With --roots of an older state, the devices are those that the pool had then, in every mapping.
 #[test]
-#[ignore = "thin_repair does not do this yet"]
 fn older_roots_bring_the_older_state_back() {
     for (earlier, later) in EARLIER {
         older_state(earlier, &Image::of(later), &[]);
@@ -288,7 +286,6 @@ fn older_roots_bring_the_older_state_back() {
 
 /// The same where the superblock is lost.
 #[test]
-#[ignore = "thin_repair does not do this yet"]
 fn older_roots_bring_the_older_state_back_without_a_superblock() {
     for (earlier, later) in EARLIER {
         let image = Image::of(later);
@@ -373,7 +370,6 @@ fn wrong_pairs(image: &Image) -> Vec<String> {
 
 /// They are told to be wrong.
 #[test]
-#[ignore = "thin_repair does not do this yet"]
 fn wrong_roots_are_errors() {
     let image = Image::of("held-root/meta");
     for pair in wrong_pairs(&image) {
@@ -445,7 +441,6 @@ fn expanded(runs: &[crate::support::Run]) -> Vec<(u64, u64)> {
 
 /// With --include-ambiguous all of it is taken in, and said to be a guess.
 #[test]
-#[ignore = "thin_repair does not do this yet"]
 fn what_is_in_doubt_is_taken_in_on_request() {
     let (healthy, image) = doubtful();
     let without = mapped(&repaired(&image, &[], 4).0.dumped());
@@ -607,7 +602,6 @@ fn values_of_a_lost_superblock() {
 
 /// The transaction id that LVM has is written, though devices are as recent as the last transaction: a guess does not overrule it.
 #[test]
-#[ignore = "thin_repair does not do this yet"]
 fn a_given_transaction_id_is_not_raised_to_a_guess() {
     for name in ["snap-mix-a/meta", "bs-1gib/meta"] {
         let healthy = Image::of(name);

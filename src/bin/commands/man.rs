@@ -269,7 +269,7 @@ mod tests {
             ] {
                 assert!(text.contains(&format!(".SH {heading}\n")), "{heading}");
             }
-            assert!((2..=5).contains(&page.description.len()), "{}", spec.name);
+            assert!((2..=6).contains(&page.description.len()), "{}", spec.name);
         }
         Ok(())
     }

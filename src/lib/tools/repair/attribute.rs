@@ -110,7 +110,10 @@ impl Attribution<'_> {
             );
             self.only_places(Evidence::OnlyPlace);
         }
-        if take_all {
+        // What is placed leaves fewer places for the rest.
+        let mut before = None;
+        while take_all && before != Some(self.placed.len()) {
+            before = Some(self.placed.len());
             self.decide(
                 |this, o, holes| this.likeliest(&lineage, o, holes),
                 Evidence::Likeliest,

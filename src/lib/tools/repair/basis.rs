@@ -2,6 +2,8 @@
 //! says of every metadata block.
 
 use super::Options;
+use super::contested::DataMap;
+
 use super::liveness::Liveness;
 use super::mend::MendedEngine;
 use super::report::RepairReport;
@@ -42,6 +44,8 @@ pub(super) struct Basis {
     pub(super) held_is_lost: bool,
     /// Counts of all metadata blocks.
     pub(super) counts: Option<Liveness>,
+    /// What counts the mappings.
+    pub(super) data_map: Option<DataMap>,
     /// A metadata snapshot's superblock, which has the block size when block 0 is lost.
     pub(super) copy: Option<Fields>,
 }
@@ -176,6 +180,7 @@ impl Founder<'_> {
         self.report.mapping_root = mapping_root;
         self.report.details_root = details_root;
         basis.counts = match self.superblock {
+            _ if self.is_older(best) => None,
             Some(superblock) => {
                 let map = superblock.metadata_space_map;
                 let mut counts = Liveness::read(self.engine, map.bitmap_root).or_else(|| {
@@ -196,6 +201,14 @@ impl Founder<'_> {
                 None => None,
             },
         };
+        basis.data_map = match self.superblock {
+            _ if self.is_older(best) => None,
+            Some(superblock) => Some(DataMap::of(superblock)),
+            None => {
+                let counts = basis.counts.as_ref();
+                counts.and_then(|counts| DataMap::find(self.scan, counts))
+            }
+        };
         self.read_snapshot(&mut basis)?;
         let nowhere = MetadataBlock(0);
         let roots = (
@@ -203,12 +216,33 @@ impl Founder<'_> {
             details_root.unwrap_or(nowhere),
         );
         let pair = Pair::read(self.engine, roots, self.observer)?;
+        if self.options.roots.is_some() && !pair.is_whole() {
+            return Err(Error::new(
+                ErrorKind::Unsuitable,
+                format!(
+                    "blocks {} and {} are not the roots of a top-level tree and of the details of the same devices; --list-candidates \
+                     shows which are",
+                    roots.0, roots.1
+                ),
+            ));
+        }
         basis
             .small_nodes
             .extend(pair.top.nodes.iter().chain(&pair.details.nodes));
         let history = states.history(basis.counts.as_ref(), latest.state);
         self.devices(&mut basis, pair, &history, &states.sighted)?;
         Ok(basis)
+    }
+
+    /// True if the roots that were asked for are not those of the last state: what is in use now says nothing of them.
+    fn is_older(&self, best: Option<&State>) -> bool {
+        let last = match self.superblock {
+            Some(superblock) => Some(superblock.mapping_root),
+            None => best.map(|b| b.mapping_root),
+        };
+        self.options
+            .roots
+            .is_some_and(|roots| Some(roots.0) != last)
     }
 
     fn say_why(&mut self, best: &State, rivals: &[usize], states: &States) {

@@ -10,6 +10,7 @@ use crate::io::{BlockEngine, sweep};
 use crate::observer::Observer;
 use crate::pdata::{Bitmap, CountMap, IndexEntry, Node, TreeKind};
 use crate::thin::read_block;
+use crate::tools::repair::doubt::MOST_OLDER;
 use crate::tools::repair::liveness::Liveness;
 use crate::tools::repair::small::SmallTrees;
 use crate::units::{ENTRIES_PER_BITMAP, MetadataBlock};
@@ -28,13 +29,29 @@ pub(super) struct Differences {
     pub(super) over: HashMap<u64, u32>,
     /// Data blocks that are counted once or twice, and mapped less often.
     pub(super) under: u64,
+    /// Counts of 3 and more are not known.
+    many_is_unknown: bool,
+}
+
+/// Mappings that contradict the data space map.
+pub(super) struct Contested {
+    /// Those that are not to be believed.
+    pub(super) omitted: Omitted,
+    /// Leaves that are too old.
+    pub(super) older: HashSet<MetadataBlock>,
+    /// Nothing in these leaves is to be believed: large counts are not known, or so many writes were lost that a right count may be
+    /// a coincidence.
+    pub(super) is_all_doubtful: bool,
 }
 
 /// A data space map on disk.
+#[derive(Debug)]
 pub(super) struct DataMap {
     pub(super) index_root: MetadataBlock,
     /// The tree of large counts, if it is known.
     pub(super) counts_root: Option<MetadataBlock>,
+    /// Data blocks in use, if it is known: a space map that has another number is not the last one.
+    pub(super) nr_allocated: Option<u64>,
 }
 
 impl DataMap {
@@ -47,12 +64,19 @@ impl DataMap {
         observer: &dyn Observer,
     ) -> Result<Differences> {
         let mut found = Differences::default();
+        let mut over_many = Vec::new();
         let index = SmallTrees::<IndexEntry>::read(
             engine,
             TreeKind::DataIndex,
             &[self.index_root],
             observer,
         )?;
+        let index = index.tree(self.index_root);
+        let in_use = |e: &IndexEntry| ENTRIES_PER_BITMAP.saturating_sub(u64::from(e.nr_free));
+        let nr_allocated: u64 = index.entries.values().map(in_use).sum();
+        if index.damaged.is_empty() && self.nr_allocated.is_some_and(|n| n != nr_allocated) {
+            return Ok(found);
+        }
         let many = match self.counts_root {
             Some(root) => {
                 let trees =
@@ -62,7 +86,7 @@ impl DataMap {
             }
             None => None,
         };
-        for (number, entry) in index.tree(self.index_root).entries {
+        for (number, entry) in index.entries {
             observer.check_cancelled()?;
             let Ok(data) = read_block(engine, entry.block) else {
                 continue;
@@ -97,36 +121,39 @@ impl DataMap {
                 if block >= mapped.nr_blocks() {
                     break;
                 }
-                let stored = match bitmap.get(at) {
-                    3 => many
-                        .as_ref()
-                        .and_then(|m| m.get(&block))
-                        .copied()
-                        .unwrap_or(u32::MAX),
-                    few => few,
-                };
                 let claims = mapped.get(block);
-                found.under += u64::from(claims < stored && bitmap.get(at) < 3);
-                if claims > stored {
-                    found.over.insert(block, stored);
+                match (bitmap.get(at), many.and_then(|m| m.get(&block))) {
+                    (3, Some(&stored)) if claims > stored => over_many.push((block, stored)),
+                    (3, Some(_)) => {}
+                    (3, None) => found.many_is_unknown = true,
+                    (few, _) if claims > few => {
+                        found.over.insert(block, few);
+                    }
+                    (few, _) => found.under += u64::from(claims < few),
                 }
             }
             if found.over.len() > MOST_CONTESTED {
                 return Ok(Differences::default());
             }
         }
+        // Mappings that are too many here are too few elsewhere, or else the counts are the older ones.
+        if over_many.len() as u64 <= 2 * found.under {
+            found.over.extend(over_many);
+        } else {
+            found.many_is_unknown = true;
+        }
         Ok(found)
     }
 }
 
 impl Differences {
-    /// The mappings, in the leaves at `leaves`, that are not to be believed; and the leaves that are clearly too old.
-    pub(super) fn omitted(
+    /// The mappings, in the leaves at `leaves`, that are not to be believed.
+    pub(super) fn contested(
         &self,
         engine: &dyn BlockEngine,
         leaves: &[u64],
         observer: &dyn Observer,
-    ) -> Result<(Omitted, HashSet<MetadataBlock>)> {
+    ) -> Result<Contested> {
         let stop = || observer.is_cancelled();
         let parts = sweep(
             engine,
@@ -150,6 +177,7 @@ impl Differences {
         }
         let mut omitted = Omitted::new();
         let mut older = HashSet::new();
+        let mut tied = Vec::new();
         loop {
             claims.retain(|data_block, claimants| claimants.len() > self.over[data_block] as usize);
             let mut per_leaf: BTreeMap<MetadataBlock, usize> = BTreeMap::new();
@@ -164,8 +192,14 @@ impl Differences {
                 .iter()
                 .filter(|(_, n)| **n == most)
                 .map(|(leaf, _)| *leaf);
-            if let (Some(only), None) = (with_most.next(), with_most.next()) {
-                older.insert(only);
+            match (with_most.next(), with_most.next()) {
+                (Some(only), None) => drop(older.insert(only)),
+                _ => tied.extend(
+                    per_leaf
+                        .iter()
+                        .filter(|(_, n)| **n == most)
+                        .map(|(leaf, _)| *leaf),
+                ),
             }
             for claimants in claims.values_mut() {
                 let (out, kept) = claimants
@@ -178,6 +212,14 @@ impl Differences {
             }
         }
         omitted.values_mut().for_each(|keys| keys.sort_unstable());
-        Ok((omitted, older))
+        let is_all_doubtful = self.many_is_unknown || older.len() > MOST_OLDER;
+        if is_all_doubtful {
+            older.extend(tied);
+        }
+        Ok(Contested {
+            omitted,
+            older,
+            is_all_doubtful,
+        })
     }
 }

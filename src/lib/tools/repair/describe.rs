@@ -80,8 +80,8 @@ impl RepairReport {
     pub(super) fn note_doubtful(&mut self, older: usize, devices: &[ThinId]) {
         let ids: Vec<String> = devices.iter().map(ToString::to_string).collect();
         self.lose(format!(
-            "{older} nodes are older than they should be, so that writes to this disk were lost; of devices {} the number of mappings is \
-             not what their details say, and what no other device bears out is left out; --include-ambiguous takes it in",
+                        "writes to this disk were lost: {older} leaves are older than they should be, and of devices {} the number of mappings is not \
+             what their details say; what no other device bears out is left out, --include-ambiguous takes it in",
             ids.join(", ")
         ));
     }
@@ -217,7 +217,10 @@ impl Work {
                          or the one before: give it with --transaction-id"
                     ));
                 }
-                overrides.transaction_id.unwrap_or(0).max(guess)
+                match overrides.transaction_id {
+                    Some(given) => given.max(latest_transaction.unwrap_or(0)),
+                    None => guess,
+                }
             }
         };
         let nr_data_blocks = match superblock {

@@ -15,6 +15,7 @@ mod bits;
 mod common;
 mod contested;
 mod describe;
+mod doubt;
 mod in_place;
 mod kept;
 mod lineage;
@@ -58,7 +59,7 @@ use crate::pdata::{
     CountBatch, CountMap, Forest, IndexEntry, Leaves, Node, Shape, Structure, TreeKind, Walk,
 };
 use crate::thin::Superblock;
-use crate::units::{ENTRIES_PER_BITMAP, MAX_TIME, MetadataBlock, ThinId};
+use crate::units::{ENTRIES_PER_BITMAP, MAX_TIME, MetadataBlock};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// What to recover, and with which values in the place of lost ones.
@@ -169,10 +170,11 @@ pub fn list_candidates(engine: &dyn BlockEngine, observer: &dyn Observer) -> Res
     };
     let superblock = usable_superblock(&engine)?;
     let states = States::find(&engine, &scan, observer)?;
-    let latest = states.latest(|block| !scan.is_sealed(block));
+    let named = superblock.and_then(|s| states.place_of(s.mapping_root));
+    let latest = named.or_else(|| states.latest(|block| !scan.is_sealed(block)).state);
     let mut report = RepairReport::default();
     report.tell_scan(&scan);
-    report.list(&states, latest.state);
+    report.list(&states, latest);
     if let Some(superblock) = superblock {
         report.take_as_is(&superblock);
     }
@@ -224,8 +226,7 @@ struct Work {
     damaged: HashSet<MetadataBlock>,
     differences: Differences,
     omitted: Omitted,
-    /// Leaves that are sealed, and older than they should be.
-    older: HashSet<MetadataBlock>,
+
     orphans: Orphans,
     placed: Vec<Placed>,
 }
@@ -273,7 +274,7 @@ impl Work {
             damaged: HashSet::new(),
             differences,
             omitted: Omitted::new(),
-            older: HashSet::new(),
+
             orphans: Orphans::default(),
             placed: Vec::new(),
         };
@@ -359,79 +360,6 @@ impl Work {
         leaves.sort_unstable();
         leaves
     }
-
-    /// Where more than a few nodes are older than they should be, though sealed, writes to this disk got lost, and others may be
-    /// older without contradicting anything. A device that has such nodes is believed only if its number of mappings is right.
-    fn leave_out_doubtful(&mut self, scan: &Scan, report: &mut RepairReport) {
-        let bad = self
-            .damaged
-            .iter()
-            .copied()
-            .filter(|&b| scan.class(b).is_some());
-        let older: HashSet<MetadataBlock> = bad.chain(self.older.iter().copied()).collect();
-        if older.len() <= MOST_OLDER || !self.basis.details_are_current {
-            return;
-        }
-        let totals = describe::totals(&self.forest, &self.basis.roots, &self.omitted);
-        let nodes = |root: MetadataBlock| {
-            let nodes = self
-                .forest
-                .children_first(self.forest.number(root).as_slice());
-            nodes.into_iter().map(|n| self.forest.nodes()[n])
-        };
-        let mut proved = HashSet::new();
-        let mut doubtful = HashMap::new();
-        for (id, &root) in &self.basis.roots {
-            let expected = self.basis.details.get(id).map(|d| d.mapped_blocks);
-            if expected == Some(totals[id]) {
-                proved.extend(nodes(root).map(|n| n.block));
-            } else if nodes(root).any(|n| older.contains(&n.block)) {
-                let leaves = nodes(root).filter(|n| matches!(n.shape, Shape::Leaf { .. }));
-                doubtful.insert(ThinId(*id), leaves.map(|n| n.block).collect::<Vec<_>>());
-            }
-        }
-        let mut ids = Vec::new();
-        for (id, leaves) in doubtful {
-            ids.push(id);
-            for leaf in leaves.into_iter().filter(|l| !proved.contains(l)) {
-                self.forest.exclude(leaf);
-                self.damaged.insert(leaf);
-            }
-        }
-        if !ids.is_empty() {
-            ids.sort_unstable();
-            report.note_doubtful(older.len(), &ids);
-        }
-    }
-
-    /// Leaves out mappings that contradict the data space map, if a leaf that is too old explains it.
-    fn omit(
-        &mut self,
-        engine: &MendedEngine<'_>,
-        options: &Options,
-        observer: &dyn Observer,
-    ) -> Result<()> {
-        let over = self.differences.over.len() as u64;
-        let fits = |(id, has): (&u64, &u64)| {
-            let detail = self.basis.details.get(id);
-            detail.is_none_or(|d| d.mapped_blocks == *has)
-        };
-        let totals = describe::totals(&self.forest, &self.basis.roots, &self.omitted);
-        let is_off = self.basis.details_are_current && !totals.iter().all(fits);
-        if over > 0 && !options.include_ambiguous && (is_off || 2 * self.differences.under >= over)
-        {
-            let leaves = self.leaves();
-            let (contested, older) = self.differences.omitted(engine, &leaves, observer)?;
-            for (leaf, keys) in contested {
-                let all = self.omitted.entry(leaf).or_default();
-                all.extend(keys);
-                all.sort_unstable();
-                all.dedup();
-            }
-            self.older = older;
-        }
-        Ok(())
-    }
 }
 
 impl DataMap {
@@ -439,6 +367,7 @@ impl DataMap {
         Self {
             index_root: superblock.data_space_map.bitmap_root,
             counts_root: Some(superblock.data_space_map.ref_count_root),
+            nr_allocated: Some(superblock.data_space_map.nr_allocated),
         }
     }
 
@@ -460,6 +389,7 @@ impl DataMap {
         Some(Self {
             index_root,
             counts_root: None,
+            nr_allocated: None,
         })
     }
 
@@ -502,8 +432,6 @@ impl Span {
     }
 }
 
-/// Nodes older than they should be, up to which the others are believed.
-const MOST_OLDER: usize = 8;
 /// Rounds of judging after which a tree that still shows new faults is left as it is; honest damage needs one or two.
 const MOST_ROUNDS: usize = 16;
 

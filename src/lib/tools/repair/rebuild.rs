@@ -2,7 +2,6 @@
 
 use super::attribute::Attribution;
 use super::basis::Basis;
-use super::contested::DataMap;
 use super::mend::MendedEngine;
 use super::orphans::{Finder, Orphans};
 use super::report::RepairReport;
@@ -28,13 +27,7 @@ pub(super) struct Rebuild<'a> {
 impl Rebuild<'_> {
     /// Rebuilds all that `basis` tells of.
     pub(super) fn run(&self, mut basis: Basis, report: &mut RepairReport) -> Result<Work> {
-        let map = match self.superblock {
-            Some(superblock) => Some(DataMap::of(superblock)),
-            None => basis
-                .counts
-                .as_ref()
-                .and_then(|counts| DataMap::find(self.scan, counts)),
-        };
+        let map = basis.data_map.take();
         let mut top_was_doubted = false;
         let mut details_were_doubted = false;
         let mut work = loop {
@@ -72,10 +65,7 @@ impl Rebuild<'_> {
             map.as_ref(),
             self.observer,
         )?;
-        work.omit(self.engine, self.options, self.observer)?;
-        if !self.options.include_ambiguous {
-            work.leave_out_doubtful(self.scan, report);
-        }
+        work.leave_out_doubtful(self.engine, self.options, self.scan, self.observer, report)?;
         Ok(work)
     }
 

@@ -254,6 +254,13 @@ impl States {
         }
     }
 
+    /// Which of the states has this root of its top-level tree.
+    pub(super) fn place_of(&self, mapping_root: MetadataBlock) -> Option<usize> {
+        self.states
+            .iter()
+            .position(|s| s.mapping_root == mapping_root)
+    }
+
     /// All states, the latest first. A block that two states share is in use in all between them, so the later of two states
     /// shares more with what is in use now, which `counts` or the state `latest` tells.
     pub(super) fn history(&self, counts: Option<&Liveness>, latest: Option<usize>) -> Vec<&State> {
