@@ -29,6 +29,9 @@ pub(super) struct Differences {
     pub(super) over: HashMap<u64, u32>,
     /// Data blocks that are counted once or twice, and mapped less often.
     pub(super) under: u64,
+    /// Data blocks that are mapped more often than a count of 3 or more says, though none is mapped too seldom: if it is not the
+    /// counts that are older, mappings were removed.
+    pub(super) over_many: u64,
     /// Counts of 3 and more are not known.
     many_is_unknown: bool,
 }
@@ -39,8 +42,8 @@ pub(super) struct Contested {
     pub(super) omitted: Omitted,
     /// Leaves that are too old.
     pub(super) older: HashSet<MetadataBlock>,
-    /// Nothing in these leaves is to be believed: large counts are not known, or so many writes were lost that a right count may be
-    /// a coincidence.
+    /// Nothing in these leaves is to be believed: large counts are not known, or other leaves are lost, so that a count may be right by
+    /// coincidence.
     pub(super) is_all_doubtful: bool,
 }
 
@@ -140,6 +143,7 @@ impl DataMap {
         if over_many.len() as u64 <= 2 * found.under {
             found.over.extend(over_many);
         } else {
+            found.over_many = over_many.len() as u64;
             found.many_is_unknown = true;
         }
         Ok(found)
@@ -147,11 +151,12 @@ impl DataMap {
 }
 
 impl Differences {
-    /// The mappings, in the leaves at `leaves`, that are not to be believed.
+    /// The mappings, in the leaves at `leaves`, that are not to be believed. `is_all_there` if no leaves are lost.
     pub(super) fn contested(
         &self,
         engine: &dyn BlockEngine,
         leaves: &[u64],
+        is_all_there: bool,
         observer: &dyn Observer,
     ) -> Result<Contested> {
         let stop = || observer.is_cancelled();
@@ -212,8 +217,8 @@ impl Differences {
             }
         }
         omitted.values_mut().for_each(|keys| keys.sort_unstable());
-        let is_all_doubtful = self.many_is_unknown || older.len() > MOST_OLDER;
-        if is_all_doubtful {
+        let is_all_doubtful = self.many_is_unknown || older.len() > 1 || !is_all_there;
+        if self.many_is_unknown || older.len() > MOST_OLDER {
             older.extend(tied);
         }
         Ok(Contested {

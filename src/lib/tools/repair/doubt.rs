@@ -38,15 +38,19 @@ impl Work {
             !self.differences.over.is_empty() && (!is_told || self.differences.under > 0);
         let mut older = HashSet::new();
         if is_contradicted {
-            let contested = self
-                .differences
-                .contested(engine, &self.leaves(), observer)?;
+            let contested = self.differences.contested(
+                engine,
+                &self.leaves(),
+                self.damaged.is_empty(),
+                observer,
+            )?;
             older.clone_from(&contested.older);
             self.omit(contested);
         }
         if self.basis.details_are_current {
             let sealed = self.damaged.iter().copied();
             older.extend(sealed.filter(|&b| scan.class(b).is_some()));
+            let is_contradicted = is_contradicted || self.differences.over_many > 0;
             self.leave_out_devices(&older, is_contradicted, report);
         }
         Ok(())
