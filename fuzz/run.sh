@@ -25,7 +25,12 @@ for target in "${targets[@]}"; do
     if [[ $target == xml ]]; then
         build=()
     fi
+    # One seed of the images is whole blocks.
+    max_len=16384
+    if [[ $target == image ]]; then
+        max_len=49152
+    fi
     mkdir -p "$corpus/$target"
-    cargo +nightly fuzz run "${build[@]}" "$target" "$corpus/$target" "$work/seeds/$target" -- -len_control=0 -max_len=16384 \
+    cargo +nightly fuzz run "${build[@]}" "$target" "$corpus/$target" "$work/seeds/$target" -- -len_control=0 -max_len="$max_len" \
         -max_total_time="${SECONDS_EACH:-300}" -detect_leaks=0 -rss_limit_mb=1024 -timeout=5 -print_final_stats=1
 done

@@ -10,9 +10,11 @@ use thintools::observer::Silent;
 use thintools::pdata::nr_bitmaps;
 use thintools::thin::Superblock;
 use thintools::tools::check::{CheckOptions, Scope, check};
-use thintools::tools::repair::{Options, list_candidates, plan_in_place, recover, undo};
+use thintools::tools::repair::{
+    Deletions, Options, Recovery, Wanted, list_candidates, plan_in_place, recover, undo,
+};
 use thintools::tools::{Overridden, Overrides, Selection, restore};
-use thintools::units::{MAX_METADATA_BLOCKS, MetadataBlock};
+use thintools::units::{MAX_METADATA_BLOCKS, MetadataBlock, ThinId};
 use thintools_fuzz::{
     BASES, Base, Input, assert_clean, check_all, dump, edited, is_clean, told, unshared,
 };
@@ -33,14 +35,12 @@ fn options(base: &Base, how: u8, input: &mut Input<'_>) -> Options {
     }
 }
 
-fn repair(engine: &dyn BlockEngine, options: &Options) {
-    let Ok(recovery) = recover(engine, options, &Silent) else {
-        return;
-    };
+/// Fails unless what is recovered can be written, passes the check and comes through another repair as it is.
+fn assert_good(recovery: &Recovery<'_>, overrides: Overrides) {
     let source = recovery.source(Selection::default(), &Silent);
     let overridden = Overridden {
         source: &source,
-        overrides: options.overrides,
+        overrides,
         observer: &Silent,
         heard: false.into(),
     };
@@ -61,6 +61,25 @@ fn repair(engine: &dyn BlockEngine, options: &Options) {
         mappings == mappings_again,
         "another repair changes what the first one wrote"
     );
+}
+
+/// Brings back a deleted device.
+fn undelete(engine: &dyn BlockEngine) {
+    let Ok(deletions) = Deletions::find(engine, &Silent) else {
+        return;
+    };
+    let list = deletions.list().expect("memory can be read");
+    let Some(device) = list.devices.iter().find(|d| d.remains.is_some()) else {
+        return;
+    };
+    let wanted = Wanted {
+        dev_id: device.dev_id,
+        new_id: device.id_is_taken.then_some(ThinId(0x00ab_cdef)),
+        from: None,
+    };
+    if let Ok(undeleted) = deletions.bring_back(&wanted) {
+        assert_good(&undeleted.recovery, Overrides::default());
+    }
 }
 
 /// Repairs in place, and takes it back.
@@ -118,5 +137,10 @@ fuzz_target!(|bytes: &[u8]| {
         list_candidates(&engine, &Silent).ok();
         repair_in_place(image, &options.overrides);
     }
-    repair(&engine, &options);
+    if how & 0x80 != 0 {
+        undelete(&engine);
+    }
+    if let Ok(recovery) = recover(&engine, &options, &Silent) {
+        assert_good(&recovery, options.overrides);
+    }
 });

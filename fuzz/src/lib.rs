@@ -317,7 +317,7 @@ fn overwrite(block: &mut [u8], input: &mut Input<'_>) {
 
 /// Four or eight bytes.
 fn put(block: &mut [u8], offset: usize, input: &mut Input<'_>) {
-    let size = if input.u8() % 2 == 0 { 4 } else { 8 };
+    let size = if input.u8().is_multiple_of(2) { 4 } else { 8 };
     let value = input.u64().to_le_bytes();
     block[offset..][..size].copy_from_slice(&value[..size]);
 }

@@ -229,6 +229,12 @@ fn costs_nothing(name: &str) {
                 let harmless = [Kind::Superblock, Kind::Details, Kind::TopLevelRoot];
                 let hurts = list.iter().any(|one| harmless.contains(&one.kind));
                 assert!(is_same || hurts, "{case}: {found:?}");
+                for (id, (device, _)) in &found.devices {
+                    // A clock that is too low would let the kernel write to blocks that are shared.
+                    let truth = healthy.told.devices[id].0;
+                    assert!(device.snap_time >= truth.snap_time, "{case}: {device:?}");
+                    assert!(found.pool.time >= healthy.told.pool.time, "{case}");
+                }
                 for report in &recovery.report.devices {
                     let (device, runs) = &found.devices[&report.dev_id.0];
                     let mapped: u64 = runs.iter().map(|run| run.length).sum();

@@ -32,6 +32,8 @@ pub(super) struct Differences {
     /// Data blocks that are mapped more often than a count of 3 or more says, though none is mapped too seldom: if it is not the
     /// counts that are older, mappings were removed.
     pub(super) over_many: u64,
+    /// Not a single bitmap could be held against the mappings.
+    pub(super) nothing_compared: bool,
     /// Counts of 3 and more are not known.
     many_is_unknown: bool,
 }
@@ -66,7 +68,10 @@ impl DataMap {
         metadata: Option<&Liveness>,
         observer: &dyn Observer,
     ) -> Result<Differences> {
-        let mut found = Differences::default();
+        let mut found = Differences {
+            nothing_compared: true,
+            ..Differences::default()
+        };
         let mut over_many = Vec::new();
         let index = SmallTrees::<IndexEntry>::read(
             engine,
@@ -104,6 +109,7 @@ impl DataMap {
             if bitmap.nr_free() != entry.nr_free || number > u64::MAX / ENTRIES_PER_BITMAP - 1 {
                 continue;
             }
+            found.nothing_compared = false;
             let (words, _) = mapped.bitmap(number);
             if bitmap.equals(&words) && many.as_ref().is_none_or(|m| m.is_empty()) {
                 continue;

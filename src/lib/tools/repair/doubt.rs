@@ -50,7 +50,9 @@ impl Work {
         if self.basis.details_are_current {
             let sealed = self.damaged.iter().copied();
             older.extend(sealed.filter(|&b| scan.class(b).is_some()));
-            let is_contradicted = is_contradicted || self.differences.over_many > 0;
+            let is_contradicted = is_contradicted
+                || self.differences.over_many > 0
+                || self.differences.nothing_compared;
             self.leave_out_devices(&older, is_contradicted, report);
         }
         Ok(())
@@ -79,7 +81,7 @@ impl Work {
     /// Where more than a few nodes are older than they should be, though sealed, writes to this disk got lost, and others may be
     /// older without contradicting anything. A device that has such nodes is believed only if its number of mappings is right; where
     /// they are so many that one is likely to map what another one should, not even then. A device that has more mappings than it
-    /// should is not believed where mappings contradict the data space map.
+    /// should is not believed where mappings contradict the data space map, or it cannot be read.
     fn leave_out_devices(
         &mut self,
         older: &HashSet<MetadataBlock>,

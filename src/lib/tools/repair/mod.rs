@@ -417,8 +417,10 @@ impl Span {
     fn see(&mut self, node: &Node<'_>, limit: u64, counts: &CountMap, batch: &mut CountBatch) {
         for value in node.values_u64() {
             batch.add(counts, value >> 24);
-            self.past_end += u64::from(value >> 24 >= limit);
-            self.data_blocks = self.data_blocks.max((value >> 24) + 1);
+            match value >> 24 {
+                block if block < limit => self.data_blocks = self.data_blocks.max(block + 1),
+                _ => self.past_end += 1,
+            }
             self.time = self.time.max(value as u32 & MAX_TIME);
         }
     }

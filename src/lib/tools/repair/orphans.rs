@@ -380,8 +380,9 @@ impl Finder<'_> {
                 filled: BTreeMap::new(),
             });
         }
-        // The top-level tree may have had more devices than are left of it.
-        if !self.basis.top_is_whole || !self.basis.freed.is_empty() {
+        // The top-level tree may have had more devices than are left of it, or than an older one had.
+        let basis = self.basis;
+        if !basis.top_is_whole || !basis.freed.is_empty() || basis.details_are_whole {
             let ids = match self.basis.details_are_whole {
                 true => self.basis.details.keys().copied().collect(),
                 false => self

@@ -2,6 +2,8 @@
 
 use super::attribute::Attribution;
 use super::basis::Basis;
+use super::contested::DataMap;
+
 use super::mend::MendedEngine;
 use super::orphans::{Finder, Orphans};
 use super::report::RepairReport;
@@ -9,10 +11,11 @@ use super::scan::Scan;
 use super::states::States;
 use super::{Options, Work, common};
 use crate::error::Result;
+use crate::io::BlockEngine;
 use crate::observer::Observer;
 use crate::pdata::Shape;
 use crate::thin::Superblock;
-use crate::units::MetadataBlock;
+use crate::units::{ENTRIES_PER_BITMAP, MetadataBlock};
 
 /// What a rebuild works with.
 pub(super) struct Rebuild<'a> {
@@ -28,16 +31,11 @@ impl Rebuild<'_> {
     /// Rebuilds all that `basis` tells of.
     pub(super) fn run(&self, mut basis: Basis, report: &mut RepairReport) -> Result<Work> {
         let map = basis.data_map.take();
+        let nr_data_blocks = self.nr_data_blocks(map.as_ref())?;
         let mut top_was_doubted = false;
         let mut details_were_doubted = false;
         let mut work = loop {
-            let mut work = Work::walk(
-                self.engine,
-                basis,
-                self.nr_data_blocks(),
-                None,
-                self.observer,
-            )?;
+            let mut work = Work::walk(self.engine, basis, nr_data_blocks, None, self.observer)?;
             let mut orphans = self.find_orphans(&mut work)?;
             let has_contradiction = orphans.roots_are_contested || !work.basis.freed.is_empty();
             if has_contradiction && !orphans.orphans.is_empty() && !top_was_doubted {
@@ -59,20 +57,24 @@ impl Rebuild<'_> {
             break work;
         };
         self.settle(&mut work, report)?;
-        work.count_again(
-            self.engine,
-            self.nr_data_blocks(),
-            map.as_ref(),
-            self.observer,
-        )?;
+        work.count_again(self.engine, nr_data_blocks, map.as_ref(), self.observer)?;
         work.leave_out_doubtful(self.engine, self.options, self.scan, self.observer, report)?;
         Ok(work)
     }
 
-    fn nr_data_blocks(&self) -> u64 {
-        let given = self.options.overrides.nr_data_blocks.unwrap_or(u64::MAX);
-        self.superblock
-            .map_or(given, |s| s.data_space_map.nr_blocks)
+    /// Data blocks of the pool; without a superblock, as many as there are bitmaps for, or as the device could hold bitmaps for.
+    fn nr_data_blocks(&self, map: Option<&DataMap>) -> Result<u64> {
+        if let Some(superblock) = self.superblock {
+            return Ok(superblock.data_space_map.nr_blocks);
+        }
+        if let Some(given) = self.options.overrides.nr_data_blocks {
+            return Ok(given);
+        }
+        let countable = map.map_or(Ok(0), |m| m.nr_countable(self.engine, self.observer))?;
+        Ok(match countable {
+            0 => self.engine.nr_blocks().saturating_mul(ENTRIES_PER_BITMAP),
+            countable => countable,
+        })
     }
 
     fn find_orphans(&self, work: &mut Work) -> Result<Orphans> {
