@@ -3,7 +3,7 @@
 //! Facts: `FORMAT.md`, "Conventions". The checksum covers bytes 4 to 4095; bytes 8 to 15 hold the block's own number, which
 //! catches misdirected writes and stale copies.
 
-use crate::bytes::{get_u32, get_u64, put_u32, put_u64};
+use crate::bytes::{get_u32, get_u64, is_zeroed, put_u32, put_u64};
 use crate::units::{BLOCK_SIZE, MetadataBlock};
 use std::collections::HashMap;
 use std::fmt;
@@ -148,7 +148,7 @@ pub fn verify(block: &[u8], kind: BlockKind, location: MetadataBlock) -> Result<
     let sum = contents_sum(block);
     let stored = get_u32(block, 0);
     if sum ^ kind.salt() != stored {
-        if block.iter().all(|&b| b == 0) {
+        if is_zeroed(block) {
             return Err(SealFault::Zeroed);
         }
         return Err(

@@ -431,7 +431,8 @@ impl Founder<'_> {
         2 * entries.values().filter(is_mappings).count() >= entries.len()
     }
 
-    /// Details from the latest older state that has them. A device's transaction and creation never change.
+    /// Details from the latest older state that has them. A device's transaction and creation change only if its id was
+    /// given to another one since.
     fn older_details(&mut self, basis: &mut Basis, history: &[&State]) {
         basis.details_are_current = false;
         self.report.is_complete = false;

@@ -5,6 +5,7 @@ use crate::units::MetadataBlock;
 /// Blocks of a device of a known size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Bits {
+    /// Up to the last block that is in it: most of a large device is seldom in use.
     words: Vec<u64>,
     size: u64,
 }
@@ -13,7 +14,7 @@ impl Bits {
     /// No blocks, of a device of `size` blocks.
     pub(super) fn new(size: u64) -> Self {
         Self {
-            words: vec![0; size.div_ceil(64) as usize],
+            words: Vec::new(),
             size,
         }
     }
@@ -25,23 +26,31 @@ impl Bits {
 
     pub(super) fn insert(&mut self, block: MetadataBlock) {
         if block.0 < self.size {
-            self.words[(block.0 / 64) as usize] |= 1 << (block.0 % 64);
+            let word = (block.0 / 64) as usize;
+            self.words.resize(self.words.len().max(word + 1), 0);
+            self.words[word] |= 1 << (block.0 % 64);
         }
     }
 
     pub(super) fn contains(&self, block: MetadataBlock) -> bool {
-        block.0 < self.size && self.words[(block.0 / 64) as usize] >> (block.0 % 64) & 1 == 1
+        self.word(block.0 / 64) >> (block.0 % 64) & 1 == 1
+    }
+
+    fn word(&self, word: u64) -> u64 {
+        self.words.get(word as usize).copied().unwrap_or(0)
     }
 
     /// Adds all blocks of `other`.
     pub(super) fn join(&mut self, other: &Self) {
+        self.words
+            .resize(self.words.len().max(other.words.len()), 0);
         let pairs = self.words.iter_mut().zip(&other.words);
         pairs.for_each(|(a, b)| *a |= b);
     }
 
     /// The blocks, ascending.
     pub(super) fn iter(&self) -> impl Iterator<Item = MetadataBlock> + '_ {
-        (0..self.size)
+        (0..64 * self.words.len() as u64)
             .map(MetadataBlock)
             .filter(|&b| self.contains(b))
     }
@@ -53,8 +62,10 @@ impl Bits {
 
     /// How many blocks of `self` are not in `other`.
     pub(super) fn nr_missing_from(&self, other: &Self) -> u64 {
-        let pairs = self.words.iter().zip(&other.words);
-        pairs.map(|(a, b)| u64::from((a & !b).count_ones())).sum()
+        let words = (0..).zip(&self.words);
+        words
+            .map(|(w, word)| u64::from((word & !other.word(w)).count_ones()))
+            .sum()
     }
 
     /// How far an allocator that starts at `start`, goes upwards and once around, and takes every block that is in neither set
@@ -75,19 +86,20 @@ impl Bits {
 
     /// The last block in `from..to` that `next` has and `self` has not.
     fn last(&self, next: &Self, from: u64, to: u64) -> Option<u64> {
-        (from / 64..to.div_ceil(64)).rev().find_map(|w| {
-            let word = next.words[w as usize] & !self.words[w as usize] & within(w, from, to);
+        let words = to.div_ceil(64).min(next.words.len() as u64);
+        (from / 64..words).rev().find_map(|w| {
+            let word = next.word(w) & !self.word(w) & within(w, from, to);
             (word != 0).then(|| w * 64 + 63 - u64::from(word.leading_zeros()))
         })
     }
 
     fn nr_free_in_both(&self, other: &Self, from: u64, to: u64) -> u64 {
-        (from / 64..to.div_ceil(64))
-            .map(|w| {
-                let used = self.words[w as usize] | other.words[w as usize];
-                u64::from((!used & within(w, from, to)).count_ones())
-            })
-            .sum()
+        let words = self.words.len().max(other.words.len()) as u64;
+        let used = (from / 64..to.div_ceil(64).min(words)).map(|w| {
+            let used = (self.word(w) | other.word(w)) & within(w, from, to);
+            u64::from(used.count_ones())
+        });
+        to.saturating_sub(from) - used.sum::<u64>()
     }
 }
 

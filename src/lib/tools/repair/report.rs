@@ -69,9 +69,13 @@ impl fmt::Display for Ambiguous {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} mappings of blocks {}..{} in block {} may belong to device",
+            "{} mappings of blocks {}..{} in block {} ",
             self.mappings, self.begin, self.end, self.block
         )?;
+        f.write_str(match &self.devices[..] {
+            [] => "fit no device that is left",
+            _ => "may belong to device",
+        })?;
         for (i, device) in self.devices.iter().enumerate() {
             write!(f, "{} {device}", if i > 0 { " or" } else { "" })?;
         }

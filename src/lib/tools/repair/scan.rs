@@ -2,7 +2,7 @@
 //! about each sealed node, the index blocks, superblocks, and how damaged blocks can be mended.
 
 use super::mend::{Mend, explain};
-use crate::bytes::get_u32;
+use crate::bytes::{get_u32, is_zeroed};
 use crate::checksum::{self, BlockKind};
 use crate::error::Result;
 use crate::io::{BlockEngine, sweep};
@@ -207,7 +207,7 @@ impl Scan {
 impl Part {
     fn look(&mut self, data: &[u8], block: MetadataBlock, limit: u64) {
         let Some(kind) = checksum::identify(data) else {
-            if data.iter().all(|&b| b == 0) || data.starts_with(MARKER) {
+            if is_zeroed(data) || data.starts_with(MARKER) {
                 return;
             }
             let Some(mend) = explain(data, block) else {
