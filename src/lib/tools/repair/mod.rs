@@ -3,9 +3,9 @@
 //! In three steps, each only if the one before was not enough:
 //! 1. The superblock's trees are read. If they are whole and agree with each other, there is nothing to look for.
 //! 2. Every block of the device is read once: blocks with one wrong bit, or that were written to the wrong place, are mended, and
-//!    a lost superblock's roots are found among the states that the device still holds ([`states`]).
+//!    a lost superblock's roots are found among the states that the device still holds (`states`).
 //! 3. Where top-level, details or inner nodes are lost, the metadata space map tells which blocks are in use, and evidence of
-//!    several kinds where they belong ([`attribute`]).
+//!    several kinds where they belong (`attribute`).
 //!
 //! Nothing is invented: what is in doubt is left out and reported. Nothing is written to the input.
 
