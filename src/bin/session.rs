@@ -97,7 +97,12 @@ pub(crate) fn exit_for(error: &Error) -> Exit {
         | ErrorKind::Busy
         | ErrorKind::OutputTooSmall
         | ErrorKind::BrokenPipe
-        | ErrorKind::Unsuitable => Exit::Failure,
+        | ErrorKind::Unsuitable
+        | ErrorKind::NoSpace
+        | ErrorKind::Exists
+        | ErrorKind::NotFound
+        | ErrorKind::InvalidArgument
+        | ErrorKind::ReadOnly => Exit::Failure,
         ErrorKind::NotMetadata | ErrorKind::Damaged | ErrorKind::InvalidDescription => Exit::Fatal,
         ErrorKind::Interrupted => Exit::Interrupted,
     }

@@ -25,6 +25,16 @@ pub enum ErrorKind {
     OutputTooSmall,
     /// What was asked for contradicts itself or the metadata (output is the input, unknown device).
     Unsuitable,
+    /// A device has no room left for what has to be written, the metadata device or the data device.
+    NoSpace,
+    /// What is to be made exists already.
+    Exists,
+    /// What was named is not there.
+    NotFound,
+    /// An argument that is out of range or does not go with the state.
+    InvalidArgument,
+    /// The metadata must not be changed now.
+    ReadOnly,
     /// The reader of our output went away.
     BrokenPipe,
     /// The user asked to stop.

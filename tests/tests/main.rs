@@ -9,6 +9,7 @@ mod failures;
 mod fixtures;
 mod fuzzed;
 mod in_place;
+mod pool_metadata;
 mod repair;
 #[cfg(feature = "devtools")]
 mod repair_damage;

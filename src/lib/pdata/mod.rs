@@ -7,6 +7,7 @@ mod forest;
 mod node;
 mod space_map;
 mod space_map_build;
+pub mod txn;
 mod writer;
 
 pub use build::{BlockSink, BuiltTree, SharedTree, TreeBuilder, Value};

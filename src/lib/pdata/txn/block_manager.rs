@@ -1,0 +1,694 @@
+//! The cache of metadata blocks, as the kernel's dm-block-manager: a bounded number of blocks, held shared or exclusively.
+//!
+//! Invariants:
+//! 1. A block that was changed and not written is never given up: it is written first, and if that fails it stays.
+//! 2. A block is verified when it is read, as what it is wanted as; wanted as something else later, it is an error.
+//! 3. Contents change only under the exclusive lock, which changes the version of the slot; so does giving a slot another block.
+//!    Whoever reads without a lock looks at version and block number before and after.
+//!
+//! 16 bytes are kept for each block beside its contents: number and flags, lock and version, and two entries of the hash table.
+
+use super::version_lock::VersionLock;
+use super::view::{View, WORDS};
+use crate::checksum::{self, BlockKind};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{AlignedBuffer, BlockEngine};
+use crate::pdata::forest::TreeKind;
+use crate::pdata::node::Node;
+use crate::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MetadataBlock};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What a block is wanted as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum Validator {
+    /// A node with values of 4 bytes.
+    Node4,
+    /// A node with values of 8 bytes; inner nodes of all trees pass for every kind of node.
+    Node8,
+    /// A node with values of 16 bytes.
+    Node16,
+    /// A node with values of 24 bytes.
+    Node24,
+    /// A bitmap.
+    Bitmap,
+    /// The metadata space map's index.
+    Index,
+}
+
+impl Validator {
+    pub(super) fn of(kind: TreeKind) -> Self {
+        match kind.value_size() {
+            4 => Self::Node4,
+            16 => Self::Node16,
+            24 => Self::Node24,
+            _ => Self::Node8,
+        }
+    }
+
+    fn kind(self) -> BlockKind {
+        match self {
+            Self::Bitmap => BlockKind::Bitmap,
+            Self::Index => BlockKind::Index,
+            _ => BlockKind::Node,
+        }
+    }
+
+    fn value_size(self) -> Option<usize> {
+        match self {
+            Self::Node4 => Some(4),
+            Self::Node8 => Some(8),
+            Self::Node16 => Some(16),
+            Self::Node24 => Some(24),
+            _ => None,
+        }
+    }
+
+    fn check(self, block: &[u8], location: MetadataBlock) -> Result<()> {
+        let fault = match self.value_size() {
+            Some(size) => match Node::parse(block, location, size) {
+                Ok(_) => return Ok(()),
+                Err(fault) => fault.to_string(),
+            },
+            None => match checksum::verify(block, self.kind(), location) {
+                Ok(()) => return Ok(()),
+                Err(fault) => fault.to_string(),
+            },
+        };
+        Err(Error::new(
+            ErrorKind::Damaged,
+            format!("metadata block {location}: {fault}; run thin_check"),
+        ))
+    }
+}
+
+/// Block number and one, of 22 bits (no metadata device has more blocks), 3 bits of [`Validator`], and two flags.
+const TAG_BLOCK: u32 = (1 << 23) - 1;
+const TAG_VALIDATOR: u32 = 7 << 23;
+const DIRTY: u32 = 1 << 26;
+const REFERENCED: u32 = 1 << 27;
+
+fn tag(block: MetadataBlock, validator: Validator) -> u32 {
+    (block.0 as u32 + 1) | (validator as u32) << 23
+}
+
+#[derive(Debug)]
+struct Slot {
+    tag: AtomicU32,
+    lock: VersionLock,
+}
+
+/// A bounded cache over a metadata device.
+pub struct BlockManager {
+    engine: Arc<dyn BlockEngine>,
+    slots: Box<[Slot]>,
+    words: Box<[[AtomicU64; WORDS]]>,
+    /// Slot numbers and one, by block number, open addressing; twice as many as slots.
+    table: Box<[AtomicU32]>,
+    fill: Mutex<Fill>,
+    is_read_only: AtomicBool,
+    /// Blocks that somebody who could not wait missed; 0 is none.
+    missed: Box<[AtomicU32]>,
+}
+
+/// What giving slots to blocks needs.
+#[derive(Debug)]
+struct Fill {
+    /// Slots never used yet start here.
+    used: usize,
+    hand: usize,
+    buffer: AlignedBuffer,
+}
+
+impl fmt::Debug for BlockManager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BlockManager")
+            .field("blocks", &self.slots.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Blocks below which no cache is: an operation holds several at once.
+const LEAST_BLOCKS: usize = 64;
+/// Misses that are remembered for reading ahead.
+const MOST_MISSED: usize = 128;
+/// Blocks written in one request.
+const RUN: usize = 256;
+
+/// Waits for a lock that others hold for moments. The one thread that changes blocks waits for itself, for ever, where a block is
+/// part of two structures.
+#[derive(Default)]
+struct Wait {
+    turns: u32,
+    since: Option<Instant>,
+}
+
+/// Longer than any lock is held.
+const MOST_WAIT: Duration = Duration::from_secs(10);
+
+impl Wait {
+    fn turn(&mut self, block: MetadataBlock) -> Result<()> {
+        self.turns += 1;
+        if self.turns < 1000 {
+            std::hint::spin_loop();
+            return Ok(());
+        }
+        std::thread::yield_now();
+        if self.since.get_or_insert_with(Instant::now).elapsed() < MOST_WAIT {
+            return Ok(());
+        }
+        Err(shared_by_two(block))
+    }
+}
+
+fn shared_by_two(block: MetadataBlock) -> Error {
+    Error::new(
+        ErrorKind::Damaged,
+        format!("metadata block {block} is part of two structures; run thin_check"),
+    )
+}
+
+/// A block held shared.
+#[derive(Debug)]
+pub(super) struct ReadGuard<'a> {
+    manager: &'a BlockManager,
+    slot: usize,
+}
+
+impl<'a> ReadGuard<'a> {
+    pub(super) fn view(&self) -> View<'a> {
+        View(&self.manager.words[self.slot])
+    }
+}
+
+impl Drop for ReadGuard<'_> {
+    fn drop(&mut self) {
+        self.manager.slots[self.slot].lock.unshare();
+    }
+}
+
+/// A block held exclusively; it counts as changed.
+#[derive(Debug)]
+pub(super) struct WriteGuard<'a> {
+    manager: &'a BlockManager,
+    slot: usize,
+    location: MetadataBlock,
+}
+
+impl<'a> WriteGuard<'a> {
+    pub(super) fn view(&self) -> View<'a> {
+        View(&self.manager.words[self.slot])
+    }
+
+    pub(super) fn location(&self) -> MetadataBlock {
+        self.location
+    }
+}
+
+impl Drop for WriteGuard<'_> {
+    fn drop(&mut self) {
+        let slot = &self.manager.slots[self.slot];
+        slot.tag.fetch_or(DIRTY | REFERENCED, Ordering::Relaxed);
+        slot.lock.unlock();
+    }
+}
+
+/// A block looked at without a lock.
+#[derive(Clone, Copy)]
+pub(super) struct Peek<'a> {
+    manager: &'a BlockManager,
+    slot: usize,
+    block: u32,
+    version: u32,
+}
+
+impl<'a> Peek<'a> {
+    pub(super) fn view(&self) -> View<'a> {
+        View(&self.manager.words[self.slot])
+    }
+
+    /// True if all that was read since is of one moment.
+    pub(super) fn is_valid(&self) -> bool {
+        let slot = &self.manager.slots[self.slot];
+        slot.lock.is_still(self.version)
+            && slot.tag.load(Ordering::Relaxed) & (TAG_BLOCK | TAG_VALIDATOR) == self.block
+    }
+}
+
+/// Why a block could not be had at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Missed {
+    /// It is not in the cache.
+    NotCached,
+    /// Somebody changes it.
+    Held,
+}
+
+impl BlockManager {
+    /// A cache of at most `bytes` of blocks of `engine`, at least 64 of them.
+    pub fn new(engine: Arc<dyn BlockEngine>, bytes: usize) -> Self {
+        let most = engine.nr_blocks().clamp(1, MAX_METADATA_BLOCKS) as usize;
+        let nr_slots = (bytes / (BLOCK_SIZE + 16))
+            .max(LEAST_BLOCKS)
+            .min(most.max(LEAST_BLOCKS));
+        let slot = || Slot {
+            tag: AtomicU32::new(0),
+            lock: VersionLock::new(),
+        };
+        let block = || [const { AtomicU64::new(0) }; WORDS];
+        let numbers = |n: usize| (0..n).map(|_| AtomicU32::new(0)).collect();
+        Self {
+            engine,
+            slots: (0..nr_slots).map(|_| slot()).collect(),
+            words: (0..nr_slots).map(|_| block()).collect(),
+            table: numbers((2 * nr_slots).next_power_of_two()),
+            fill: Mutex::new(Fill {
+                used: 0,
+                hand: 0,
+                buffer: AlignedBuffer::new(RUN),
+            }),
+            is_read_only: AtomicBool::new(false),
+            missed: numbers(MOST_MISSED),
+        }
+    }
+
+    /// The device below.
+    pub fn engine(&self) -> &Arc<dyn BlockEngine> {
+        &self.engine
+    }
+
+    /// Blocks that fit the cache.
+    pub fn capacity(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Refuses every exclusive lock and flush from here on, or no longer.
+    pub fn set_read_only(&self, is_read_only: bool) {
+        self.is_read_only.store(is_read_only, Ordering::Relaxed);
+    }
+
+    fn refuse_if_read_only(&self) -> Result<()> {
+        match self.is_read_only.load(Ordering::Relaxed) {
+            true => Err(Error::new(ErrorKind::ReadOnly, "the metadata is read-only")),
+            false => Ok(()),
+        }
+    }
+
+    fn filling(&self) -> MutexGuard<'_, Fill> {
+        self.fill.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn start(&self, block: MetadataBlock) -> usize {
+        let shift = 64 - self.table.len().trailing_zeros();
+        (block.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> shift) as usize
+    }
+
+    /// The slot that has `block`. A concurrent change of the table may hide it, which looks like a miss.
+    fn find(&self, block: MetadataBlock) -> Option<usize> {
+        let wanted = block.0 as u32 + 1;
+        let mut at = self.start(block);
+        loop {
+            let slot = self.table[at].load(Ordering::Acquire).checked_sub(1)? as usize;
+            if self.slots[slot].tag.load(Ordering::Relaxed) & TAG_BLOCK == wanted {
+                return Some(slot);
+            }
+            at = (at + 1) & (self.table.len() - 1);
+        }
+    }
+
+    fn mark(&self, slot: usize) {
+        let tag = &self.slots[slot].tag;
+        if tag.load(Ordering::Relaxed) & REFERENCED == 0 {
+            tag.fetch_or(REFERENCED, Ordering::Relaxed);
+        }
+    }
+
+    /// True if the slot, which is locked, has the block as what it is wanted as.
+    fn holds(&self, slot: usize, block: MetadataBlock, validator: Validator) -> Result<bool> {
+        let found = self.slots[slot].tag.load(Ordering::Relaxed);
+        if found & TAG_BLOCK != block.0 as u32 + 1 {
+            return Ok(false);
+        }
+        if found & TAG_VALIDATOR == (validator as u32) << 23 {
+            return Ok(true);
+        }
+        // Inner nodes are the same in all trees.
+        let is_node = |v: u32| v < Validator::Bitmap as u32;
+        let view = View(&self.words[slot]);
+        if is_node((found & TAG_VALIDATOR) >> 23) && is_node(validator as u32) && !view.is_leaf() {
+            return Ok(true);
+        }
+        Err(shared_by_two(block))
+    }
+
+    /// The block, shared; read if it is not in the cache.
+    pub(super) fn read(&self, block: MetadataBlock, validator: Validator) -> Result<ReadGuard<'_>> {
+        let mut wait = Wait::default();
+        loop {
+            if let Some(slot) = self.find(block)
+                && self.slots[slot].lock.try_share()
+            {
+                let guard = ReadGuard {
+                    manager: self,
+                    slot,
+                };
+                if self.holds(slot, block, validator)? {
+                    self.mark(slot);
+                    return Ok(guard);
+                }
+            } else if self.find(block).is_none() {
+                self.load(block, Some(validator))?;
+            } else {
+                wait.turn(block)?;
+            }
+        }
+    }
+
+    /// The block, shared, if it can be had at once.
+    pub(super) fn try_read(
+        &self,
+        block: MetadataBlock,
+        validator: Validator,
+    ) -> Result<std::result::Result<ReadGuard<'_>, Missed>> {
+        let Some(slot) = self.find(block) else {
+            self.miss(block);
+            return Ok(Err(Missed::NotCached));
+        };
+        if !self.slots[slot].lock.try_share() {
+            return Ok(Err(Missed::Held));
+        }
+        let guard = ReadGuard {
+            manager: self,
+            slot,
+        };
+        if !self.holds(slot, block, validator)? {
+            self.miss(block);
+            return Ok(Err(Missed::NotCached));
+        }
+        self.mark(slot);
+        Ok(Ok(guard))
+    }
+
+    /// A look at the block without a lock, if it is in the cache and nobody changes it.
+    pub(super) fn peek(&self, block: MetadataBlock) -> std::result::Result<Peek<'_>, Missed> {
+        let Some(slot) = self.find(block) else {
+            return Err(Missed::NotCached);
+        };
+        let version = self.slots[slot].lock.begin_read().ok_or(Missed::Held)?;
+        let found = self.slots[slot].tag.load(Ordering::Relaxed);
+        if found & TAG_BLOCK != block.0 as u32 + 1 {
+            return Err(Missed::NotCached);
+        }
+        self.mark(slot);
+        Ok(Peek {
+            manager: self,
+            slot,
+            block: found & (TAG_BLOCK | TAG_VALIDATOR),
+            version,
+        })
+    }
+
+    /// The block, exclusively; read if it is not in the cache.
+    pub(super) fn write(
+        &self,
+        block: MetadataBlock,
+        validator: Validator,
+    ) -> Result<WriteGuard<'_>> {
+        self.refuse_if_read_only()?;
+        let mut wait = Wait::default();
+        loop {
+            if let Some(slot) = self.find(block) {
+                let lock = &self.slots[slot].lock;
+                if !lock.try_lock() {
+                    wait.turn(block)?;
+                } else {
+                    match self.holds(slot, block, validator) {
+                        Ok(true) => {
+                            return Ok(WriteGuard {
+                                manager: self,
+                                slot,
+                                location: block,
+                            });
+                        }
+                        other => {
+                            lock.unlock();
+                            other?;
+                        }
+                    }
+                }
+            } else {
+                self.load(block, Some(validator))?;
+            }
+        }
+    }
+
+    /// The block, zeroed and exclusively, without reading it.
+    pub(super) fn write_zeroed(
+        &self,
+        block: MetadataBlock,
+        validator: Validator,
+    ) -> Result<WriteGuard<'_>> {
+        self.refuse_if_read_only()?;
+        let mut wait = Wait::default();
+        loop {
+            let Some(slot) = self.find(block) else {
+                self.load(block, None)?;
+                continue;
+            };
+            let found = &self.slots[slot];
+            if !found.lock.try_lock() {
+                wait.turn(block)?;
+            } else if found.tag.load(Ordering::Relaxed) & TAG_BLOCK == block.0 as u32 + 1 {
+                found.tag.store(
+                    tag(block, validator) | DIRTY | REFERENCED,
+                    Ordering::Relaxed,
+                );
+                View(&self.words[slot]).clear();
+                return Ok(WriteGuard {
+                    manager: self,
+                    slot,
+                    location: block,
+                });
+            } else {
+                found.lock.unlock();
+            }
+        }
+    }
+
+    /// Brings the block into the cache, if it is not there: verified, or zeroed without `validator`.
+    fn load(&self, block: MetadataBlock, validator: Option<Validator>) -> Result<()> {
+        if block.0 >= self.engine.nr_blocks().min(MAX_METADATA_BLOCKS) {
+            return Err(Error::new(
+                ErrorKind::Damaged,
+                format!(
+                    "metadata block {block} is past the device's {} blocks; run thin_check",
+                    self.engine.nr_blocks()
+                ),
+            ));
+        }
+        let mut fill = self.filling();
+        if self.find(block).is_some() {
+            return Ok(());
+        }
+        let slot = self.free_slot(&mut fill)?;
+        let lock = &self.slots[slot].lock;
+        let filled = match validator {
+            None => Ok(()),
+            Some(validator) => {
+                let buffer = fill.buffer.blocks_mut(1);
+                self.engine
+                    .read(block, buffer)
+                    .map_err(|e| Error::io(format!("cannot read metadata block {block}"), e))
+                    .and_then(|()| validator.check(buffer, block))
+                    .map(|()| View(&self.words[slot]).fill_from(buffer))
+            }
+        };
+        if filled.is_ok() {
+            let as_what = validator.unwrap_or(Validator::Node8);
+            self.slots[slot]
+                .tag
+                .store(tag(block, as_what) | REFERENCED, Ordering::Relaxed);
+            let mut at = self.start(block);
+            while self.table[at].load(Ordering::Relaxed) != 0 {
+                at = (at + 1) & (self.table.len() - 1);
+            }
+            self.table[at].store(slot as u32 + 1, Ordering::Release);
+        }
+        lock.unlock();
+        filled
+    }
+
+    /// A slot without a block, locked. One that was not looked at for longest, about, is given up.
+    fn free_slot(&self, fill: &mut Fill) -> Result<usize> {
+        while fill.used < self.slots.len() {
+            let slot = fill.used;
+            fill.used += 1;
+            if self.slots[slot].lock.try_lock() {
+                return Ok(slot);
+            }
+        }
+        let mut failed = None;
+        // Once to take the mark away, once to find it gone, once more for those that were held meanwhile.
+        for _ in 0..3 * self.slots.len() {
+            let slot = fill.hand;
+            fill.hand = (fill.hand + 1) % self.slots.len();
+            let found = &self.slots[slot];
+            if found.tag.fetch_and(!REFERENCED, Ordering::Relaxed) & REFERENCED != 0
+                || !found.lock.try_lock()
+            {
+                continue;
+            }
+            let now = found.tag.load(Ordering::Relaxed);
+            if now & DIRTY != 0 {
+                if let Err(e) = self.write_slots(fill, &[slot]) {
+                    failed = Some(e);
+                    found.lock.unlock();
+                    continue;
+                }
+            }
+            if now & TAG_BLOCK != 0 {
+                self.forget(slot, MetadataBlock(u64::from(now & TAG_BLOCK) - 1));
+            }
+            return Ok(slot);
+        }
+        Err(failed.unwrap_or_else(|| {
+            Error::new(
+                ErrorKind::Busy,
+                "every block of the metadata cache is held; give it more memory",
+            )
+        }))
+    }
+
+    /// Takes the block of a locked slot out of the table.
+    fn forget(&self, slot: usize, block: MetadataBlock) {
+        let mask = self.table.len() - 1;
+        self.slots[slot].tag.store(0, Ordering::Relaxed);
+        let mut hole = self.start(block);
+        while self.table[hole].load(Ordering::Relaxed) != slot as u32 + 1 {
+            hole = (hole + 1) & mask;
+        }
+        // What follows moves up, so that no search ends too early.
+        let mut at = hole;
+        loop {
+            at = (at + 1) & mask;
+            let entry = self.table[at].load(Ordering::Relaxed);
+            let Some(other) = entry.checked_sub(1) else {
+                break;
+            };
+            let tag = self.slots[other as usize].tag.load(Ordering::Relaxed) & TAG_BLOCK;
+            let home = self.start(MetadataBlock(u64::from(tag.saturating_sub(1))));
+            if (at.wrapping_sub(home) & mask) >= (at.wrapping_sub(hole) & mask) {
+                self.table[hole].store(entry, Ordering::Release);
+                hole = at;
+            }
+        }
+        self.table[hole].store(0, Ordering::Release);
+    }
+
+    /// Writes the blocks of these slots, which nobody changes meanwhile and whose numbers follow on each other.
+    fn write_slots(&self, fill: &mut Fill, slots: &[usize]) -> Result<()> {
+        let buffer = fill.buffer.blocks_mut(slots.len());
+        let mut first = None;
+        for (&slot, bytes) in slots.iter().zip(buffer.chunks_exact_mut(BLOCK_SIZE)) {
+            let tag = self.slots[slot].tag.load(Ordering::Relaxed);
+            let block = MetadataBlock(u64::from(tag & TAG_BLOCK) - 1);
+            first.get_or_insert(block);
+            View(&self.words[slot]).copy_to(bytes);
+            checksum::seal(bytes, kind_of(tag), block);
+        }
+        let first = first.unwrap_or_default();
+        self.engine
+            .write(first, buffer)
+            .map_err(|e| Error::io(format!("cannot write metadata blocks from {first} on"), e))?;
+        for &slot in slots {
+            self.slots[slot].tag.fetch_and(!DIRTY, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Writes every changed block and waits until all of them are durable. Only the thread that changes blocks may call it.
+    ///
+    /// # Errors
+    /// `Io` when a write or the flush fails: what could not be written stays changed. `ReadOnly`.
+    pub fn flush(&self) -> Result<()> {
+        self.refuse_if_read_only()?;
+        let mut fill = self.filling();
+        let mut dirty: Vec<(u32, usize)> = Vec::new();
+        for (number, slot) in self.slots[..fill.used].iter().enumerate() {
+            let tag = slot.tag.load(Ordering::Relaxed);
+            if tag & DIRTY != 0 {
+                dirty.push((tag & TAG_BLOCK, number));
+            }
+        }
+        dirty.sort_unstable();
+        let follows = |a: &(u32, usize), b: &(u32, usize)| a.0 + 1 == b.0;
+        for run in dirty.chunk_by(follows).flat_map(|run| run.chunks(RUN)) {
+            let slots: Vec<usize> = run.iter().map(|r| r.1).collect();
+            self.write_slots(&mut fill, &slots)?;
+        }
+        self.engine
+            .sync()
+            .map_err(|e| Error::io("cannot flush the metadata device", e))
+    }
+
+    /// Writes one sealed block around the cache, and waits until it is durable.
+    pub(crate) fn write_through(&self, block: MetadataBlock, bytes: &[u8]) -> Result<()> {
+        self.refuse_if_read_only()?;
+        let mut fill = self.filling();
+        let buffer = fill.buffer.blocks_mut(1);
+        buffer.copy_from_slice(bytes);
+        self.engine
+            .write(block, buffer)
+            .map_err(|e| Error::io(format!("cannot write metadata block {block}"), e))?;
+        self.engine
+            .sync()
+            .map_err(|e| Error::io("cannot flush the metadata device", e))
+    }
+
+    /// Forgets everything, changes that were not written included.
+    pub fn reset(&self) {
+        let fill = self.filling();
+        for slot in &self.slots[..fill.used] {
+            while !slot.lock.try_lock() {
+                std::hint::spin_loop();
+            }
+            slot.tag.store(0, Ordering::Relaxed);
+        }
+        self.table
+            .iter()
+            .for_each(|e| e.store(0, Ordering::Release));
+        self.slots[..fill.used].iter().for_each(|s| s.lock.unlock());
+    }
+
+    /// Notes a block that somebody wanted who could not wait.
+    pub(super) fn miss(&self, block: MetadataBlock) {
+        // The first comer keeps the place.
+        let at = block.0 as usize % self.missed.len();
+        let wanted = block.0 as u32 + 1;
+        self.missed[at]
+            .compare_exchange(0, wanted, Ordering::Relaxed, Ordering::Relaxed)
+            .ok();
+    }
+
+    /// Reads the blocks that were missed since the last call. What cannot be read is no error here, and met again.
+    pub fn read_missed(&self) {
+        for missed in &self.missed {
+            if let Some(block) = missed.swap(0, Ordering::Relaxed).checked_sub(1) {
+                let block = MetadataBlock(u64::from(block));
+                // Only nodes of mapping and top-level trees are read without waiting.
+                self.load(block, Some(Validator::Node8)).ok();
+            }
+        }
+    }
+}
+
+fn kind_of(tag: u32) -> BlockKind {
+    match (tag & TAG_VALIDATOR) >> 23 {
+        v if v == Validator::Bitmap as u32 => BlockKind::Bitmap,
+        v if v == Validator::Index as u32 => BlockKind::Index,
+        _ => BlockKind::Node,
+    }
+}

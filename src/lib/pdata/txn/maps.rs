@@ -1,0 +1,479 @@
+//! Space maps that change: how often each metadata block and each data block is referred to.
+//!
+//! The metadata map counts its own blocks. A count is changed in a bitmap, which may have to be copied first, which allocates and
+//! frees; so while one operation runs, those it causes wait in a queue, and what waits counts as if it were done.
+
+use super::block_manager::{BlockManager, Validator, WriteGuard};
+use super::block_set::BlockSet;
+use super::transaction::{Pending, Transaction};
+use super::view::cell;
+use crate::error::{Error, ErrorKind, Result};
+use crate::pdata::forest::TreeKind;
+use crate::pdata::space_map::{IndexEntry, SpaceMapRoot, nr_bitmaps};
+use crate::units::{ENTRIES_PER_BITMAP, MAX_METADATA_BLOCKS, MetadataBlock};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Which of the two maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Which {
+    Metadata,
+    Data,
+}
+
+/// An entry of the index in memory.
+#[derive(Clone, Copy, Debug)]
+struct Cached {
+    entry: IndexEntry,
+    is_dirty: bool,
+}
+
+/// One space map.
+#[derive(Debug)]
+pub(super) struct Map {
+    pub(super) root: SpaceMapRoot,
+    /// All entries of the metadata map's index; those of the data map's that were used since the last commit.
+    index: BTreeMap<u64, Cached>,
+    /// Counted at the last commit, and not any more.
+    freed: BlockSet,
+    /// Not counted at the last commit, but now.
+    fresh: BlockSet,
+    cursor: u64,
+}
+
+/// Index entries kept of a data space map between two commits.
+const MOST_CACHED: usize = 4096;
+
+impl Map {
+    pub(super) fn data(root: SpaceMapRoot) -> Self {
+        Self {
+            root,
+            index: BTreeMap::new(),
+            freed: BlockSet::default(),
+            fresh: BlockSet::default(),
+            cursor: 0,
+        }
+    }
+
+    pub(super) fn metadata(blocks: &BlockManager, root: SpaceMapRoot) -> Result<Self> {
+        let index = blocks.read(root.bitmap_root, Validator::Index)?;
+        let most = blocks.engine().nr_blocks().min(MAX_METADATA_BLOCKS);
+        if root.nr_blocks > most {
+            return Err(Error::new(
+                ErrorKind::Damaged,
+                format!(
+                    "the metadata space map counts {} blocks, the device has {most}; run thin_check",
+                    root.nr_blocks
+                ),
+            ));
+        }
+        let mut map = Self::data(root);
+        for number in 0..nr_bitmaps(root.nr_blocks) {
+            let at = 2 + 2 * number as usize;
+            let words = [index.view().word(at), index.view().word(at + 1), 0];
+            map.remember(number, entry_of(words), false);
+        }
+        Ok(map)
+    }
+
+    fn remember(&mut self, number: u64, entry: IndexEntry, is_dirty: bool) {
+        self.index.insert(number, Cached { entry, is_dirty });
+    }
+
+    pub(super) fn nr_free(&self) -> u64 {
+        self.root.nr_blocks.saturating_sub(self.root.nr_allocated)
+    }
+
+    pub(super) fn next(&mut self) {
+        self.freed.clear();
+        self.fresh.clear();
+    }
+}
+
+fn entry_of(words: [u64; 3]) -> IndexEntry {
+    IndexEntry {
+        block: MetadataBlock(words[0]),
+        nr_free: words[1] as u32,
+        none_free_before: (words[1] >> 32) as u32,
+    }
+}
+
+fn empty_bitmap(block: MetadataBlock) -> IndexEntry {
+    IndexEntry {
+        block,
+        nr_free: ENTRIES_PER_BITMAP as u32,
+        none_free_before: 0,
+    }
+}
+
+fn words_of(entry: IndexEntry) -> [u64; 3] {
+    let low = u64::from(entry.nr_free) | u64::from(entry.none_free_before) << 32;
+    [entry.block.0, low, 0]
+}
+
+impl Transaction {
+    fn map(&self, which: Which) -> &Map {
+        match which {
+            Which::Metadata => &self.metadata,
+            Which::Data => &self.data,
+        }
+    }
+
+    fn map_mut(&mut self, which: Which) -> &mut Map {
+        match which {
+            Which::Metadata => &mut self.metadata,
+            Which::Data => &mut self.data,
+        }
+    }
+
+    fn counts_tree(which: Which) -> TreeKind {
+        match which {
+            Which::Metadata => TreeKind::MetadataCounts,
+            Which::Data => TreeKind::DataCounts,
+        }
+    }
+
+    fn entry(&mut self, which: Which, number: u64) -> Result<IndexEntry> {
+        if let Some(cached) = self.map(which).index.get(&number) {
+            return Ok(cached.entry);
+        }
+        let missing = || {
+            Error::new(
+                ErrorKind::Damaged,
+                format!("the space map has no bitmap {number}; run thin_check"),
+            )
+        };
+        if which == Which::Metadata {
+            return Err(missing());
+        }
+        let root = self.data.root.bitmap_root;
+        let found = self.lookup(TreeKind::DataIndex, root, number)?;
+        let entry = entry_of(found.ok_or_else(missing)?);
+        if self.data.index.len() >= MOST_CACHED {
+            self.data.index.retain(|_, cached| cached.is_dirty);
+        }
+        self.data.remember(number, entry, false);
+        Ok(entry)
+    }
+
+    fn refuse_past_end(&self, which: Which, block: u64) -> Result<()> {
+        let nr_blocks = self.map(which).root.nr_blocks;
+        if block < nr_blocks {
+            return Ok(());
+        }
+        let device = match which {
+            Which::Metadata => "metadata",
+            Which::Data => "data",
+        };
+        Err(Error::new(
+            ErrorKind::Damaged,
+            format!("{device} block {block} is past the last of {nr_blocks}; run thin_check"),
+        ))
+    }
+
+    /// The count in the map itself, without what waits.
+    fn stored(&mut self, which: Which, block: u64) -> Result<u32> {
+        self.refuse_past_end(which, block)?;
+        match self.bits(which, block)? {
+            3 => {
+                let root = self.map(which).root.ref_count_root;
+                let found = self.lookup(Self::counts_tree(which), root, block)?;
+                let missing = || {
+                    Error::new(
+                        ErrorKind::Damaged,
+                        format!(
+                            "block {block} has no large count though its bitmap says so; run thin_check"
+                        ),
+                    )
+                };
+                Ok(found.ok_or_else(missing)?[0] as u32)
+            }
+            few => Ok(few),
+        }
+    }
+
+    fn bits(&mut self, which: Which, block: u64) -> Result<u32> {
+        let entry = self.entry(which, block / ENTRIES_PER_BITMAP)?;
+        let bitmap = self.blocks.read(entry.block, Validator::Bitmap)?;
+        Ok(bitmap.view().bits(block % ENTRIES_PER_BITMAP))
+    }
+
+    /// The bitmap that counts `block`, to be changed.
+    fn bitmap<'a>(
+        &mut self,
+        blocks: &'a BlockManager,
+        which: Which,
+        number: u64,
+    ) -> Result<(WriteGuard<'a>, IndexEntry)> {
+        let mut entry = self.entry(which, number)?;
+        if self.is_new(entry.block) {
+            return Ok((blocks.write(entry.block, Validator::Bitmap)?, entry));
+        }
+        let copy = self.new_metadata_block()?;
+        let from = blocks.read(entry.block, Validator::Bitmap)?;
+        let to = blocks.write_zeroed(copy, Validator::Bitmap)?;
+        to.view().copy_from(from.view());
+        drop(from);
+        self.note_new(copy);
+        let old = std::mem::replace(&mut entry.block, copy);
+        self.map_mut(which).remember(number, entry, true);
+        self.decrement_metadata(old.0)?;
+        // What was just queued waits, so the entry is as it was remembered.
+        Ok((to, entry))
+    }
+
+    /// Changes a count by one, either way.
+    fn change(&mut self, which: Which, block: u64, is_increment: bool) -> Result<()> {
+        let old = self.stored(which, block)?;
+        let new = match is_increment {
+            true => old.checked_add(1),
+            false => old.checked_sub(1),
+        };
+        let new = new.ok_or_else(|| {
+            Error::new(
+                ErrorKind::Damaged,
+                format!("the count of block {block} is {old} and cannot change; run thin_check"),
+            )
+        })?;
+        let number = block / ENTRIES_PER_BITMAP;
+        let at = block % ENTRIES_PER_BITMAP;
+        if old.min(3) != new.min(3) {
+            let blocks = Arc::clone(&self.blocks);
+            let (bitmap, mut entry) = self.bitmap(&blocks, which, number)?;
+            bitmap.view().set_bits(at, new.min(3));
+            drop(bitmap);
+            let map = self.map_mut(which);
+            if old == 0 {
+                entry.nr_free = entry.nr_free.saturating_sub(1);
+                if u64::from(entry.none_free_before) == at {
+                    entry.none_free_before += 1;
+                }
+                map.root.nr_allocated += 1;
+                if !map.freed.contains(block) {
+                    map.fresh.insert(block);
+                }
+            } else if new == 0 {
+                entry.nr_free += 1;
+                entry.none_free_before = entry.none_free_before.min(at as u32);
+                map.root.nr_allocated = map.root.nr_allocated.saturating_sub(1);
+                if !map.fresh.remove(block) || which == Which::Metadata {
+                    map.freed.insert(block);
+                }
+            }
+            map.remember(number, entry, true);
+        }
+        let kind = Self::counts_tree(which);
+        let root = self.map(which).root.ref_count_root;
+        let root = match (old, new) {
+            (_, 3..) => self.insert(kind, root, block, cell(u64::from(new)))?.root,
+            (3.., _) => self.remove(kind, root, block)?.map_or(root, |r| r.root),
+            _ => root,
+        };
+        self.map_mut(which).root.ref_count_root = root;
+        Ok(())
+    }
+
+    /// Looks for a block that may be handed out, from the cursor on and once around.
+    fn find_free(&mut self, which: Which) -> Result<Option<u64>> {
+        let (start, end) = (self.map(which).cursor, self.map(which).root.nr_blocks);
+        for (from, to) in [(start, end), (0, start.min(end))] {
+            let mut at = from;
+            while at < to {
+                let number = at / ENTRIES_PER_BITMAP;
+                let base = number * ENTRIES_PER_BITMAP;
+                let entry = self.entry(which, number)?;
+                if entry.nr_free > 0 {
+                    let first = (at - base).max(u64::from(entry.none_free_before));
+                    let bitmap = self.blocks.read(entry.block, Validator::Bitmap)?;
+                    let map = self.map(which);
+                    let is_taken = |bit: u64| {
+                        let block = base + bit;
+                        map.freed.contains(block)
+                            || which == Which::Metadata && self.pending.contains_key(&block)
+                    };
+                    if let Some(bit) = bitmap.view().first_free(first, to - base, is_taken) {
+                        return Ok(Some(base + bit));
+                    }
+                }
+                at = base + ENTRIES_PER_BITMAP;
+            }
+        }
+        Ok(None)
+    }
+
+    /// A metadata block that nothing refers to, counted once.
+    pub(crate) fn new_metadata_block(&mut self) -> Result<MetadataBlock> {
+        let block = self.find_free(Which::Metadata)?.ok_or_else(|| {
+            Error::new(ErrorKind::NoSpace, "the metadata device is full; extend it")
+        })?;
+        self.metadata.cursor = block + 1;
+        self.increment_metadata(block)?;
+        Ok(MetadataBlock(block))
+    }
+
+    /// A data block that nothing refers to, counted once. None if there is none before the next commit.
+    pub(crate) fn new_data_block(&mut self) -> Result<Option<u64>> {
+        let block = self.find_free(Which::Data)?;
+        if let Some(block) = block {
+            self.data.cursor = block + 1;
+            self.increment_data(block)?;
+        }
+        Ok(block)
+    }
+
+    pub(crate) fn increment_data(&mut self, block: u64) -> Result<()> {
+        self.change(Which::Data, block, true)
+    }
+
+    pub(crate) fn decrement_data(&mut self, block: u64) -> Result<()> {
+        self.change(Which::Data, block, false)
+    }
+
+    pub(crate) fn data_count(&mut self, block: u64) -> Result<u32> {
+        self.stored(Which::Data, block)
+    }
+
+    pub(crate) fn increment_metadata(&mut self, block: u64) -> Result<()> {
+        self.change_metadata(block, true)
+    }
+
+    pub(crate) fn decrement_metadata(&mut self, block: u64) -> Result<()> {
+        self.change_metadata(block, false)
+    }
+
+    fn change_metadata(&mut self, block: u64, is_increment: bool) -> Result<()> {
+        if self.depth > 0 {
+            self.queue.push_back(Pending {
+                block,
+                is_increment,
+            });
+            let sum = self.pending.entry(block).or_default();
+            *sum += if is_increment { 1 } else { -1 };
+            return Ok(());
+        }
+        self.depth = 1;
+        let mut done = self.change(Which::Metadata, block, is_increment);
+        while let (Ok(()), Some(next)) = (&done, self.queue.pop_front()) {
+            if let Some(sum) = self.pending.get_mut(&next.block) {
+                *sum -= if next.is_increment { 1 } else { -1 };
+            }
+            done = self.change(Which::Metadata, next.block, next.is_increment);
+        }
+        self.queue.clear();
+        self.pending.clear();
+        self.depth = 0;
+        done
+    }
+
+    /// True if a metadata block is referred to more than once.
+    pub(super) fn metadata_count_is_many(&mut self, block: MetadataBlock) -> Result<bool> {
+        self.refuse_past_end(Which::Metadata, block.0)?;
+        let bits = self.bits(Which::Metadata, block.0)?;
+        // A copy too many does no harm, and the tree of large counts may just be being changed.
+        let waiting = self.pending.get(&block.0).copied().unwrap_or(0);
+        Ok(bits == 3 || i64::from(bits) + waiting > 1)
+    }
+
+    /// Writes what changed of the data map's index into its tree.
+    pub(super) fn write_data_index(&mut self) -> Result<()> {
+        loop {
+            let dirty = self.data.index.iter().find(|(_, c)| c.is_dirty);
+            let Some((&number, &cached)) = dirty else {
+                return Ok(());
+            };
+            self.data.remember(number, cached.entry, false);
+            let root = self.data.root.bitmap_root;
+            let inserted =
+                self.insert(TreeKind::DataIndex, root, number, words_of(cached.entry))?;
+            self.data.root.bitmap_root = inserted.root;
+        }
+    }
+
+    /// Writes the metadata map's index, if it changed, to a new block.
+    pub(super) fn write_metadata_index(&mut self) -> Result<()> {
+        if !self.metadata.index.values().any(|c| c.is_dirty) {
+            return Ok(());
+        }
+        let old = self.metadata.root.bitmap_root;
+        if !self.is_new(old) {
+            let copy = self.new_metadata_block()?;
+            self.note_new(copy);
+            self.decrement_metadata(old.0)?;
+            self.metadata.root.bitmap_root = copy;
+        }
+        let index = self
+            .blocks
+            .write_zeroed(self.metadata.root.bitmap_root, Validator::Index)?;
+        for (&number, cached) in &mut self.metadata.index {
+            let words = words_of(cached.entry);
+            index.view().set_word(2 + 2 * number as usize, words[0]);
+            index.view().set_word(3 + 2 * number as usize, words[1]);
+            cached.is_dirty = false;
+        }
+        Ok(())
+    }
+
+    /// Makes the first bitmaps of the metadata map, in blocks `first..end`; all blocks before `end` count once.
+    pub(super) fn begin_maps(&mut self, first: u64, end: u64) -> Result<()> {
+        let blocks = Arc::clone(&self.blocks);
+        for block in 1..end {
+            self.note_new(MetadataBlock(block));
+        }
+        let counts = blocks.write_zeroed(self.metadata.root.ref_count_root, Validator::Node4)?;
+        counts.view().init_node(true, TreeKind::MetadataCounts);
+        drop(counts);
+        for (number, block) in (first..end).enumerate() {
+            drop(blocks.write_zeroed(MetadataBlock(block), Validator::Bitmap)?);
+            self.metadata
+                .remember(number as u64, empty_bitmap(MetadataBlock(block)), true);
+        }
+        self.metadata.cursor = end;
+        (0..end).try_for_each(|block| self.increment_metadata(block))
+    }
+
+    /// Makes the data map count `nr_blocks` blocks, which are more than now.
+    pub(crate) fn extend_data(&mut self, nr_blocks: u64) -> Result<()> {
+        let from = nr_bitmaps(self.data.root.nr_blocks);
+        for number in from..nr_bitmaps(nr_blocks) {
+            let entry = self.new_bitmap()?;
+            self.data.remember(number, entry, true);
+            if self.data.index.len() >= MOST_CACHED {
+                self.write_data_index()?;
+                self.data.index.clear();
+            }
+        }
+        self.data.root.nr_blocks = nr_blocks;
+        Ok(())
+    }
+
+    /// A bitmap that counts nothing.
+    fn new_bitmap(&mut self) -> Result<IndexEntry> {
+        let block = self.new_metadata_block()?;
+        drop(self.blocks.write_zeroed(block, Validator::Bitmap)?);
+        self.note_new(block);
+        Ok(empty_bitmap(block))
+    }
+
+    /// Makes the metadata map count `nr_blocks` blocks, which are more than now. The bitmaps of what is new lie in it.
+    pub(crate) fn extend_metadata(&mut self, nr_blocks: u64) -> Result<()> {
+        let old = self.metadata.root.nr_blocks;
+        let bitmaps = nr_bitmaps(old)..nr_bitmaps(nr_blocks);
+        self.metadata.root.nr_blocks = nr_blocks;
+        let first = old;
+        for (number, block) in bitmaps.clone().zip(first..) {
+            drop(
+                self.blocks
+                    .write_zeroed(MetadataBlock(block), Validator::Bitmap)?,
+            );
+            self.note_new(MetadataBlock(block));
+            self.metadata
+                .remember(number, empty_bitmap(MetadataBlock(block)), true);
+        }
+        let taken = bitmaps.end.saturating_sub(bitmaps.start);
+        self.metadata.cursor = first + taken;
+        for block in first..first + taken {
+            self.increment_metadata(block)?;
+        }
+        Ok(())
+    }
+}

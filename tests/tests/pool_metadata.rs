@@ -1,0 +1,351 @@
+//! Metadata that changes, held against a plain model: after every commit the check is clean and the contents are the model's; after
+//! every abort and reopening they are those of the last commit.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use thintools::ErrorKind;
+use thintools::io::{BlockEngine, RamEngine};
+use thintools::observer::Silent;
+use thintools::thin::PoolMetadata;
+use thintools::tools::check::{CheckOptions, check};
+use thintools::units::{DataBlock, ThinBlock, ThinId};
+
+/// Mappings by virtual block: data block and the time of mapping.
+type Mappings = BTreeMap<u64, (u64, u32)>;
+
+#[derive(Clone, Debug, Default, PartialEq)]
+struct ModelThin {
+    mappings: Mappings,
+    snapshotted_time: u32,
+}
+
+/// What the pool should hold.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Model {
+    thins: BTreeMap<u64, ModelThin>,
+    held: Option<BTreeMap<u64, ModelThin>>,
+    time: u32,
+    transaction_id: u64,
+    nr_data_blocks: u64,
+    nr_metadata_blocks: u64,
+}
+
+/// A pool, its model, and the model of the last commit.
+struct Pair {
+    engine: Arc<RamEngine>,
+    pool: PoolMetadata,
+    model: Model,
+    committed: Model,
+    cache: usize,
+}
+
+impl Pair {
+    fn format(metadata_blocks: usize, data_blocks: u64, cache: usize) -> Self {
+        let engine = Arc::new(RamEngine::new(metadata_blocks));
+        let mut pool =
+            PoolMetadata::format(Arc::clone(&engine) as _, 128, cache).expect("formatted");
+        pool.resize_data(data_blocks).expect("resized");
+        pool.commit().expect("committed");
+        let model = Model {
+            nr_data_blocks: data_blocks,
+            nr_metadata_blocks: metadata_blocks as u64,
+            ..Model::default()
+        };
+        Self {
+            engine,
+            pool,
+            committed: model.clone(),
+            model,
+            cache,
+        }
+    }
+
+    fn commit(&mut self) -> thintools::Result<()> {
+        self.pool.commit()?;
+        self.committed = self.model.clone();
+        Ok(())
+    }
+
+    /// True if it was done; false if there was no room for it, and so the transaction was aborted.
+    fn or_abort(&mut self, done: thintools::Result<()>) -> bool {
+        let Err(e) = done else { return true };
+        assert_eq!(e.kind(), ErrorKind::NoSpace, "{e}");
+        self.pool.abort().expect("aborted");
+        self.model = self.committed.clone();
+        false
+    }
+
+    /// The check of what is on the device.
+    fn check(&self, case: &str) {
+        let found = check(&*self.engine, &CheckOptions::default(), &Silent).expect("memory");
+        assert!(
+            found.report.damages.is_empty(),
+            "{case}: {:?}",
+            found.report.damages
+        );
+    }
+
+    /// What the pool says is what the model has.
+    fn compare(&mut self, case: &str) {
+        let ids: Vec<u64> = self
+            .pool
+            .devices()
+            .expect("read")
+            .iter()
+            .map(|id| id.0)
+            .collect();
+        assert!(ids.iter().eq(self.model.thins.keys()), "{case}: {ids:?}");
+        for (&id, thin) in &self.model.thins {
+            let id = ThinId(id);
+            let details = self.pool.details(id).expect("there");
+            assert_eq!(
+                details.mapped_blocks,
+                thin.mappings.len() as u64,
+                "{case}: device {id}"
+            );
+            assert_eq!(
+                details.snapshotted_time, thin.snapshotted_time,
+                "{case}: device {id}"
+            );
+            let mut found = Mappings::new();
+            let mut from = 0;
+            while let Some((block, at)) = self.pool.next_block(id, ThinBlock(from)).expect("read") {
+                found.insert(block.0, (at.block.0, at.time));
+                from = block.0 + 1;
+            }
+            assert!(
+                found == thin.mappings,
+                "{case}: device {id}: {found:?}, {:?}",
+                thin.mappings
+            );
+            let last = self.pool.highest_block(id).expect("read").map(|b| b.0);
+            assert_eq!(last, thin.mappings.keys().next_back().copied());
+        }
+        let status = self.pool.status().expect("read");
+        assert_eq!(status.transaction_id, self.model.transaction_id);
+        assert_eq!(status.time, self.model.time);
+        assert_eq!(status.data_blocks, self.model.nr_data_blocks);
+        assert_eq!(status.held_root.is_some(), self.model.held.is_some());
+    }
+
+    fn reopen(&mut self) {
+        self.pool = PoolMetadata::open(Arc::clone(&self.engine) as _, self.cache).expect("opened");
+        self.model = self.committed.clone();
+    }
+
+    /// One operation drawn from `rng`. True if it was done, false if there was no room for it, and so the transaction was aborted.
+    fn step(&mut self, rng: &mut SmallRng) -> bool {
+        let done = self.try_step(rng);
+        self.or_abort(done)
+    }
+
+    fn any(&self, rng: &mut SmallRng) -> Option<u64> {
+        let n = self.model.thins.len();
+        (n > 0).then(|| {
+            *self
+                .model
+                .thins
+                .keys()
+                .nth(rng.random_range(0..n))
+                .expect("there")
+        })
+    }
+
+    fn try_step(&mut self, rng: &mut SmallRng) -> thintools::Result<()> {
+        let any = self.any(rng);
+        match (rng.random_range(0..1000), any) {
+            (0..12, _) | (_, None) => {
+                let id = rng.random_range(0..40);
+                let made = self.pool.create_thin(ThinId(id));
+                if self.model.thins.contains_key(&id) {
+                    assert_eq!(made.expect_err("taken").kind(), ErrorKind::Exists);
+                    return Ok(());
+                }
+                made?;
+                let thin = ModelThin {
+                    snapshotted_time: self.model.time,
+                    ..ModelThin::default()
+                };
+                self.model.thins.insert(id, thin);
+            }
+            (12..30, Some(origin)) => {
+                let id = rng.random_range(0..40);
+                let made = self.pool.create_snap(ThinId(id), ThinId(origin));
+                if self.model.thins.contains_key(&id) {
+                    assert_eq!(made.expect_err("taken").kind(), ErrorKind::Exists);
+                    return Ok(());
+                }
+                made?;
+                self.model.time += 1;
+                let thin = self.model.thins.get_mut(&origin).expect("there");
+                thin.snapshotted_time = self.model.time;
+                let copy = thin.clone();
+                self.model.thins.insert(id, copy);
+            }
+            (30..44, Some(id)) => {
+                self.pool.delete_device(ThinId(id))?;
+                self.model.thins.remove(&id);
+                let missing = self.pool.delete_device(ThinId(id)).expect_err("gone");
+                assert_eq!(missing.kind(), ErrorKind::NotFound);
+            }
+            (44..640, Some(id)) => {
+                let block = rng.random_range(0..3000) * rng.random_range(1..3);
+                let Some(data) = self.pool.alloc_data_block()? else {
+                    return self.commit();
+                };
+                self.pool.insert_block(ThinId(id), ThinBlock(block), data)?;
+                let time = self.model.time;
+                let thin = self.model.thins.get_mut(&id).expect("there");
+                thin.mappings.insert(block, (data.0, time));
+            }
+            (640..900, Some(id)) => {
+                let begin = rng.random_range(0..6000);
+                let length = match rng.random_range(0..10) {
+                    0 => rng.random_range(0..3000),
+                    _ => rng.random_range(0..12),
+                };
+                let removed = self.pool.remove_range(
+                    ThinId(id),
+                    ThinBlock(begin),
+                    ThinBlock(begin + length),
+                )?;
+                let thin = self.model.thins.get_mut(&id).expect("there");
+                let before = thin.mappings.len();
+                thin.mappings
+                    .retain(|b, _| !(begin..begin + length).contains(b));
+                assert_eq!(removed, (before - thin.mappings.len()) as u64);
+            }
+            (900..985, Some(id)) => {
+                let block = rng.random_range(0..6000);
+                let found = self.pool.find_block(ThinId(id), ThinBlock(block))?;
+                let thin = &self.model.thins[&id];
+                let expected = thin.mappings.get(&block);
+                assert_eq!(found.map(|f| f.block.0), expected.map(|e| e.0));
+                if let (Some(found), Some(expected)) = (found, expected) {
+                    assert_eq!(found.is_shared, thin.snapshotted_time > expected.1);
+                    // A metadata snapshot counts what it leads to, too.
+                    if !found.is_shared && self.model.held.is_none() {
+                        assert!(!self.pool.block_is_shared(found.block)?);
+                    }
+                }
+            }
+            (985..988, _) => {
+                let old = self.model.transaction_id;
+                let wrong = self
+                    .pool
+                    .set_transaction_id(old + 1, 9)
+                    .expect_err("mismatch");
+                assert_eq!(wrong.kind(), ErrorKind::InvalidArgument);
+                let new = old + rng.random_range(0..5);
+                self.pool.set_transaction_id(old, new)?;
+                self.model.transaction_id = new;
+            }
+            (988..992, _) => match self.model.held.is_some() {
+                false => {
+                    // Commits first.
+                    self.commit()?;
+                    self.pool.reserve_metadata_snap()?;
+                    let twice = self.pool.reserve_metadata_snap().expect_err("there is one");
+                    assert_eq!(twice.kind(), ErrorKind::Busy);
+                    self.model.held = Some(self.model.thins.clone());
+                }
+                true => {
+                    self.pool.release_metadata_snap()?;
+                    let twice = self
+                        .pool
+                        .release_metadata_snap()
+                        .expect_err("there is none");
+                    assert_eq!(twice.kind(), ErrorKind::InvalidArgument);
+                    self.model.held = None;
+                }
+            },
+            (992..994, _) => {
+                let blocks = self.model.nr_data_blocks + rng.random_range(0..20_000);
+                self.pool.resize_data(blocks)?;
+                self.model.nr_data_blocks = blocks;
+            }
+            (994..996, _) => {
+                self.pool.abort()?;
+                self.model = self.committed.clone();
+            }
+            (996..997, _) => self.reopen(),
+            _ => self.commit()?,
+        }
+        Ok(())
+    }
+}
+
+/// Random operations on a pool of the given size, with a commit, a check and a comparison every so often.
+fn run(seed: u64, steps: u64, metadata_blocks: usize, data_blocks: u64, cache: usize) -> u64 {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let mut pair = Pair::format(metadata_blocks, data_blocks, cache);
+    let mut done = 0;
+    for step in 0..steps {
+        done += u64::from(pair.step(&mut rng));
+        if step % 500 == 499 {
+            let case = format!("seed {seed}, step {step}");
+            pair.compare(&case);
+            let committed = pair.commit();
+            pair.or_abort(committed);
+            pair.check(&case);
+            pair.reopen();
+            pair.compare(&case);
+        }
+    }
+    done
+}
+
+/// A hundred thousand operations.
+#[test]
+fn random_operations_do_what_a_model_does() {
+    for seed in 0..10 {
+        println!("seed {seed}");
+        let cache = if seed % 2 == 0 { 64 << 20 } else { 64 * 4096 };
+        let done = run(seed, 10_000, 4096, 30_000, cache);
+        assert!(done > 9900, "seed {seed}: only {done} were done");
+    }
+}
+
+/// Both devices full at every size: what does not fit is an error, and the last commit stays.
+#[test]
+fn full_devices_are_errors() {
+    for (seed, blocks) in [16, 17, 18, 20, 24, 32, 48, 64, 80, 100, 128, 200]
+        .into_iter()
+        .enumerate()
+    {
+        println!("{blocks} blocks");
+        let done = run(seed as u64, 1500, blocks, 64, 64 * 4096);
+        assert!(done > 100, "{blocks} blocks: only {done} were done");
+    }
+}
+
+/// The clock does not go past what a mapping can hold.
+#[test]
+fn the_clock_has_an_end() {
+    let engine = Arc::new(RamEngine::new(64));
+    let mut pool = PoolMetadata::format(Arc::clone(&engine) as _, 128, 0).expect("formatted");
+    pool.create_thin(ThinId(0)).expect("made");
+    pool.commit().expect("committed");
+    drop(pool);
+    let mut block = thintools::io::AlignedBuffer::new(1);
+    engine
+        .read(Default::default(), block.blocks_mut(1))
+        .expect("read");
+    let mut fields = thintools::thin::Fields::unpack(block.blocks(1));
+    fields.time = (1 << 24) - 1;
+    engine
+        .write(Default::default(), &fields.pack())
+        .expect("written");
+    let mut pool = PoolMetadata::open(engine, 0).expect("opened");
+    let refused = pool
+        .create_snap(ThinId(1), ThinId(0))
+        .expect_err("the clock is at its end");
+    assert_eq!(refused.kind(), ErrorKind::InvalidArgument);
+    assert!(!pool.is_changed());
+    pool.resize_data(10).expect("resized");
+    let data = pool.alloc_data_block().expect("room").expect("a block");
+    assert_eq!(data, DataBlock(0));
+}
