@@ -3,13 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use thintools::ErrorKind;
 use thintools::io::{BlockEngine, RamEngine};
 use thintools::observer::Silent;
-use thintools::thin::PoolMetadata;
+use thintools::pdata::txn::{LockScheme, WouldBlock};
+use thintools::thin::{PoolMetadata, SharedMetadata, TryLookup};
 use thintools::tools::check::{CheckOptions, check};
 use thintools::units::{DataBlock, ThinBlock, ThinId};
 
@@ -348,4 +350,102 @@ fn the_clock_has_an_end() {
     pool.resize_data(10).expect("resized");
     let data = pool.alloc_data_block().expect("room").expect("a block");
     assert_eq!(data, DataBlock(0));
+}
+
+/// Lookups by two threads while a third changes everything they look at, under every scheme, with so few metadata blocks that they
+/// are used again and again: what is found is what was mapped, of the right device and the right block.
+#[test]
+fn lookups_are_right_while_blocks_are_reused() {
+    for scheme in LockScheme::ALL {
+        println!("{scheme}");
+        let engine = Arc::new(RamEngine::new(160));
+        let mut pool = PoolMetadata::format(engine, 128, 64 * 4112).expect("formatted");
+        pool.resize_data(100_000).expect("resized");
+        for id in 0..2 {
+            pool.create_thin(ThinId(id)).expect("made");
+        }
+        pool.commit().expect("committed");
+        let shared = SharedMetadata::new(pool, scheme);
+        let stop = AtomicBool::new(false);
+        let looked = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for seed in 0..2 {
+                let (shared, stop, looked) = (&shared, &stop, &looked);
+                scope.spawn(move || {
+                    let mut rng = SmallRng::seed_from_u64(seed);
+                    let mut reader = shared.reader(true);
+                    let thins = [0, 1].map(|id| shared.open_thin(ThinId(id)).expect("there"));
+                    let mut found = 0;
+                    while !stop.load(Ordering::Relaxed) {
+                        let id = rng.random_range(0..2);
+                        let block = rng.random_range(0..4000);
+                        let at = match rng.random_range(0..3) {
+                            0 => reader
+                                .find_block(&thins[id], ThinBlock(block))
+                                .expect("sound"),
+                            _ => match reader
+                                .try_find_block(&thins[id], ThinBlock(block))
+                                .expect("sound")
+                            {
+                                TryLookup::Mapped(at) => Some(at),
+                                TryLookup::Unmapped => None,
+                                TryLookup::WouldBlock(WouldBlock::Cache) => {
+                                    shared.read_missed();
+                                    None
+                                }
+                                TryLookup::WouldBlock(_) => None,
+                            },
+                        };
+                        if let Some(at) = at {
+                            assert_eq!(at.block.0 % 8000, block * 2 + id as u64, "{scheme}");
+                            found += 1;
+                        }
+                    }
+                    let counts = reader.counts().expect("they are counted");
+                    assert!(counts.lookups > 0, "{counts:?}");
+                    if scheme == LockScheme::Optimistic {
+                        assert_eq!((counts.atomic_rmws, counts.acquisitions), (0, 0));
+                    }
+                    looked.fetch_add(found, Ordering::Relaxed);
+                });
+            }
+            let mut rng = SmallRng::seed_from_u64(7);
+            for round in 0..600 {
+                for _ in 0..20 {
+                    let id = rng.random_range(0..2);
+                    let begin = rng.random_range(0..4000);
+                    let changed = shared.change(|pool| {
+                        if rng.random_range(0..4) == 0 {
+                            return pool
+                                .remove_range(ThinId(id), ThinBlock(begin), ThinBlock(begin + 200))
+                                .map(|_| ());
+                        }
+                        for block in begin..(begin + 10).min(4000) {
+                            let data = block * 2 + id + 8000 * rng.random_range(0..12);
+                            if pool.data_count(DataBlock(data))? == 0 {
+                                pool.inc_data_range(DataBlock(data), DataBlock(data + 1))?;
+                                pool.insert_block(ThinId(id), ThinBlock(block), DataBlock(data))?;
+                            }
+                        }
+                        Ok(())
+                    });
+                    if let Err(e) = changed {
+                        assert_eq!(e.kind(), ErrorKind::NoSpace, "{e}");
+                        shared.abort().expect("aborted");
+                    }
+                }
+                let ended = match round % 50 {
+                    49 => shared.abort(),
+                    _ => shared.commit(),
+                };
+                if let Err(e) = ended {
+                    assert_eq!(e.kind(), ErrorKind::NoSpace, "{e}");
+                    shared.abort().expect("aborted");
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        assert!(looked.into_inner() > 1000, "{scheme}");
+        assert!(shared.barrier_waits().0 > 500);
+    }
 }

@@ -504,13 +504,21 @@ impl PoolMetadata {
         (begin.0..end.0).try_for_each(|block| self.txn.decrement_data(block))
     }
 
+    /// How many references a data block has.
+    ///
+    /// # Errors
+    /// `Io`, `Damaged`, also when there is no such block.
+    pub fn data_count(&mut self, block: DataBlock) -> Result<u32> {
+        self.refuse_if_failed()?;
+        self.txn.data_count(block.0)
+    }
+
     /// True if a data block has more than one reference.
     ///
     /// # Errors
     /// `Io`, `Damaged`.
     pub fn block_is_shared(&mut self, block: DataBlock) -> Result<bool> {
-        self.refuse_if_failed()?;
-        Ok(self.txn.data_count(block.0)? > 1)
+        Ok(self.data_count(block)? > 1)
     }
 
     /// Ends the transaction: once it returns, all changes are durable. The data that new mappings point to must be durable before.
@@ -733,6 +741,21 @@ impl PoolMetadata {
     pub fn nr_free_data_blocks(&self) -> u64 {
         let map = self.txn.data_map();
         map.nr_blocks.saturating_sub(map.nr_allocated)
+    }
+
+    /// The cache that it works in.
+    pub(super) fn blocks(&self) -> &Arc<BlockManager> {
+        self.txn.blocks()
+    }
+
+    /// Root of the top-level tree.
+    pub(super) fn mapping_root(&self) -> MetadataBlock {
+        self.current.mapping_root
+    }
+
+    /// The snapshot clock.
+    pub(super) fn time(&self) -> u32 {
+        self.current.time
     }
 
     /// True if there is something to commit.

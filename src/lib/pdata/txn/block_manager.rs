@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 /// What a block is wanted as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub(super) enum Validator {
+pub(crate) enum Validator {
     /// A node with values of 4 bytes.
     Node4,
     /// A node with values of 8 bytes; inner nodes of all trees pass for every kind of node.
@@ -173,12 +173,13 @@ fn shared_by_two(block: MetadataBlock) -> Error {
 
 /// A block held shared.
 #[derive(Debug)]
-pub(super) struct ReadGuard<'a> {
+pub(crate) struct ReadGuard<'a> {
     manager: &'a BlockManager,
     slot: usize,
 }
 
 impl<'a> ReadGuard<'a> {
+    #[inline]
     pub(super) fn view(&self) -> View<'a> {
         View(&self.manager.words[self.slot])
     }
@@ -192,13 +193,14 @@ impl Drop for ReadGuard<'_> {
 
 /// A block held exclusively; it counts as changed.
 #[derive(Debug)]
-pub(super) struct WriteGuard<'a> {
+pub(crate) struct WriteGuard<'a> {
     manager: &'a BlockManager,
     slot: usize,
     location: MetadataBlock,
 }
 
 impl<'a> WriteGuard<'a> {
+    #[inline]
     pub(super) fn view(&self) -> View<'a> {
         View(&self.manager.words[self.slot])
     }
@@ -218,7 +220,7 @@ impl Drop for WriteGuard<'_> {
 
 /// A block looked at without a lock.
 #[derive(Clone, Copy)]
-pub(super) struct Peek<'a> {
+pub(crate) struct Peek<'a> {
     manager: &'a BlockManager,
     slot: usize,
     block: u32,
@@ -226,11 +228,13 @@ pub(super) struct Peek<'a> {
 }
 
 impl<'a> Peek<'a> {
+    #[inline]
     pub(super) fn view(&self) -> View<'a> {
         View(&self.manager.words[self.slot])
     }
 
     /// True if all that was read since is of one moment.
+    #[inline]
     pub(super) fn is_valid(&self) -> bool {
         let slot = &self.manager.slots[self.slot];
         slot.lock.is_still(self.version)
@@ -240,7 +244,7 @@ impl<'a> Peek<'a> {
 
 /// Why a block could not be had at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Missed {
+pub(crate) enum Missed {
     /// It is not in the cache.
     NotCached,
     /// Somebody changes it.
@@ -301,13 +305,18 @@ impl BlockManager {
         self.fill.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    #[inline]
     fn start(&self, block: MetadataBlock) -> usize {
         let shift = 64 - self.table.len().trailing_zeros();
         (block.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> shift) as usize
     }
 
     /// The slot that has `block`. A concurrent change of the table may hide it, which looks like a miss.
+    #[inline]
     fn find(&self, block: MetadataBlock) -> Option<usize> {
+        if block.0 >= MAX_METADATA_BLOCKS {
+            return None;
+        }
         let wanted = block.0 as u32 + 1;
         let mut at = self.start(block);
         loop {
@@ -319,6 +328,7 @@ impl BlockManager {
         }
     }
 
+    #[inline]
     fn mark(&self, slot: usize) {
         let tag = &self.slots[slot].tag;
         if tag.load(Ordering::Relaxed) & REFERENCED == 0 {
@@ -327,6 +337,7 @@ impl BlockManager {
     }
 
     /// True if the slot, which is locked, has the block as what it is wanted as.
+    #[inline]
     fn holds(&self, slot: usize, block: MetadataBlock, validator: Validator) -> Result<bool> {
         let found = self.slots[slot].tag.load(Ordering::Relaxed);
         if found & TAG_BLOCK != block.0 as u32 + 1 {
@@ -368,13 +379,13 @@ impl BlockManager {
     }
 
     /// The block, shared, if it can be had at once.
+    #[inline]
     pub(super) fn try_read(
         &self,
         block: MetadataBlock,
         validator: Validator,
     ) -> Result<std::result::Result<ReadGuard<'_>, Missed>> {
         let Some(slot) = self.find(block) else {
-            self.miss(block);
             return Ok(Err(Missed::NotCached));
         };
         if !self.slots[slot].lock.try_share() {
@@ -385,7 +396,6 @@ impl BlockManager {
             slot,
         };
         if !self.holds(slot, block, validator)? {
-            self.miss(block);
             return Ok(Err(Missed::NotCached));
         }
         self.mark(slot);
@@ -393,6 +403,7 @@ impl BlockManager {
     }
 
     /// A look at the block without a lock, if it is in the cache and nobody changes it.
+    #[inline]
     pub(super) fn peek(&self, block: MetadataBlock) -> std::result::Result<Peek<'_>, Missed> {
         let Some(slot) = self.find(block) else {
             return Err(Missed::NotCached);
@@ -663,8 +674,11 @@ impl BlockManager {
         self.slots[..fill.used].iter().for_each(|s| s.lock.unlock());
     }
 
-    /// Notes a block that somebody wanted who could not wait.
-    pub(super) fn miss(&self, block: MetadataBlock) {
+    /// Notes a block that somebody wanted who could not wait, if it was not there.
+    pub(super) fn note_miss(&self, missed: Missed, block: MetadataBlock) {
+        if missed != Missed::NotCached || block.0 >= MAX_METADATA_BLOCKS {
+            return;
+        }
         // The first comer keeps the place.
         let at = block.0 as usize % self.missed.len();
         let wanted = block.0 as u32 + 1;

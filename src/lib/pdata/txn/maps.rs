@@ -80,10 +80,6 @@ impl Map {
         self.index.insert(number, Cached { entry, is_dirty });
     }
 
-    pub(super) fn nr_free(&self) -> u64 {
-        self.root.nr_blocks.saturating_sub(self.root.nr_allocated)
-    }
-
     pub(super) fn next(&mut self) {
         self.freed.clear();
         self.fresh.clear();

@@ -4,11 +4,16 @@
 mod block_manager;
 mod block_set;
 mod btree;
+mod epoch;
 mod maps;
+mod schemes;
 mod transaction;
 mod version_lock;
 mod view;
 
 pub use block_manager::BlockManager;
+pub(crate) use epoch::Place;
+pub(crate) use schemes::{A, B, Found, Kernel, NoTally, Optimistic, Roots, V2013, lookup};
+pub use schemes::{LockScheme, LookupCounts, WouldBlock};
 pub use transaction::Transaction;
 pub(crate) use view::{Cell, cell};

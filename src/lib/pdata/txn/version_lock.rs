@@ -21,6 +21,7 @@ impl VersionLock {
     }
 
     /// Shares the lock. False while somebody holds it exclusively, or too many share it.
+    #[inline]
     pub(super) fn try_share(&self) -> bool {
         let mut state = self.0.load(Ordering::Relaxed);
         while state & WRITER == 0 && state & READERS != READERS {
@@ -37,6 +38,7 @@ impl VersionLock {
         false
     }
 
+    #[inline]
     pub(super) fn unshare(&self) {
         self.0.fetch_sub(READER, Ordering::Release);
     }
@@ -64,12 +66,14 @@ impl VersionLock {
     }
 
     /// The version to read at; none while somebody holds the lock exclusively.
+    #[inline]
     pub(super) fn begin_read(&self) -> Option<u32> {
         let state = self.0.load(Ordering::Acquire);
         (state & WRITER == 0).then_some(state & !READERS)
     }
 
     /// True if nothing was written since [`begin_read`](Self::begin_read) gave `version`.
+    #[inline]
     pub(super) fn is_still(&self, version: u32) -> bool {
         fence(Ordering::Acquire);
         self.0.load(Ordering::Relaxed) & !READERS == version

@@ -25,9 +25,10 @@ pub(crate) fn cell(value: u64) -> Cell {
 
 /// The words of one block.
 #[derive(Clone, Copy)]
-pub(super) struct View<'a>(pub(super) &'a [AtomicU64; WORDS]);
+pub(crate) struct View<'a>(pub(super) &'a [AtomicU64; WORDS]);
 
 impl View<'_> {
+    #[inline]
     pub(super) fn word(self, at: usize) -> u64 {
         self.0[at % WORDS].load(Ordering::Relaxed)
     }
@@ -74,10 +75,12 @@ impl View<'_> {
         self.set_word(3, value_size as u64);
     }
 
+    #[inline]
     pub(super) fn is_leaf(self) -> bool {
         self.word(0) >> 32 == u64::from(FLAG_LEAF)
     }
 
+    #[inline]
     pub(super) fn len(self) -> usize {
         (self.word(2) & 0xffff_ffff) as usize
     }
@@ -94,6 +97,7 @@ impl View<'_> {
         self.set_word(2, self.word(2) >> 32 << 32 | len as u64);
     }
 
+    #[inline]
     pub(super) fn key(self, at: usize) -> u64 {
         self.word(HEADER + at)
     }
@@ -130,35 +134,40 @@ impl View<'_> {
     }
 
     /// The value of a node whose values are 8 bytes.
+    #[inline]
     pub(super) fn number(self, max: usize, at: usize) -> u64 {
         self.word(HEADER + max + at)
     }
 
+    #[inline]
     pub(super) fn child(self, at: usize) -> MetadataBlock {
         MetadataBlock(self.number(max_entries(8), at))
     }
 
     /// How many keys are at most `key`.
+    #[inline]
     pub(super) fn upper(self, key: u64) -> usize {
+        // Without branches: which way a search goes is as good as random.
         let (mut low, mut len) = (0, self.len().min(WORDS));
-        while len > 0 {
-            let half = len / 2;
-            if self.key(low + half) <= key {
-                low += half + 1;
-                len -= half + 1;
-            } else {
-                len = half;
-            }
+        if len == 0 {
+            return 0;
         }
-        low
+        while len > 1 {
+            let half = len / 2;
+            low += if self.key(low + half) <= key { half } else { 0 };
+            len -= half;
+        }
+        low + usize::from(self.key(low) <= key)
     }
 
     /// The entry with the largest key that is at most `key`.
+    #[inline]
     pub(super) fn floor(self, key: u64) -> Option<usize> {
         self.upper(key).checked_sub(1)
     }
 
     /// The entry that has `key`.
+    #[inline]
     pub(super) fn find(self, key: u64) -> Option<usize> {
         self.floor(key).filter(|&at| self.key(at) == key)
     }

@@ -1,0 +1,302 @@
+//! A pool's metadata in the hands of many: any number of threads look blocks up while one changes them.
+//!
+//! How the two are kept apart is a [`LockScheme`]. Under `2013`, `kernel` and `b` a change or a commit holds the root lock, and no
+//! lookup runs meanwhile. Under `a` and `optimistic` lookups go on, also during a commit; the next transaction begins only when
+//! those that began before the commit are over.
+
+use super::BlockTime;
+use super::pool_metadata::{Lookup, PoolMetadata};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pdata::txn::{
+    A, B, BlockManager, Found, Kernel, LockScheme, LookupCounts, NoTally, Optimistic, Place, Roots,
+    V2013, WouldBlock, lookup,
+};
+use crate::units::{MetadataBlock, ThinBlock, ThinId};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard, Weak};
+use std::time::Instant;
+
+/// A device whose blocks are looked up.
+#[derive(Debug)]
+pub struct OpenThin {
+    id: ThinId,
+    snapshotted_time: AtomicU32,
+}
+
+impl OpenThin {
+    /// Its id.
+    pub fn id(&self) -> ThinId {
+        self.id
+    }
+}
+
+/// What a lookup that does not wait says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TryLookup {
+    /// The block is mapped.
+    Mapped(Lookup),
+    /// It is not.
+    Unmapped,
+    /// It could not be told at once.
+    WouldBlock(WouldBlock),
+}
+
+/// What only one thread at a time has.
+#[derive(Debug)]
+struct Writer {
+    pool: PoolMetadata,
+    thins: HashMap<u64, Weak<OpenThin>>,
+    time: u32,
+}
+
+/// The metadata.
+#[derive(Debug)]
+pub struct SharedMetadata {
+    scheme: LockScheme,
+    blocks: Arc<BlockManager>,
+    roots: Roots,
+    writer: Mutex<Writer>,
+    commits: AtomicU64,
+    barrier_wait_ns: AtomicU64,
+}
+
+/// A thread's way to look blocks up.
+#[derive(Debug)]
+pub struct Reader<'a> {
+    shared: &'a SharedMetadata,
+    place: Arc<Place>,
+    counts: Option<Box<LookupCounts>>,
+}
+
+impl Drop for Reader<'_> {
+    fn drop(&mut self) {
+        self.shared.roots.epochs.leave(&self.place);
+    }
+}
+
+impl SharedMetadata {
+    /// Shares `pool` by `scheme`.
+    pub fn new(pool: PoolMetadata, scheme: LockScheme) -> Self {
+        Self {
+            scheme,
+            blocks: Arc::clone(pool.blocks()),
+            roots: Roots::new(pool.mapping_root()),
+            commits: AtomicU64::new(0),
+            barrier_wait_ns: AtomicU64::new(0),
+            writer: Mutex::new(Writer {
+                time: pool.time(),
+                pool,
+                thins: HashMap::new(),
+            }),
+        }
+    }
+
+    /// The scheme.
+    pub fn scheme(&self) -> LockScheme {
+        self.scheme
+    }
+
+    fn writer(&self) -> MutexGuard<'_, Writer> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The root lock, under the schemes in which changes hold it.
+    fn exclude(&self) -> Option<RwLockWriteGuard<'_, ()>> {
+        let take = || {
+            self.roots
+                .lock
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+        };
+        self.scheme.excludes_lookups().then(take)
+    }
+
+    /// A way to look blocks up, one for each thread; with `counting` it keeps [`LookupCounts`].
+    pub fn reader(&self, counting: bool) -> Reader<'_> {
+        Reader {
+            shared: self,
+            place: self.roots.epochs.join(),
+            counts: counting.then(Box::default),
+        }
+    }
+
+    /// A device to look up blocks of.
+    ///
+    /// # Errors
+    /// `NotFound`, `Io`, `Damaged`.
+    pub fn open_thin(&self, id: ThinId) -> Result<Arc<OpenThin>> {
+        let mut writer = self.writer();
+        if let Some(open) = writer.thins.get(&id.0).and_then(Weak::upgrade) {
+            return Ok(open);
+        }
+        let snapshotted_time = writer.pool.details(id)?.snapshotted_time;
+        let thin = Arc::new(OpenThin {
+            id,
+            snapshotted_time: AtomicU32::new(snapshotted_time),
+        });
+        writer.thins.retain(|_, thin| thin.strong_count() > 0);
+        writer.thins.insert(id.0, Arc::downgrade(&thin));
+        Ok(thin)
+    }
+
+    /// Changes the metadata: everything but commit and abort, which are methods of their own. One thread at a time does.
+    ///
+    /// # Errors
+    /// Those of `change`.
+    pub fn change<T>(&self, change: impl FnOnce(&mut PoolMetadata) -> Result<T>) -> Result<T> {
+        let mut writer = self.writer();
+        let held = self.exclude();
+        let changed = change(&mut writer.pool);
+        self.roots.publish(writer.pool.mapping_root(), self.scheme);
+        drop(held);
+        writer.refresh(false);
+        changed
+    }
+
+    /// Ends the transaction, see [`PoolMetadata::commit`]. Changes wait until no lookup can be on its way through what it freed.
+    ///
+    /// # Errors
+    /// Those of [`PoolMetadata::commit`].
+    pub fn commit(&self) -> Result<()> {
+        let mut writer = self.writer();
+        let held = self.exclude();
+        // The top-level tree is final: what a commit still changes are the details and the space maps.
+        let barrier = self.roots.epochs.begin();
+        let committed = writer.pool.commit();
+        drop(held);
+        if !self.scheme.excludes_lookups() {
+            let since = Instant::now();
+            self.roots.epochs.wait(barrier);
+            let waited = since.elapsed().as_nanos() as u64;
+            self.barrier_wait_ns.fetch_add(waited, Ordering::Relaxed);
+        }
+        self.commits.fetch_add(1, Ordering::Relaxed);
+        committed
+    }
+
+    /// Undoes the transaction, see [`PoolMetadata::abort`]. No lookup runs meanwhile.
+    ///
+    /// # Errors
+    /// Those of [`PoolMetadata::abort`].
+    pub fn abort(&self) -> Result<()> {
+        let mut writer = self.writer();
+        let held = self.exclude();
+        // What is on the disk of this transaction is not whole: nobody may look at it.
+        self.roots.publish(MetadataBlock(0), self.scheme);
+        self.roots.epochs.wait(self.roots.epochs.begin());
+        writer.pool.abort()?;
+        self.roots.publish(writer.pool.mapping_root(), self.scheme);
+        drop(held);
+        writer.refresh(true);
+        Ok(())
+    }
+
+    /// Reads the blocks that lookups missed which could not wait.
+    pub fn read_missed(&self) {
+        self.blocks.read_missed();
+    }
+
+    /// Commits so far, and nanoseconds that they waited for lookups.
+    pub fn barrier_waits(&self) -> (u64, u64) {
+        (
+            self.commits.load(Ordering::Relaxed),
+            self.barrier_wait_ns.load(Ordering::Relaxed),
+        )
+    }
+
+    /// The metadata alone.
+    pub fn into_pool(self) -> PoolMetadata {
+        self.writer
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pool
+    }
+}
+
+impl Writer {
+    /// Tells open devices when they were last snapshotted.
+    fn refresh(&mut self, always: bool) {
+        let time = self.pool.time();
+        if time == self.time && !always {
+            return;
+        }
+        self.time = time;
+        for (&id, thin) in &self.thins {
+            if let (Some(thin), Ok(details)) = (thin.upgrade(), self.pool.details(ThinId(id))) {
+                thin.snapshotted_time
+                    .store(details.snapshotted_time, Ordering::Release);
+            }
+        }
+    }
+}
+
+impl Reader<'_> {
+    fn look(&mut self, thin: &OpenThin, block: ThinBlock, wait: bool) -> Result<Found> {
+        let key = (thin.id.0, block.0);
+        let (blocks, roots, place) = (&*self.shared.blocks, &self.shared.roots, &*self.place);
+        macro_rules! by {
+            ($scheme:ty) => {
+                match self.counts.as_deref_mut() {
+                    None => lookup::<$scheme, _>(blocks, roots, place, key, wait, NoTally),
+                    Some(counts) => lookup::<$scheme, _>(blocks, roots, place, key, wait, counts),
+                }
+            };
+        }
+        match self.shared.scheme {
+            LockScheme::V2013 => by!(V2013),
+            LockScheme::Kernel => by!(Kernel),
+            LockScheme::A => by!(A),
+            LockScheme::B => by!(B),
+            LockScheme::Optimistic => by!(Optimistic),
+        }
+    }
+
+    /// Where a virtual block is, without waiting for I/O, nor, but under `kernel`, for a change.
+    ///
+    /// # Errors
+    /// `NotFound` for the device, `Damaged`.
+    pub fn try_find_block(&mut self, thin: &OpenThin, block: ThinBlock) -> Result<TryLookup> {
+        Ok(match self.look(thin, block, false)? {
+            Found::Value(value) => TryLookup::Mapped(lookup_of(thin, value)),
+            Found::Nothing => TryLookup::Unmapped,
+            Found::WouldBlock(reason) => TryLookup::WouldBlock(reason),
+            Found::NoDevice => return Err(no_device(thin)),
+        })
+    }
+
+    /// Where a virtual block is; none if it is not mapped. May wait.
+    ///
+    /// # Errors
+    /// `NotFound` for the device, `Io`, `Damaged`.
+    pub fn find_block(&mut self, thin: &OpenThin, block: ThinBlock) -> Result<Option<Lookup>> {
+        loop {
+            match self.look(thin, block, true)? {
+                Found::Value(value) => return Ok(Some(lookup_of(thin, value))),
+                Found::Nothing => return Ok(None),
+                Found::WouldBlock(_) => std::thread::yield_now(),
+                Found::NoDevice => return Err(no_device(thin)),
+            }
+        }
+    }
+
+    /// What the lookups cost, if they are counted.
+    pub fn counts(&self) -> Option<LookupCounts> {
+        self.counts.as_deref().copied()
+    }
+}
+
+fn lookup_of(thin: &OpenThin, value: u64) -> Lookup {
+    let mapping = BlockTime::unpack(value);
+    Lookup {
+        block: mapping.block,
+        is_shared: thin.snapshotted_time.load(Ordering::Acquire) > mapping.time,
+    }
+}
+
+fn no_device(thin: &OpenThin) -> Error {
+    Error::new(
+        ErrorKind::NotFound,
+        format!("thin device {} was deleted", thin.id),
+    )
+}
