@@ -72,6 +72,10 @@ cargo clippy --locked --all-targets --features devtools -- --deny warnings
 step 'Tests'
 cargo test --locked --release --features devtools
 
+step 'Models'
+# Every order of the steps of the commit barrier, the optimistic read and the guards that the memory model allows.
+RUSTFLAGS='--cfg loom' cargo test --locked --release --lib --target-dir target/loom models
+
 step 'Documentation'
 RUSTDOCFLAGS='--deny warnings' cargo doc --locked --no-deps --features devtools
 

@@ -2,18 +2,21 @@
 //! every abort and reopening they are those of the last commit.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use thintools::ErrorKind;
-use thintools::io::{BlockEngine, RamEngine};
+use thintools::io::{AlignedBuffer, BlockEngine, RamEngine};
 use thintools::observer::Silent;
 use thintools::pdata::txn::{LockScheme, WouldBlock};
-use thintools::thin::{PoolMetadata, SharedMetadata, TryLookup};
+use thintools::thin::{Fields, PoolMetadata, SharedMetadata, TryLookup};
 use thintools::tools::check::{CheckOptions, check};
 use thintools::units::{DataBlock, ThinBlock, ThinId};
+
+use crate::support::{Image, fixtures};
 
 /// Mappings by virtual block: data block and the time of mapping.
 type Mappings = BTreeMap<u64, (u64, u32)>;
@@ -332,11 +335,11 @@ fn the_clock_has_an_end() {
     pool.create_thin(ThinId(0)).expect("made");
     pool.commit().expect("committed");
     drop(pool);
-    let mut block = thintools::io::AlignedBuffer::new(1);
+    let mut block = AlignedBuffer::new(1);
     engine
         .read(Default::default(), block.blocks_mut(1))
         .expect("read");
-    let mut fields = thintools::thin::Fields::unpack(block.blocks(1));
+    let mut fields = Fields::unpack(block.blocks(1));
     fields.time = (1 << 24) - 1;
     engine
         .write(Default::default(), &fields.pack())
@@ -448,4 +451,109 @@ fn lookups_are_right_while_blocks_are_reused() {
         assert!(looked.into_inner() > 1000, "{scheme}");
         assert!(shared.barrier_waits().0 > 500);
     }
+}
+
+impl Pair {
+    /// An image, with the model that is read from it.
+    fn of(bytes: Vec<u8>, cache: usize) -> Self {
+        let engine = Arc::new(RamEngine::from_bytes(bytes));
+        let pool = PoolMetadata::open(Arc::clone(&engine) as _, cache).expect("opened");
+        let status = pool.status().expect("read");
+        let mut model = Model {
+            time: status.time,
+            transaction_id: status.transaction_id,
+            nr_data_blocks: status.data_blocks,
+            nr_metadata_blocks: status.metadata_blocks,
+            held: status.held_root.map(|_| BTreeMap::new()),
+            ..Model::default()
+        };
+        for id in pool.devices().expect("read") {
+            let mut thin = ModelThin {
+                snapshotted_time: pool.details(id).expect("there").snapshotted_time,
+                ..ModelThin::default()
+            };
+            let mut from = Some(0);
+            while let Some(block) = from
+                && let Some((block, at)) = pool.next_block(id, ThinBlock(block)).expect("read")
+            {
+                thin.mappings.insert(block.0, (at.block.0, at.time));
+                from = block.0.checked_add(1);
+            }
+            model.thins.insert(id.0, thin);
+        }
+        Self {
+            engine,
+            pool,
+            committed: model.clone(),
+            model,
+            cache,
+        }
+    }
+}
+
+/// Every image that the kernel left whole can be changed: after each commit our check and Debian's find nothing wrong with it.
+#[test]
+fn images_of_the_kernel_can_be_changed() {
+    let mut changed = 0;
+    for (seed, fixture) in fixtures().into_iter().enumerate() {
+        let bytes = crate::support::expand(&format!("{}.img", fixture.name()));
+        let engine = RamEngine::from_bytes(bytes.clone());
+        let found = check(&engine, &CheckOptions::default(), &Silent).expect("memory");
+        if !found.report.damages.is_empty() {
+            continue;
+        }
+        let case = fixture.name();
+        println!("{case}");
+        let mut rng = SmallRng::seed_from_u64(seed as u64);
+        let mut pair = Pair::of(bytes, 64 * 4112);
+        pair.compare(&case);
+        for _ in 0..4 {
+            for _ in 0..100 {
+                pair.step(&mut rng);
+            }
+            let committed = pair.commit();
+            pair.or_abort(committed);
+            pair.compare(&case);
+            pair.check(&case);
+        }
+        let Pair { engine, pool, .. } = pair;
+        drop(pool);
+        let engine = Arc::into_inner(engine).expect("the only one");
+        let image = Image::from_bytes(&engine.into_bytes());
+        let args = [OsStr::new("-q"), image.path().as_os_str()];
+        crate::support::peer("thin_check", &args).expect(0);
+        changed += 1;
+    }
+    assert!(changed >= 30, "only {changed} images");
+}
+
+/// What the kernel makes of a zeroed device of 4 MiB: the same blocks for the same things, and as many of them.
+#[test]
+fn a_new_pool_is_laid_out_as_the_kernel_does() {
+    let image = Image::of("empty-2m/meta");
+    let theirs = Fields::unpack(&image.block(0));
+    let blocks = theirs.metadata_space_map.nr_blocks as usize;
+    let engine = Arc::new(RamEngine::new(blocks));
+    let mut pool =
+        PoolMetadata::format(Arc::clone(&engine) as _, theirs.data_block_size, 0).expect("made");
+    pool.resize_data(theirs.data_space_map.nr_blocks)
+        .expect("resized");
+    pool.commit().expect("committed");
+    let mut block = AlignedBuffer::new(1);
+    engine
+        .read(Default::default(), block.blocks_mut(1))
+        .expect("read");
+    let ours = Fields::unpack(block.blocks(1));
+    let counts = |fields: &Fields| {
+        (
+            fields.metadata_space_map.nr_allocated,
+            fields.data_space_map.nr_allocated,
+            fields.data_space_map.nr_blocks,
+            fields.metadata_nr_blocks,
+            (fields.mapping_root, fields.details_root),
+            fields.metadata_space_map.ref_count_root,
+            fields.data_space_map.ref_count_root,
+        )
+    };
+    assert_eq!(counts(&ours), counts(&theirs));
 }
