@@ -557,3 +557,81 @@ fn a_new_pool_is_laid_out_as_the_kernel_does() {
     };
     assert_eq!(counts(&ours), counts(&theirs));
 }
+
+/// A chain of a thousand snapshots, each with a write of its own, made and deleted again.
+#[test]
+fn a_thousand_snapshots_deep() {
+    let mut pair = Pair::format(8192, 100_000, 64 << 20);
+    let told = Arc::new(AtomicU64::new(0));
+    let tell = Arc::clone(&told);
+    pair.pool.register_metadata_threshold(move || {
+        tell.fetch_add(1, Ordering::Relaxed);
+    });
+    pair.pool.create_thin(ThinId(0)).expect("made");
+    for block in 0..1000 {
+        let data = pair
+            .pool
+            .alloc_data_block()
+            .expect("room")
+            .expect("a block");
+        pair.pool
+            .insert_block(ThinId(0), ThinBlock(block), data)
+            .expect("mapped");
+    }
+    for id in 1..1000 {
+        pair.pool
+            .create_snap(ThinId(id), ThinId(id - 1))
+            .expect("made");
+        let data = pair
+            .pool
+            .alloc_data_block()
+            .expect("room")
+            .expect("a block");
+        pair.pool
+            .insert_block(ThinId(id), ThinBlock(id), data)
+            .expect("mapped");
+        if id % 50 == 0 {
+            pair.pool.commit().expect("committed");
+        }
+    }
+    pair.pool.commit().expect("committed");
+    pair.check("made");
+    assert_eq!(pair.pool.status().expect("read").devices, 1000);
+    for id in 0..1000 {
+        pair.pool
+            .delete_device(ThinId((id * 7) % 1000))
+            .expect("deleted");
+    }
+    pair.pool.commit().expect("committed");
+    pair.check("deleted");
+    assert_eq!(pair.pool.status().expect("read").used_data_blocks, 0);
+    assert_eq!(
+        told.load(Ordering::Relaxed),
+        0,
+        "most of the device was free all the time"
+    );
+}
+
+/// Somebody is told once when metadata becomes scarce.
+#[test]
+fn scarce_metadata_is_told_once() {
+    let mut pair = Pair::format(100, 1000, 0);
+    let told = Arc::new(AtomicU64::new(0));
+    let tell = Arc::clone(&told);
+    pair.pool.register_metadata_threshold(move || {
+        tell.fetch_add(1, Ordering::Relaxed);
+    });
+    let mut id = 0;
+    let full = loop {
+        if let Err(e) = pair.pool.create_thin(ThinId(id)) {
+            break e;
+        }
+        id += 1;
+    };
+    assert_eq!(full.kind(), ErrorKind::NoSpace);
+    assert_eq!(told.load(Ordering::Relaxed), 1);
+    assert!(id > 50, "{id}");
+    pair.pool.abort().expect("aborted");
+    assert_eq!(pair.pool.status().expect("read").devices, 0);
+    pair.check("aborted");
+}

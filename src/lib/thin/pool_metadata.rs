@@ -12,7 +12,7 @@ use crate::checksum::{self, BlockKind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::BlockEngine;
 use crate::pdata::TreeKind;
-use crate::pdata::txn::{BlockManager, Cell, Transaction, cell};
+use crate::pdata::txn::{BlockManager, Cell, LowSpace, Transaction, cell};
 use crate::units::{
     DataBlock, MAX_DATA_BLOCKS, MAX_METADATA_BLOCKS, MAX_THIN_ID, MAX_TIME, MetadataBlock,
     ThinBlock, ThinId, is_legal_data_block_size,
@@ -564,10 +564,12 @@ impl PoolMetadata {
     /// `Io` or `Damaged` when the last commit cannot be read: nothing more can be done with this object.
     pub fn abort(&mut self) -> Result<()> {
         let blocks = Arc::clone(self.txn.blocks());
+        let low_space = self.txn.low_space.take();
         blocks.reset();
         match Self::open_cached(blocks) {
             Ok(again) => {
                 *self = again;
+                self.txn.low_space = low_space;
                 Ok(())
             }
             Err(e) => {
@@ -722,6 +724,16 @@ impl PoolMetadata {
             .delete_tree(TreeKind::TopLevel, held.mapping_root)?;
         self.txn.delete_tree(TreeKind::Details, held.details_root)?;
         self.txn.decrement_metadata(block.0)
+    }
+
+    /// Calls `tell` when an allocation leaves no more than the threshold of the status line free, and again only after there were
+    /// more. An abort takes back nothing of that.
+    pub fn register_metadata_threshold(&mut self, tell: impl FnMut() + Send + 'static) {
+        self.txn.low_space = Some(LowSpace {
+            threshold: (self.txn.metadata_map().nr_blocks / 4).min(MOST_THRESHOLD),
+            was_told: false,
+            tell: Box::new(tell),
+        });
     }
 
     /// Blocks of the metadata device that are kept back for commits.

@@ -106,7 +106,7 @@ pub struct BlockManager {
     engine: Arc<dyn BlockEngine>,
     slots: Box<[Slot]>,
     words: Box<[[AtomicU64; WORDS]]>,
-    /// Slot numbers and one, by block number, open addressing; twice as many as slots.
+    /// Slot numbers and one, by block number, open addressing; twice as many as slots, so that a search always ends.
     table: Box<[AtomicU32]>,
     fill: Mutex<Fill>,
     is_read_only: AtomicBool,
@@ -268,7 +268,7 @@ impl BlockManager {
             engine,
             slots: (0..nr_slots).map(|_| slot()).collect(),
             words: (0..nr_slots).map(|_| block()).collect(),
-            table: numbers((2 * nr_slots).next_power_of_two()),
+            table: numbers(2 * nr_slots),
             fill: Mutex::new(Fill {
                 used: 0,
                 hand: 0,
@@ -307,8 +307,16 @@ impl BlockManager {
 
     #[inline]
     fn start(&self, block: MetadataBlock) -> usize {
-        let shift = 64 - self.table.len().trailing_zeros();
-        (block.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> shift) as usize
+        let hash = block.0.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        ((u128::from(hash) * self.table.len() as u128) >> 64) as usize
+    }
+
+    #[inline]
+    fn after(&self, at: usize) -> usize {
+        match at + 1 {
+            end if end == self.table.len() => 0,
+            next => next,
+        }
     }
 
     /// The slot that has `block`. A concurrent change of the table may hide it, which looks like a miss.
@@ -324,7 +332,7 @@ impl BlockManager {
             if self.slots[slot].tag.load(Ordering::Relaxed) & TAG_BLOCK == wanted {
                 return Some(slot);
             }
-            at = (at + 1) & (self.table.len() - 1);
+            at = self.after(at);
         }
     }
 
@@ -524,7 +532,7 @@ impl BlockManager {
                 .store(tag(block, as_what) | REFERENCED, Ordering::Relaxed);
             let mut at = self.start(block);
             while self.table[at].load(Ordering::Relaxed) != 0 {
-                at = (at + 1) & (self.table.len() - 1);
+                at = self.after(at);
             }
             self.table[at].store(slot as u32 + 1, Ordering::Release);
         }
@@ -575,23 +583,23 @@ impl BlockManager {
 
     /// Takes the block of a locked slot out of the table.
     fn forget(&self, slot: usize, block: MetadataBlock) {
-        let mask = self.table.len() - 1;
+        let behind = |from: usize, to: usize| (to + self.table.len() - from) % self.table.len();
         self.slots[slot].tag.store(0, Ordering::Relaxed);
         let mut hole = self.start(block);
         while self.table[hole].load(Ordering::Relaxed) != slot as u32 + 1 {
-            hole = (hole + 1) & mask;
+            hole = self.after(hole);
         }
         // What follows moves up, so that no search ends too early.
         let mut at = hole;
         loop {
-            at = (at + 1) & mask;
+            at = self.after(at);
             let entry = self.table[at].load(Ordering::Relaxed);
             let Some(other) = entry.checked_sub(1) else {
                 break;
             };
             let tag = self.slots[other as usize].tag.load(Ordering::Relaxed) & TAG_BLOCK;
             let home = self.start(MetadataBlock(u64::from(tag.saturating_sub(1))));
-            if (at.wrapping_sub(home) & mask) >= (at.wrapping_sub(hole) & mask) {
+            if behind(home, at) >= behind(hole, at) {
                 self.table[hole].store(entry, Ordering::Release);
                 hole = at;
             }

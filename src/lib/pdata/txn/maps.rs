@@ -304,6 +304,10 @@ impl Transaction {
         })?;
         self.metadata.cursor = block + 1;
         self.increment_metadata(block)?;
+        let root = self.metadata.root;
+        if let Some(low) = &mut self.low_space {
+            low.look(root.nr_blocks.saturating_sub(root.nr_allocated));
+        }
         Ok(MetadataBlock(block))
     }
 

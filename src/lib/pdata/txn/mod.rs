@@ -15,5 +15,6 @@ pub use block_manager::BlockManager;
 pub(crate) use epoch::Place;
 pub(crate) use schemes::{A, B, Found, Kernel, NoTally, Optimistic, Roots, V2013, lookup};
 pub use schemes::{LockScheme, LookupCounts, WouldBlock};
+pub(crate) use transaction::LowSpace;
 pub use transaction::Transaction;
 pub(crate) use view::{Cell, cell};

@@ -14,6 +14,7 @@ use crate::pdata::forest::TreeKind;
 use crate::pdata::space_map::{SpaceMapRoot, nr_bitmaps};
 use crate::units::{MAX_METADATA_BLOCKS, MetadataBlock};
 use std::collections::{HashMap, VecDeque};
+use std::fmt;
 use std::sync::Arc;
 
 /// An operation on counts of metadata blocks that waits for another one to end.
@@ -36,6 +37,34 @@ pub struct Transaction {
     pub(super) queue: VecDeque<Pending>,
     /// The sum of what waits in the queue, by block.
     pub(super) pending: HashMap<u64, i64>,
+    /// Who is told that few metadata blocks are left.
+    pub(crate) low_space: Option<LowSpace>,
+}
+
+/// Tells somebody once when free metadata blocks become few, and again only after they were more.
+pub(crate) struct LowSpace {
+    pub(crate) threshold: u64,
+    pub(crate) was_told: bool,
+    pub(crate) tell: Box<dyn FnMut() + Send>,
+}
+
+impl fmt::Debug for LowSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LowSpace")
+            .field("threshold", &self.threshold)
+            .field("was_told", &self.was_told)
+            .finish_non_exhaustive()
+    }
+}
+
+impl LowSpace {
+    pub(super) fn look(&mut self, free: u64) {
+        let is_low = free <= self.threshold;
+        if is_low && !self.was_told {
+            (self.tell)();
+        }
+        self.was_told = is_low;
+    }
 }
 
 impl Transaction {
@@ -65,6 +94,7 @@ impl Transaction {
             depth: 0,
             queue: VecDeque::new(),
             pending: HashMap::new(),
+            low_space: None,
         }
     }
 
