@@ -2,6 +2,7 @@
 //! sound; whatever fails is reported, and what was committed stays.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::sync::Arc;
 
 use rand::rngs::SmallRng;
@@ -89,17 +90,78 @@ fn current_of(pool: &PoolMetadata) -> Result<(Held, u64, bool)> {
     Ok((current, status.data_blocks, status.needs_check))
 }
 
-/// What is on an image, which has to be sound. The metadata snapshot is read as a pool of its own.
+/// An image with some blocks replaced: thousands of states that a crash may leave differ in a few blocks only.
+#[derive(Clone)]
+struct Layered {
+    base: Arc<Vec<u8>>,
+    replaced: BTreeMap<u64, Vec<u8>>,
+}
+
+impl Layered {
+    fn new(base: &Arc<Vec<u8>>) -> Self {
+        Self {
+            base: Arc::clone(base),
+            replaced: BTreeMap::new(),
+        }
+    }
+
+    fn apply(&mut self, writes: &[Write<'_>]) {
+        let writes = writes.iter();
+        self.replaced
+            .extend(writes.map(|(block, data)| (*block, data.to_vec())));
+    }
+
+    fn block(&self, number: u64) -> &[u8] {
+        let of_base = || &self.base[number as usize * BLOCK_SIZE..][..BLOCK_SIZE];
+        self.replaced.get(&number).map_or_else(of_base, |b| b)
+    }
+}
+
+impl BlockEngine for Layered {
+    fn nr_blocks(&self) -> u64 {
+        (self.base.len() / BLOCK_SIZE) as u64
+    }
+
+    fn read(&self, start: MetadataBlock, buf: &mut [u8]) -> io::Result<()> {
+        for (number, bytes) in (start.0..).zip(buf.chunks_exact_mut(BLOCK_SIZE)) {
+            if number >= self.nr_blocks() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            bytes.copy_from_slice(self.block(number));
+        }
+        Ok(())
+    }
+
+    fn write(&self, _: MetadataBlock, _: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn depth(&self) -> usize {
+        1
+    }
+}
+
+/// What is on an image, which has to be sound.
 #[track_caller]
 fn contents_of(image: &[u8], case: &str) -> Contents {
-    let engine = Arc::new(RamEngine::from_bytes(image.to_vec()));
+    contents(&Layered::new(&Arc::new(image.to_vec())), case)
+}
+
+/// What is on an image, which has to be sound. The metadata snapshot is read as a pool of its own.
+#[track_caller]
+fn contents(image: &Layered, case: &str) -> Contents {
+    let engine = Arc::new(image.clone());
     let checked = check(&*engine, &CheckOptions::default(), &Silent).expect("memory");
     let flag = |code: &str| code == "needs-check";
     let damages = checked.report.damages.iter();
     let damages: Vec<_> = damages.filter(|d| !flag(d.code.name())).collect();
     assert!(damages.is_empty(), "{case}: {damages:?}");
-    let open = || PoolMetadata::open(Arc::clone(&engine) as _, SMALL);
-    let pool = open().unwrap_or_else(|e| panic!("{case}: {e}"));
+    let open = |engine: &Arc<Layered>| PoolMetadata::open(Arc::clone(engine) as _, SMALL);
+    let pool = open(&engine).unwrap_or_else(|e| panic!("{case}: {e}"));
     let read = |pool: &PoolMetadata| current_of(pool).unwrap_or_else(|e| panic!("{case}: {e}"));
     let (current, nr_data_blocks, needs_check) = read(&pool);
     drop(pool);
@@ -114,8 +176,10 @@ fn contents_of(image: &[u8], case: &str) -> Contents {
             transaction_id: copy.transaction_id,
             ..superblock
         };
-        engine.write(SUPERBLOCK, &as_pool.pack()).expect("memory");
-        let pool = open().unwrap_or_else(|e| panic!("{case}, metadata snapshot: {e}"));
+        let mut image = image.clone();
+        image.apply(&[(SUPERBLOCK.0, &as_pool.pack())]);
+        let pool =
+            open(&Arc::new(image)).unwrap_or_else(|e| panic!("{case}, metadata snapshot: {e}"));
         read(&pool).0
     });
     Contents {
@@ -358,8 +422,7 @@ fn some_of<'a>(writes: &[Write<'a>], rng: &mut SmallRng) -> Vec<Write<'a>> {
     some
 }
 
-/// Looks at what a crash may leave at every moment: everything written so far, and some of what was not flushed; twice as much
-/// where it is little. `lossy` are steps at which a flush failed: what was not flushed then may be lost in spite of a later flush.
+/// Looks at what a crash may leave at every moment: everything written so far, and some of what was not flushed. `lossy` are steps at which a flush failed: what was not flushed then may be lost in spite of a later flush.
 /// Returns how many states were looked at.
 fn crash_everywhere(
     before: &[u8],
@@ -369,7 +432,7 @@ fn crash_everywhere(
     rng: &mut SmallRng,
     case: &str,
 ) -> usize {
-    let mut durable = before.to_vec();
+    let mut durable = Arc::new(before.to_vec());
     // Written since the last flush, and what a flush that failed has left in doubt.
     let mut pending: Vec<Write<'_>> = Vec::new();
     let mut doubtful: Vec<Write<'_>> = Vec::new();
@@ -380,15 +443,15 @@ fn crash_everywhere(
     for at in 0..=steps.len() {
         while let Some((_, contents)) = upcoming.next_if(|a| a.0 <= at) {
             old = contents;
-            let mut state = durable.clone();
-            apply(&mut state, &doubtful);
-            old_superblock = state[..BLOCK_SIZE].to_vec();
+            let mut state = Layered::new(&durable);
+            state.apply(&doubtful);
+            old_superblock = state.block(0).to_vec();
         }
         let next = upcoming.peek().map(|a| &a.1);
-        let mut judge = |state: &[u8], how: &str| {
+        let mut judge = |state: Layered, how: &str| {
             let case = format!("{case}, step {at} of {}, {how}", steps.len());
-            let found = contents_of(state, &case);
-            let expected = match state[..BLOCK_SIZE] == old_superblock {
+            let found = contents(&state, &case);
+            let expected = match *state.block(0) == old_superblock {
                 true => old,
                 false => next.unwrap_or_else(|| panic!("{case}: not what was acknowledged")),
             };
@@ -398,16 +461,16 @@ fn crash_everywhere(
             );
             judged += 1;
         };
-        let mut all = durable.clone();
-        apply(&mut all, &doubtful);
-        apply(&mut all, &pending);
-        judge(&all, "everything");
+        let mut all = Layered::new(&durable);
+        all.apply(&doubtful);
+        all.apply(&pending);
+        judge(all, "everything");
         if !pending.is_empty() || !doubtful.is_empty() {
             for _ in 0..2 {
-                let mut some = durable.clone();
-                apply(&mut some, &some_of(&doubtful, rng));
-                apply(&mut some, &some_of(&pending, rng));
-                judge(&some, "some of what is not flushed");
+                let mut some = Layered::new(&durable);
+                some.apply(&some_of(&doubtful, rng));
+                some.apply(&some_of(&pending, rng));
+                judge(some, "some of what is not flushed");
             }
         }
         if lossy.contains(&at) {
@@ -420,7 +483,7 @@ fn crash_everywhere(
             }
             Some(Step::Sync) => {
                 doubtful.retain(|d| pending.iter().all(|p| p.0 != d.0));
-                apply(&mut durable, &pending);
+                apply(Arc::make_mut(&mut durable).as_mut_slice(), &pending);
                 pending.clear();
             }
             None => {}
@@ -456,9 +519,9 @@ fn a_crash_leaves_the_last_transaction_or_the_next() {
         println!("{case}");
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut pool = Pool::format(blocks, 700, cache);
-        pool.run(&mut rng, 160);
+        pool.run(&mut rng, 500);
         let transactions = pool.acknowledged.len();
-        assert!(transactions > 8, "{case}: {transactions} transactions");
+        assert!(transactions > 20, "{case}: {transactions} transactions");
         judged += crash_pool(&pool, &mut rng, &case);
     }
     println!("{judged} states");
@@ -610,6 +673,9 @@ fn goes_on_after_failure(pool: &mut Pool, rng: &mut SmallRng, case: &str) -> usi
         .collect();
     let mut judged = 0;
     for is_lost in [false, true] {
+        if is_lost && doubtful.is_empty() {
+            continue;
+        }
         let mut before = state.clone();
         if !is_lost {
             apply(&mut before, &doubtful);
@@ -848,9 +914,12 @@ fn changes_that_cannot_be_written_early_are_not_lost() {
         pool.recorder.contents()
     };
     let [_, writes, _] = requests_of(&before, SMALL, change_much);
-    assert!(writes > 200, "{writes} writes: nothing is evicted");
+    assert!(
+        writes > 80,
+        "{writes} writes: a cache of 64 blocks writes that many at the end"
+    );
     let (mut whole, mut failed) = (0, 0);
-    for after in (0..writes).step_by(17) {
+    for after in (0..writes).step_by(5) {
         for (is_lasting, lands) in [
             (false, Lands::Nothing),
             (false, Lands::All),
@@ -874,9 +943,18 @@ fn changes_that_cannot_be_written_early_are_not_lost() {
                 }
                 Err(e) => {
                     assert_eq!(e.kind(), ErrorKind::Io, "{case}: {e}");
-                    let committed = pool.committed.clone();
-                    pool.says_nothing_else_after_abort(&committed, &case);
+                    // If it was the superblock that arrived and was reported as failed, all of it is there.
+                    let found = contents_of(&pool.recorder.contents(), &case);
+                    let is_last = after + 1 == writes && lands == Lands::All;
+                    let expected = if is_last {
+                        &pool.model
+                    } else {
+                        &pool.committed
+                    };
+                    assert!(found == *expected, "{case}");
+                    pool.says_nothing_else_after_abort(&found, &case);
                     failed += 1;
+                    continue;
                 }
             }
             let found = contents_of(&pool.recorder.contents(), &case);
@@ -923,7 +1001,6 @@ fn a_crash_leaves_a_whole_metadata_snapshot_or_none() {
 /// the superblock again, must not write over what the old one leads to.
 #[test]
 fn a_superblock_in_doubt_is_settled_before_anything_is_written_over() {
-    let mut rng = SmallRng::seed_from_u64(1);
     let before = base(64);
     let [_, _, syncs] = requests_of(&before, LARGE, change);
     let mut pool = Pool::open(before, LARGE);
@@ -934,6 +1011,7 @@ fn a_superblock_in_doubt_is_settled_before_anything_is_written_over() {
     pool.pool.abort().expect("aborted");
     let on_device = pool.recorder.contents();
     pool.model = contents_of(&on_device, "aborted");
+    pool.taken = pool.model.data_blocks();
     for block in 0..20 {
         pool.map(3, 700 + 40 * block, 10, 1).expect("room");
         pool.commit().expect("committed");
@@ -943,9 +1021,8 @@ fn a_superblock_in_doubt_is_settled_before_anything_is_written_over() {
     let lossy = pool.recorder.failed_syncs();
     let mut judged = 0;
     for end in lossy[0]..=steps.len() {
-        let (mut state, doubtful) = replay(&pool.before, &steps[..end], &lossy);
-        apply(&mut state, &some_of(&doubtful, &mut rng));
-        contents_of(&state, &format!("step {end} of {}", steps.len()));
+        let (lost, _) = replay(&pool.before, &steps[..end], &lossy);
+        contents_of(&lost, &format!("step {end} of {}", steps.len()));
         judged += 1;
     }
     assert!(judged > 10);
