@@ -14,7 +14,7 @@ use thintools::units::{BLOCK_SIZE, MetadataBlock, ThinBlock, ThinId};
 use crate::crash::{Recorder, Step, codes_of};
 use crate::support::{get_u32, get_u64, put_u32, put_u64};
 
-const MAGIC: u64 = 0x6a73_6677_7368_72;
+const MAGIC: u64 = 0x006a_7366_7773_6872;
 const SECTOR: usize = 512;
 const FLUSH: u64 = 1;
 const DISCARD: u64 = 4;

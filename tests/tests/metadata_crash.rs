@@ -112,8 +112,10 @@ impl Layered {
     }
 
     fn block(&self, number: u64) -> &[u8] {
-        let of_base = || &self.base[number as usize * BLOCK_SIZE..][..BLOCK_SIZE];
-        self.replaced.get(&number).map_or_else(of_base, |b| b)
+        match self.replaced.get(&number) {
+            Some(block) => block,
+            None => &self.base[number as usize * BLOCK_SIZE..][..BLOCK_SIZE],
+        }
     }
 }
 
@@ -620,7 +622,10 @@ fn held(blocks: usize) -> Vec<u8> {
     pool.recorder.contents()
 }
 
-const SCRIPTS: [(&str, fn(usize) -> Vec<u8>, Script); 3] = [
+/// Makes an image of so many blocks.
+type Prepare = fn(usize) -> Vec<u8>;
+
+const SCRIPTS: [(&str, Prepare, Script); 3] = [
     ("change", base, change),
     ("reserve", base, reserve),
     ("release", held, release),
