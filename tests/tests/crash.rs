@@ -1,8 +1,8 @@
-//! An engine that records what is written to it, and the states that a crash in between may leave on a disk.
+//! An engine that records what is written to it and can be made to fail, and the states that a crash in between may leave on a disk.
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 use thintools::io::{BlockEngine, RamEngine};
 use thintools::observer::Silent;
@@ -18,10 +18,103 @@ pub(crate) enum Step {
     Sync,
 }
 
-/// Memory that records what is done to it.
+/// What an engine is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Request {
+    Read,
+    Write,
+    Sync,
+}
+
+/// What of a write reaches the memory although it is reported as failed. A device that fails may have done some of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lands {
+    Nothing,
+    /// The first half of its blocks.
+    Half,
+    All,
+}
+
+/// Requests that fail.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fault {
+    pub(crate) request: Request,
+    /// How many requests of this kind succeed before.
+    pub(crate) after: u64,
+    /// All that follow fail, too.
+    pub(crate) is_lasting: bool,
+    pub(crate) lands: Lands,
+}
+
+impl Fault {
+    /// One request fails and does nothing.
+    pub(crate) fn once(request: Request, after: u64) -> Self {
+        Self {
+            request,
+            after,
+            is_lasting: false,
+            lands: Lands::Nothing,
+        }
+    }
+
+    /// This request and all that follow fail and do nothing.
+    pub(crate) fn lasting(request: Request, after: u64) -> Self {
+        Self {
+            is_lasting: true,
+            ..Self::once(request, after)
+        }
+    }
+}
+
+#[derive(Default)]
+struct Record {
+    steps: Vec<Step>,
+    faults: Vec<Fault>,
+    /// Requests since the start: reads, writes, flushes.
+    counts: [u64; 3],
+    /// Requests that were made to fail.
+    failed: u64,
+    /// How many steps there were when a flush failed.
+    failed_syncs: Vec<usize>,
+}
+
+impl Record {
+    /// What of this request is done if it is to fail.
+    fn strike(&mut self, request: Request) -> Option<Lands> {
+        self.counts[request as usize] += 1;
+        let mut lands = None;
+        self.faults.retain_mut(|fault| {
+            if fault.request != request {
+                return true;
+            }
+            if fault.after > 0 {
+                fault.after -= 1;
+                return true;
+            }
+            lands = Some(fault.lands);
+            fault.is_lasting
+        });
+        self.failed += u64::from(lands.is_some());
+        lands
+    }
+
+    fn note(&mut self, start: MetadataBlock, buf: &[u8]) {
+        let blocks = buf.chunks(BLOCK_SIZE).enumerate();
+        self.steps
+            .extend(blocks.map(|(i, block)| Step::Write(start.0 + i as u64, block.to_vec())));
+    }
+}
+
+/// What a failed device answers.
+fn failure() -> io::Error {
+    const EIO: i32 = 5;
+    io::Error::from_raw_os_error(EIO)
+}
+
+/// Memory that records what is done to it, and fails where it is told to.
 pub(crate) struct Recorder {
     memory: RamEngine,
-    steps: Mutex<Vec<Step>>,
+    record: Mutex<Record>,
 }
 
 impl Recorder {
@@ -29,13 +122,56 @@ impl Recorder {
     pub(crate) fn new(contents: &[u8]) -> Self {
         Self {
             memory: RamEngine::from_bytes(contents.to_vec()),
-            steps: Mutex::new(Vec::new()),
+            record: Mutex::default(),
         }
+    }
+
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().expect("no panic")
     }
 
     /// What was done to it, in order.
     pub(crate) fn into_steps(self) -> Vec<Step> {
-        self.steps.into_inner().expect("no panic")
+        self.record.into_inner().expect("no panic").steps
+    }
+
+    /// What was done to it so far, in order.
+    pub(crate) fn steps(&self) -> Vec<Step> {
+        self.record().steps.clone()
+    }
+
+    /// How much was done to it so far.
+    pub(crate) fn nr_steps(&self) -> usize {
+        self.record().steps.len()
+    }
+
+    /// How many requests of a kind there were so far, failed ones included.
+    pub(crate) fn count(&self, request: Request) -> u64 {
+        self.record().counts[request as usize]
+    }
+
+    /// How many requests were made to fail so far.
+    pub(crate) fn failed(&self) -> u64 {
+        self.record().failed
+    }
+
+    /// How many steps there were each time a flush failed.
+    pub(crate) fn failed_syncs(&self) -> Vec<usize> {
+        self.record().failed_syncs.clone()
+    }
+
+    /// From here on these requests fail, and no others.
+    pub(crate) fn set_faults(&self, faults: &[Fault]) {
+        self.record().faults = faults.to_vec();
+    }
+
+    /// What a reader finds now.
+    pub(crate) fn contents(&self) -> Vec<u8> {
+        let mut contents = vec![0; self.memory.nr_blocks() as usize * BLOCK_SIZE];
+        self.memory
+            .read(MetadataBlock(0), &mut contents)
+            .expect("memory");
+        contents
     }
 }
 
@@ -45,19 +181,37 @@ impl BlockEngine for Recorder {
     }
 
     fn read(&self, start: MetadataBlock, buf: &mut [u8]) -> io::Result<()> {
-        self.memory.read(start, buf)
+        match self.record().strike(Request::Read) {
+            None => self.memory.read(start, buf),
+            Some(_) => {
+                // Whoever uses what a failed read left behind is found out.
+                buf.fill(0xee);
+                Err(failure())
+            }
+        }
     }
 
     fn write(&self, start: MetadataBlock, buf: &[u8]) -> io::Result<()> {
-        self.memory.write(start, buf)?;
-        let blocks = buf.chunks(BLOCK_SIZE).enumerate();
-        let mut steps = self.steps.lock().expect("no panic");
-        steps.extend(blocks.map(|(i, block)| Step::Write(start.0 + i as u64, block.to_vec())));
-        Ok(())
+        let mut record = self.record();
+        let lands = record.strike(Request::Write);
+        let done = match lands {
+            None | Some(Lands::All) => buf,
+            Some(Lands::Half) => &buf[..buf.len() / BLOCK_SIZE / 2 * BLOCK_SIZE],
+            Some(Lands::Nothing) => &[],
+        };
+        self.memory.write(start, done)?;
+        record.note(start, done);
+        lands.map_or(Ok(()), |_| Err(failure()))
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.steps.lock().expect("no panic").push(Step::Sync);
+        let mut record = self.record();
+        if record.strike(Request::Sync).is_some() {
+            let now = record.steps.len();
+            record.failed_syncs.push(now);
+            return Err(failure());
+        }
+        record.steps.push(Step::Sync);
         Ok(())
     }
 

@@ -9,6 +9,8 @@ mod failures;
 mod fixtures;
 mod fuzzed;
 mod in_place;
+mod log_writes;
+mod metadata_crash;
 mod pool_metadata;
 mod repair;
 #[cfg(feature = "devtools")]

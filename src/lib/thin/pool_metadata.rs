@@ -84,6 +84,8 @@ pub struct PoolMetadata {
     is_changed: bool,
     /// The last commit cannot be read any more.
     is_failed: bool,
+    /// A superblock was written and it is not known whether it will last, whatever a reader finds now.
+    is_in_doubt: bool,
 }
 
 fn detail_of(words: Cell) -> DeviceDetail {
@@ -127,6 +129,7 @@ impl PoolMetadata {
             thins: BTreeMap::new(),
             is_changed: false,
             is_failed: false,
+            is_in_doubt: false,
         })
     }
 
@@ -164,6 +167,7 @@ impl PoolMetadata {
             thins: BTreeMap::new(),
             is_changed: true,
             is_failed: false,
+            is_in_doubt: false,
         };
         this.commit()?;
         Ok(this)
@@ -181,6 +185,10 @@ impl PoolMetadata {
 
     fn begin(&mut self) -> Result<()> {
         self.refuse_if_failed()?;
+        if self.is_in_doubt {
+            // What either of two superblocks leads to must not be written over.
+            self.write_superblock(self.committed)?;
+        }
         self.is_changed = true;
         Ok(())
     }
@@ -551,9 +559,11 @@ impl PoolMetadata {
     }
 
     fn write_superblock(&mut self, fields: Fields) -> Result<()> {
+        self.is_in_doubt = true;
         self.txn
             .blocks()
             .write_through(SUPERBLOCK, &fields.pack())?;
+        self.is_in_doubt = false;
         self.committed = fields;
         Ok(())
     }
@@ -568,7 +578,10 @@ impl PoolMetadata {
         blocks.reset();
         match Self::open_cached(blocks) {
             Ok(again) => {
-                *self = again;
+                *self = Self {
+                    is_in_doubt: self.is_in_doubt,
+                    ..again
+                };
                 self.txn.low_space = low_space;
                 Ok(())
             }
