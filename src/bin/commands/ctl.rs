@@ -66,8 +66,8 @@ pub(crate) const PAGE: Page = Page {
                  without the latter, to all of the metadata device, as the kernel does when it \
                  activates a pool. Neither can be made smaller. The data device itself is not \
                  looked at: the kernel refuses a pool with a data device that is smaller than the \
-                 metadata says, and grows one that is larger by itself. What can be made larger \
-                 is said on standard error; if all is as large already, nothing is written.",
+                 metadata says, and grows one that is larger by itself. The sizes before and \
+                 after are told on standard error. If nothing grows, nothing is written.",
             ],
         ),
         (
@@ -260,7 +260,12 @@ impl Args {
         if self.arguments.len() != wanted.len() {
             return Err(match wanted {
                 [] => format!("{word} takes no arguments"),
-                names => format!("{word} takes {}: {}", names.len(), names.join(" ")),
+                [name] => format!("{word} takes one argument: {name}"),
+                names => format!(
+                    "{word} takes {} arguments: {}",
+                    names.len(),
+                    names.join(" ")
+                ),
             });
         }
         if self.message != Message::Resize && (self.data.is_some() || self.metadata.is_some()) {
@@ -545,7 +550,7 @@ fn percent(part: u64, whole: u64) -> String {
 /// A number of sectors in the largest unit that has no remainder.
 fn size(sectors: u64) -> String {
     for (unit, of_unit) in [("GiB", 1 << 21), ("MiB", 1 << 11)] {
-        if sectors > 0 && sectors % of_unit == 0 {
+        if sectors > 0 && sectors.is_multiple_of(of_unit) {
             return format!("{} {unit}", sectors / of_unit);
         }
     }
