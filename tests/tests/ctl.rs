@@ -182,7 +182,7 @@ fn the_status_says_in_words_what_the_line_has() {
 
 #[test]
 fn a_device_is_made_and_deleted() {
-    let image = Image::of("seq-1thin/meta");
+    let image = Image::of("discard-passdown/meta");
     let mut wanted = image.dumped();
     for id in ["900", "0", "16777215"] {
         assert!(!wanted.devices.contains_key(&id.parse().expect("a number")));
@@ -509,6 +509,16 @@ fn no_room_leaves_the_pool_as_it_was() {
     ctl(image.path(), &["resize"]).expect(0);
     sent(&image, &["create-thin", &made.to_string()]);
     is_sound(&image);
+}
+
+#[test]
+fn devices_of_a_pool_that_is_full_can_be_deleted() {
+    let image = Image::of("out-of-metadata-512k/meta");
+    assert!(line(&image).contains(" ro "));
+    sent(&image, &["delete", "1"]);
+    // The leak of the image is left, and nothing else.
+    check(&["-q"], image.path()).expect(3);
+    assert!(line(&image).contains(" rw "));
 }
 
 #[test]

@@ -102,7 +102,9 @@ pub(crate) const PAGE: Page = Page {
                  is no metadata snapshot to release; a size is smaller than the present one or \
                  larger than possible; the snapshot clock is at its end. EBUSY: there is a \
                  metadata snapshot already. ENOSPC: the metadata device has no room for the \
-                 change beside the present state. EOPNOTSUPP: needs_check is set.",
+                 change beside the present state. EOPNOTSUPP: needs_check is set. A \
+                 pool that is ro for want of metadata blocks only may be changed as far as there \
+                 is room, so that devices can be deleted.",
                 "A device id that is no number from 0 to 16777215, or a wrong number of arguments, \
                  is a wrong command line: status 2. Damage that keeps anything from being changed \
                  has status 5, also if thin_check --auto-repair corrects it.",
