@@ -53,7 +53,7 @@ pub(crate) const TABLE: &[(Exit, &str)] = &[
         Exit::Failure,
         "I/O or system error: something cannot be opened, read or written, or is in use; or what \
          was asked for is not there (a device, a metadata snapshot) or makes no sense (an output \
-         that is the input).",
+         that is the input). thin_ctl: the kernel, too, would answer the message with an error.",
     ),
     (
         Exit::Usage,
@@ -73,8 +73,8 @@ pub(crate) const TABLE: &[(Exit, &str)] = &[
     ),
     (
         Exit::Fatal,
-        "The metadata is damaged beyond repair in place, the input is not thin metadata, or \
-         the XML is not valid.",
+        "The metadata is damaged beyond repair in place (thin_ctl: damaged in any way but leaks), \
+         the input is not thin metadata, or the XML is not valid.",
     ),
     (
         Exit::Interrupted,

@@ -1,4 +1,4 @@
-//! `thintools`: one binary that is thin_check, thin_dump, thin_restore and thin_repair.
+//! `thintools`: one binary that is thin_check, thin_ctl, thin_dump, thin_restore and thin_repair.
 //!
 //! The name the binary is called by selects the command; called by any other name, the first
 //! argument does.

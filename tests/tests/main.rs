@@ -2,6 +2,7 @@
 
 mod commands;
 mod crash;
+mod ctl;
 mod damage;
 #[cfg(feature = "devtools")]
 mod devtools;

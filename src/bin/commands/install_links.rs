@@ -36,8 +36,8 @@ pub(crate) fn build() -> clap::Command {
     <Args as clap::Args>::augment_args(cmd)
         .about(TITLE)
         .long_about(
-            "Make the symbolic links thin_check, thin_dump, thin_repair and thin_restore in DIR, \
-             pointing to this program. A file that already has one of these names is left alone \
+            "Make the symbolic links thin_check, thin_ctl, thin_dump, thin_repair and thin_restore \
+             in DIR, pointing to this program. A file that already has one of these names is left alone \
              unless --force is given; then the link takes its place in one step, so that the name \
              is there at any moment.",
         )

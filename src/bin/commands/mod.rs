@@ -2,6 +2,7 @@
 
 pub(crate) mod check;
 pub(crate) mod completions;
+pub(crate) mod ctl;
 #[cfg(feature = "devtools")]
 pub(crate) mod devtools;
 pub(crate) mod dump;
@@ -88,6 +89,15 @@ pub(crate) static COMMANDS: &[Spec] = &[
         page: Some(&check::PAGE),
         build: check::build,
         run: |m| parsed(m, check::run),
+    },
+    Spec {
+        name: ctl::NAME,
+        short: "ctl",
+        title: ctl::TITLE,
+        hidden: false,
+        page: Some(&ctl::PAGE),
+        build: ctl::build,
+        run: |m| parsed(m, ctl::run),
     },
     Spec {
         name: dump::NAME,
