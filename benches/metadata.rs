@@ -236,7 +236,7 @@ fn under_a_writer(entries: u64, mut pool: PoolMetadata) -> Result<(), Error> {
                     });
                     changed.map_err(|e| e.to_string())?;
                     written += 1;
-                    if written % 1000 == 0 {
+                    if written.is_multiple_of(1000) {
                         shared.commit().map_err(|e| e.to_string())?;
                     }
                 }

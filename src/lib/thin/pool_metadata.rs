@@ -86,6 +86,8 @@ pub struct PoolMetadata {
     is_failed: bool,
     /// A superblock was written and it is not known whether it will last, whatever a reader finds now.
     is_in_doubt: bool,
+    /// A commit failed: what it wrote counts as written, though it may be lost.
+    must_abort: bool,
 }
 
 fn detail_of(words: Cell) -> DeviceDetail {
@@ -130,6 +132,7 @@ impl PoolMetadata {
             is_changed: false,
             is_failed: false,
             is_in_doubt: false,
+            must_abort: false,
         })
     }
 
@@ -168,6 +171,7 @@ impl PoolMetadata {
             is_changed: true,
             is_failed: false,
             is_in_doubt: false,
+            must_abort: false,
         };
         this.commit()?;
         Ok(this)
@@ -183,8 +187,19 @@ impl PoolMetadata {
         }
     }
 
+    fn refuse_until_abort(&self) -> Result<()> {
+        match self.must_abort {
+            true => Err(Error::new(
+                ErrorKind::Io,
+                "a commit failed: abort before anything else",
+            )),
+            false => Ok(()),
+        }
+    }
+
     fn begin(&mut self) -> Result<()> {
         self.refuse_if_failed()?;
+        self.refuse_until_abort()?;
         if self.is_in_doubt {
             // What either of two superblocks leads to must not be written over.
             self.write_superblock(self.committed)?;
@@ -536,9 +551,11 @@ impl PoolMetadata {
     /// `Io`, `NoSpace`, `Damaged`: the transaction has to be aborted.
     pub fn commit(&mut self) -> Result<()> {
         self.refuse_if_failed()?;
+        self.refuse_until_abort()?;
         if !self.is_changed {
             return Ok(());
         }
+        self.must_abort = true;
         for (&id, thin) in &mut self.thins {
             if thin.is_changed {
                 let root = self.current.details_root;
@@ -555,6 +572,7 @@ impl PoolMetadata {
         self.write_superblock(self.current)?;
         self.txn.next();
         self.is_changed = false;
+        self.must_abort = false;
         Ok(())
     }
 

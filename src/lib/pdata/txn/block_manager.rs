@@ -561,12 +561,12 @@ impl BlockManager {
                 continue;
             }
             let now = found.tag.load(Ordering::Relaxed);
-            if now & DIRTY != 0 {
-                if let Err(e) = self.write_slots(fill, &[slot]) {
-                    failed = Some(e);
-                    found.lock.unlock();
-                    continue;
-                }
+            if now & DIRTY != 0
+                && let Err(e) = self.write_slots(fill, &[slot])
+            {
+                failed = Some(e);
+                found.lock.unlock();
+                continue;
             }
             if now & TAG_BLOCK != 0 {
                 self.forget(slot, MetadataBlock(u64::from(now & TAG_BLOCK) - 1));
