@@ -118,6 +118,44 @@ impl Transaction {
         Err(too_deep(root))
     }
 
+    /// True if the block is of this transaction and of one tree only, so that it may be changed in place.
+    fn is_own(&mut self, block: MetadataBlock) -> Result<bool> {
+        Ok(self.is_new(block) && !self.metadata_count_is_many(block)?)
+    }
+
+    /// The lowest node on the way to `key` that is to be held exclusively: all above it stay as they are, and lookups may go on
+    /// through them. None if it is the root, which is to be copied or split.
+    fn first_to_change<'a>(
+        &mut self,
+        blocks: &'a BlockManager,
+        kind: TreeKind,
+        root: MetadataBlock,
+        key: u64,
+        needs_room: bool,
+    ) -> Result<Option<WriteGuard<'a>>> {
+        let validator = Validator::of(kind);
+        let mut above = None;
+        let mut block = root;
+        for _ in 0..MOST_LEVELS {
+            if !self.is_own(block)? {
+                break;
+            }
+            let node = blocks.read(block, validator)?;
+            let view = node.view();
+            if needs_room && !has_room(view, key) {
+                break;
+            }
+            above = Some(block);
+            match view.floor(key) {
+                Some(at) if !view.is_leaf() => block = view.child(at),
+                _ => break,
+            }
+        }
+        above
+            .map(|block| blocks.write(block, validator))
+            .transpose()
+    }
+
     /// Makes the path to `key`, which is there, one that may be changed. Returns the root, the leaf, and the entry's place in it.
     pub(crate) fn shadow_path(
         &mut self,
@@ -126,8 +164,13 @@ impl Transaction {
         key: u64,
     ) -> Result<(MetadataBlock, MetadataBlock, usize)> {
         let blocks = Arc::clone(&self.blocks);
-        let mut node = self.shadow(&blocks, kind, root)?;
-        let new_root = node.location();
+        let (new_root, mut node) = match self.first_to_change(&blocks, kind, root, key, false)? {
+            Some(node) => (root, node),
+            None => {
+                let node = self.shadow(&blocks, kind, root)?;
+                (node.location(), node)
+            }
+        };
         for _ in 0..MOST_LEVELS {
             let view = node.view();
             let at = view.floor(key).ok_or_else(|| {
@@ -179,11 +222,16 @@ impl Transaction {
         value: Cell,
     ) -> Result<Changed> {
         let blocks = Arc::clone(&self.blocks);
-        let mut node = self.shadow(&blocks, kind, root)?;
-        let new_root = node.location();
-        if !has_room(node.view(), key) {
-            self.split_root(&blocks, kind, &node)?;
-        }
+        let (new_root, mut node) = match self.first_to_change(&blocks, kind, root, key, true)? {
+            Some(node) => (root, node),
+            None => {
+                let node = self.shadow(&blocks, kind, root)?;
+                if !has_room(node.view(), key) {
+                    self.split_root(&blocks, kind, &node)?;
+                }
+                (node.location(), node)
+            }
+        };
         for _ in 0..MOST_LEVELS {
             let view = node.view();
             if view.is_leaf() {

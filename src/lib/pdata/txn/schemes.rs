@@ -263,13 +263,19 @@ fn locked_node<'a, T: Tally>(
     Ok(Ok(guard))
 }
 
+/// Looks that even those take who must not wait: most changes are over by then.
+const MOST_LOOKS: u32 = 64;
+
 fn unlocked_node(
     blocks: &BlockManager,
     block: MetadataBlock,
     wait: bool,
 ) -> Result<std::result::Result<Peek<'_>, Missed>> {
+    let mut looks = 0;
     loop {
+        looks += 1;
         match blocks.peek(block) {
+            Err(Missed::Held) if looks < MOST_LOOKS => std::hint::spin_loop(),
             Err(Missed::NotCached) if wait => drop(blocks.read(block, Validator::Node8)?),
             Err(Missed::Held) if wait => std::thread::yield_now(),
             other => return Ok(other),
