@@ -4,7 +4,8 @@
 # Debian packages are installed only if a program is missing:
 #   thin-provisioning-tools  thin_check and thin_restore 0.9, which the tests hold the output of thintools against
 #   gcc, libc6-dev           the linker, and the compiler for the C code of the zstd package
-#   python3                  for the script that scores repairs
+#   python3                  for the scripts that score repairs and hold images against the kernel
+# and, where they can be installed, QEMU and a kernel (tests/kernel/run.sh); without them that step says that it is skipped.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -71,6 +72,9 @@ cargo clippy --locked --all-targets --features devtools -- --deny warnings
 
 step 'Tests'
 cargo test --locked --release --features devtools
+
+step 'Real kernel'
+tests/kernel/run.sh "${CARGO_TARGET_DIR:-target}/release/thintools"
 
 step 'Models'
 # Every order of the steps of the commit barrier, the optimistic read and the guards that the memory model allows.
