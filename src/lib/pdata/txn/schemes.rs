@@ -5,7 +5,7 @@
 //! | `2013` | a reader/writer lock, tried | a lock, tried | holds the root lock |
 //! | `kernel` | a reader/writer lock, waited for | a lock, tried | holds the root lock |
 //! | `a` | a lock for as long as it is read | locks hand over hand | waits for the lookups before it |
-//! | `b` | a reader/writer lock, tried | none: its version is compared afterwards, for it may leave the cache | holds the root lock |
+//! | `b` | a reader/writer lock, tried | none, but in debug builds; its version is compared afterwards, for it may leave the cache | holds the root lock |
 //! | `optimistic` | read atomically | none: its version is compared afterwards | waits for the lookups before it |
 //!
 //! Why `optimistic` is right: a change that moves entries from one node to another holds their parent exclusively. A reader takes the
@@ -307,30 +307,6 @@ macro_rules! locked_nodes {
     };
 }
 
-/// A scheme whose nodes are not locked.
-macro_rules! unlocked_nodes {
-    () => {
-        type Node<'a> = Peek<'a>;
-
-        fn node<'a, T: Tally>(
-            blocks: &'a BlockManager,
-            block: MetadataBlock,
-            wait: bool,
-            _: &mut T,
-        ) -> Result<std::result::Result<Peek<'a>, Missed>> {
-            unlocked_node(blocks, block, wait)
-        }
-
-        fn view<'b>(node: &'b Self::Node<'_>) -> View<'b> {
-            node.view()
-        }
-
-        fn is_valid(node: &Self::Node<'_>) -> bool {
-            node.is_valid()
-        }
-    };
-}
-
 pub(crate) struct V2013;
 pub(crate) struct Kernel;
 pub(crate) struct A;
@@ -392,9 +368,17 @@ impl Scheme for A {
     }
 }
 
+/// A node under the root lock. In debug builds it is locked as well: a change that does not hold the root lock then waits for the
+/// reader, and is found out, rather than being seen in part.
+pub(crate) struct Checked<'a> {
+    peek: Peek<'a>,
+    #[cfg(debug_assertions)]
+    _lock: ReadGuard<'a>,
+}
+
 impl Scheme for B {
     type Held<'a> = RwLockReadGuard<'a, ()>;
-    unlocked_nodes!();
+    type Node<'a> = Checked<'a>;
 
     fn enter<'a, T: Tally>(
         roots: &'a Roots,
@@ -405,11 +389,56 @@ impl Scheme for B {
         let held = read_root(roots, wait, tally)?;
         Some((held, roots.root()?))
     }
+
+    fn node<'a, T: Tally>(
+        blocks: &'a BlockManager,
+        block: MetadataBlock,
+        wait: bool,
+        _: &mut T,
+    ) -> Result<std::result::Result<Checked<'a>, Missed>> {
+        #[cfg(debug_assertions)]
+        let _lock = match blocks.try_read(block, Validator::Node8)? {
+            Err(_) if wait => blocks.read(block, Validator::Node8)?,
+            Err(missed) => return Ok(Err(missed)),
+            Ok(lock) => lock,
+        };
+        let peek = unlocked_node(blocks, block, wait)?;
+        Ok(peek.map(|peek| Checked {
+            peek,
+            #[cfg(debug_assertions)]
+            _lock,
+        }))
+    }
+
+    fn view<'b>(node: &'b Self::Node<'_>) -> View<'b> {
+        node.peek.view()
+    }
+
+    fn is_valid(node: &Self::Node<'_>) -> bool {
+        node.peek.is_valid()
+    }
 }
 
 impl Scheme for Optimistic {
     type Held<'a> = Pin<'a>;
-    unlocked_nodes!();
+    type Node<'a> = Peek<'a>;
+
+    fn node<'a, T: Tally>(
+        blocks: &'a BlockManager,
+        block: MetadataBlock,
+        wait: bool,
+        _: &mut T,
+    ) -> Result<std::result::Result<Peek<'a>, Missed>> {
+        unlocked_node(blocks, block, wait)
+    }
+
+    fn view<'b>(node: &'b Self::Node<'_>) -> View<'b> {
+        node.view()
+    }
+
+    fn is_valid(node: &Self::Node<'_>) -> bool {
+        node.is_valid()
+    }
 
     fn enter<'a, T: Tally>(
         roots: &'a Roots,
