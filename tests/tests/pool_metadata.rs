@@ -16,6 +16,7 @@ use thintools::thin::{Fields, PoolMetadata, SharedMetadata, TryLookup};
 use thintools::tools::check::{CheckOptions, Code, check};
 use thintools::units::{DataBlock, ThinBlock, ThinId};
 
+use crate::crash::{Fault, Recorder, Request};
 use crate::support::{Image, fixtures};
 
 /// Mappings by virtual block: data block and the time of mapping.
@@ -688,5 +689,33 @@ fn a_full_device_goes_on_when_it_has_grown() {
         let case = format!("{blocks} blocks");
         pair.compare(&case);
         pair.check(&case);
+    }
+}
+
+/// Where the last commit cannot be read again, lookups are errors; also those that would wait.
+#[test]
+fn lookups_after_a_failed_abort_are_errors() {
+    for scheme in LockScheme::ALL {
+        let pair = Pair::format(64, 100, 0);
+        let mut bytes = AlignedBuffer::new(64);
+        pair.engine
+            .read(Default::default(), bytes.blocks_mut(64))
+            .expect("read");
+        let engine = Arc::new(Recorder::new(bytes.blocks(64)));
+        let mut pool = PoolMetadata::open(Arc::clone(&engine) as _, 0).expect("opened");
+        pool.create_thin(ThinId(0)).expect("made");
+        pool.commit().expect("committed");
+        let shared = SharedMetadata::new(pool, scheme);
+        let thin = shared.open_thin(ThinId(0)).expect("there");
+        let mut reader = shared.reader(false);
+        assert_eq!(reader.find_block(&thin, ThinBlock(5)).expect("sound"), None);
+        engine.set_faults(&[Fault::lasting(Request::Read, 0)]);
+        shared.abort().expect_err("nothing can be read");
+        for found in [
+            reader.find_block(&thin, ThinBlock(5)).map(|_| ()),
+            reader.try_find_block(&thin, ThinBlock(5)).map(|_| ()),
+        ] {
+            assert_eq!(found.expect_err("failed").kind(), ErrorKind::Io, "{scheme}");
+        }
     }
 }

@@ -185,7 +185,7 @@ impl SharedMetadata {
         // What is on the disk of this transaction is not whole: nobody may look at it.
         self.roots.publish(MetadataBlock(0), self.scheme);
         self.roots.epochs.wait(self.roots.epochs.begin());
-        writer.pool.abort()?;
+        writer.pool.abort().inspect_err(|_| self.roots.fail())?;
         self.roots.publish(writer.pool.mapping_root(), self.scheme);
         drop(held);
         writer.refresh(true);

@@ -8,82 +8,17 @@
 //!
 //! 16 bytes are kept for each block beside its contents: number and flags, lock and version, and two entries of the hash table.
 
+use super::validator::Validator;
 use super::version_lock::VersionLock;
 use super::view::{View, WORDS};
 use crate::checksum::{self, BlockKind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{AlignedBuffer, BlockEngine};
-use crate::pdata::forest::TreeKind;
-use crate::pdata::node::Node;
 use crate::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MetadataBlock};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-
-/// What a block is wanted as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub(crate) enum Validator {
-    /// A node with values of 4 bytes.
-    Node4,
-    /// A node with values of 8 bytes; inner nodes of all trees pass for every kind of node.
-    Node8,
-    /// A node with values of 16 bytes.
-    Node16,
-    /// A node with values of 24 bytes.
-    Node24,
-    /// A bitmap.
-    Bitmap,
-    /// The metadata space map's index.
-    Index,
-}
-
-impl Validator {
-    pub(super) fn of(kind: TreeKind) -> Self {
-        match kind.value_size() {
-            4 => Self::Node4,
-            16 => Self::Node16,
-            24 => Self::Node24,
-            _ => Self::Node8,
-        }
-    }
-
-    fn kind(self) -> BlockKind {
-        match self {
-            Self::Bitmap => BlockKind::Bitmap,
-            Self::Index => BlockKind::Index,
-            _ => BlockKind::Node,
-        }
-    }
-
-    fn value_size(self) -> Option<usize> {
-        match self {
-            Self::Node4 => Some(4),
-            Self::Node8 => Some(8),
-            Self::Node16 => Some(16),
-            Self::Node24 => Some(24),
-            _ => None,
-        }
-    }
-
-    fn check(self, block: &[u8], location: MetadataBlock) -> Result<()> {
-        let fault = match self.value_size() {
-            Some(size) => match Node::parse(block, location, size) {
-                Ok(_) => return Ok(()),
-                Err(fault) => fault.to_string(),
-            },
-            None => match checksum::verify(block, self.kind(), location) {
-                Ok(()) => return Ok(()),
-                Err(fault) => fault.to_string(),
-            },
-        };
-        Err(Error::new(
-            ErrorKind::Damaged,
-            format!("metadata block {location}: {fault}; run thin_check"),
-        ))
-    }
-}
 
 /// Block number and one, of 22 bits (no metadata device has more blocks), 3 bits of [`Validator`], and two flags.
 const TAG_BLOCK: u32 = (1 << 23) - 1;
@@ -436,31 +371,37 @@ impl BlockManager {
         block: MetadataBlock,
         validator: Validator,
     ) -> Result<WriteGuard<'_>> {
+        let slot = self.lock(block, Some(validator))?;
+        Ok(WriteGuard {
+            manager: self,
+            slot,
+            location: block,
+        })
+    }
+
+    /// The slot that has the block, held exclusively; without `validator`, whatever it holds.
+    fn lock(&self, block: MetadataBlock, validator: Option<Validator>) -> Result<usize> {
         self.refuse_if_read_only()?;
         let mut wait = Wait::default();
         loop {
-            if let Some(slot) = self.find(block) {
-                let lock = &self.slots[slot].lock;
-                if !lock.try_lock() {
-                    wait.turn(block)?;
-                } else {
-                    match self.holds(slot, block, validator) {
-                        Ok(true) => {
-                            return Ok(WriteGuard {
-                                manager: self,
-                                slot,
-                                location: block,
-                            });
-                        }
-                        other => {
-                            lock.unlock();
-                            other?;
-                        }
-                    }
-                }
-            } else {
-                self.load(block, Some(validator))?;
+            let Some(slot) = self.find(block) else {
+                self.load(block, validator)?;
+                continue;
+            };
+            let found = &self.slots[slot];
+            if !found.lock.try_lock() {
+                wait.turn(block)?;
+                continue;
             }
+            let holds = match validator {
+                Some(validator) => self.holds(slot, block, validator),
+                None => Ok(found.tag.load(Ordering::Relaxed) & TAG_BLOCK == block.0 as u32 + 1),
+            };
+            if matches!(holds, Ok(true)) {
+                return Ok(slot);
+            }
+            found.lock.unlock();
+            holds?;
         }
     }
 
@@ -470,31 +411,17 @@ impl BlockManager {
         block: MetadataBlock,
         validator: Validator,
     ) -> Result<WriteGuard<'_>> {
-        self.refuse_if_read_only()?;
-        let mut wait = Wait::default();
-        loop {
-            let Some(slot) = self.find(block) else {
-                self.load(block, None)?;
-                continue;
-            };
-            let found = &self.slots[slot];
-            if !found.lock.try_lock() {
-                wait.turn(block)?;
-            } else if found.tag.load(Ordering::Relaxed) & TAG_BLOCK == block.0 as u32 + 1 {
-                found.tag.store(
-                    tag(block, validator) | DIRTY | REFERENCED,
-                    Ordering::Relaxed,
-                );
-                View(&self.words[slot]).clear();
-                return Ok(WriteGuard {
-                    manager: self,
-                    slot,
-                    location: block,
-                });
-            } else {
-                found.lock.unlock();
-            }
-        }
+        let slot = self.lock(block, None)?;
+        self.slots[slot].tag.store(
+            tag(block, validator) | DIRTY | REFERENCED,
+            Ordering::Relaxed,
+        );
+        View(&self.words[slot]).clear();
+        Ok(WriteGuard {
+            manager: self,
+            slot,
+            location: block,
+        })
     }
 
     /// Brings the block into the cache, if it is not there: verified, or zeroed without `validator`.

@@ -5,8 +5,9 @@
 //! before its parent is left. So at most a node, its parent and two siblings are held at once, and a reader that goes down with two
 //! locks, or asks a node's version again after it has its child's, never follows a pointer that was moved.
 
-use super::block_manager::{BlockManager, Validator, WriteGuard};
+use super::block_manager::{BlockManager, WriteGuard};
 use super::transaction::Transaction;
+use super::validator::Validator;
 use super::view::{Cell, View, cell};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::forest::TreeKind;

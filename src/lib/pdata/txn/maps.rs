@@ -3,9 +3,10 @@
 //! The metadata map counts its own blocks. A count is changed in a bitmap, which may have to be copied first, which allocates and
 //! frees; so while one operation runs, those it causes wait in a queue, and what waits counts as if it were done.
 
-use super::block_manager::{BlockManager, Validator, WriteGuard};
+use super::block_manager::{BlockManager, WriteGuard};
 use super::block_set::BlockSet;
 use super::transaction::{Pending, Transaction};
+use super::validator::Validator;
 use super::view::cell;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::forest::TreeKind;

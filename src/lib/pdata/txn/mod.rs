@@ -8,6 +8,7 @@ mod epoch;
 mod maps;
 mod schemes;
 mod transaction;
+mod validator;
 mod version_lock;
 mod view;
 

@@ -12,17 +12,18 @@
 //! child's version before it looks at the parent's again, so either it sees that the parent was changed, or the child was not yet
 //! when its version was taken, and is found out afterwards.
 
-use super::block_manager::{BlockManager, Missed, Peek, ReadGuard, Validator};
+use super::block_manager::{BlockManager, Missed, Peek, ReadGuard};
 use super::btree::{MOST_LEVELS, too_deep};
 use super::epoch::{Epochs, Pin, Place};
+use super::validator::Validator;
 use super::view::View;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::node::max_entries;
 use crate::units::MetadataBlock;
 use serde::Serialize;
 use std::fmt;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 use std::time::Instant;
 
@@ -142,6 +143,8 @@ impl Tally for &mut LookupCounts {
 pub(crate) struct Roots {
     /// The root of the top-level tree; 0 while there is none.
     published: AtomicU64,
+    /// An abort failed, so that there will be no root any more.
+    has_failed: AtomicBool,
     /// Guards the root from 2013 until today.
     pub(crate) lock: RwLock<()>,
     /// Guards `published` in scheme `a`.
@@ -153,6 +156,7 @@ impl Roots {
     pub(crate) fn new(root: MetadataBlock) -> Self {
         Self {
             published: AtomicU64::new(root.0),
+            has_failed: AtomicBool::new(false),
             lock: RwLock::new(()),
             short: Mutex::new(()),
             epochs: Epochs::new(),
@@ -163,6 +167,11 @@ impl Roots {
         let _short: Option<MutexGuard<'_, ()>> = (scheme == LockScheme::A)
             .then(|| self.short.lock().unwrap_or_else(PoisonError::into_inner));
         self.published.store(root.0, Ordering::Release);
+    }
+
+    /// From here on every lookup is an error.
+    pub(crate) fn fail(&self) {
+        self.has_failed.store(true, Ordering::Release);
     }
 
     fn root(&self) -> Option<MetadataBlock> {
@@ -198,18 +207,19 @@ fn take<G, T: Tally>(
     Some(guard)
 }
 
-fn read_root<'a, T: Tally>(
+fn under_root_lock<'a, T: Tally>(
     roots: &'a Roots,
     wait: bool,
     tally: &mut T,
-) -> Option<RwLockReadGuard<'a, ()>> {
+) -> Option<(RwLockReadGuard<'a, ()>, MetadataBlock)> {
     let try_it = || match roots.lock.try_read() {
         Ok(guard) => Some(guard),
         Err(TryLockError::Poisoned(e)) => Some(e.into_inner()),
         Err(TryLockError::WouldBlock) => None,
     };
     let wait_for = || roots.lock.read().unwrap_or_else(PoisonError::into_inner);
-    take(wait, tally, 2, try_it, wait_for)
+    let held = take(wait, tally, 2, try_it, wait_for)?;
+    Some((held, roots.root()?))
 }
 
 /// A way to keep lookups and changes apart.
@@ -323,8 +333,7 @@ impl Scheme for V2013 {
         wait: bool,
         tally: &mut T,
     ) -> Option<(Self::Held<'a>, MetadataBlock)> {
-        let held = read_root(roots, wait, tally)?;
-        Some((held, roots.root()?))
+        under_root_lock(roots, wait, tally)
     }
 }
 
@@ -338,8 +347,7 @@ impl Scheme for Kernel {
         _: bool,
         tally: &mut T,
     ) -> Option<(Self::Held<'a>, MetadataBlock)> {
-        let held = read_root(roots, true, tally)?;
-        Some((held, roots.root()?))
+        under_root_lock(roots, true, tally)
     }
 }
 
@@ -386,8 +394,7 @@ impl Scheme for B {
         wait: bool,
         tally: &mut T,
     ) -> Option<(Self::Held<'a>, MetadataBlock)> {
-        let held = read_root(roots, wait, tally)?;
-        Some((held, roots.root()?))
+        under_root_lock(roots, wait, tally)
     }
 
     fn node<'a, T: Tally>(
@@ -542,7 +549,13 @@ fn attempt<S: Scheme, T: Tally>(
     tally: &mut T,
 ) -> Result<Option<Found>> {
     let Some((_held, root)) = S::enter(roots, place, wait, tally) else {
-        return Ok(Some(Found::WouldBlock(WouldBlock::Root)));
+        return match roots.has_failed.load(Ordering::Acquire) {
+            true => Err(Error::new(
+                ErrorKind::Io,
+                "the metadata could not be read again after a failure; open it anew",
+            )),
+            false => Ok(Some(Found::WouldBlock(WouldBlock::Root))),
+        };
     };
     let would_block = |missed| {
         Found::WouldBlock(match missed {

@@ -6,9 +6,10 @@
 //!    lookup that takes no locks may still be on its way through it.
 //! 3. What a block points to is counted once for each copy of the block ([`Transaction::shadow`]).
 
-use super::block_manager::{BlockManager, Validator, WriteGuard};
+use super::block_manager::{BlockManager, WriteGuard};
 use super::block_set::BlockSet;
 use super::maps::Map;
+use super::validator::Validator;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::forest::TreeKind;
 use crate::pdata::space_map::{SpaceMapRoot, nr_bitmaps};
