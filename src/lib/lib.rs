@@ -9,6 +9,7 @@ pub mod error;
 pub mod io;
 pub mod observer;
 pub mod pdata;
+pub mod pool;
 mod sync;
 pub mod thin;
 pub mod tools;

@@ -780,6 +780,12 @@ impl PoolMetadata {
             .saturating_sub(self.reserve())
     }
 
+    /// Blocks of the metadata device that a pool can use; the metadata may have fewer until it is resized.
+    pub fn nr_blocks_on_device(&self) -> u64 {
+        let on_device = self.txn.blocks().engine().nr_blocks();
+        on_device.min(MAX_METADATA_BLOCKS)
+    }
+
     /// Data blocks that nothing refers to.
     pub fn nr_free_data_blocks(&self) -> u64 {
         let map = self.txn.data_map();
@@ -799,6 +805,11 @@ impl PoolMetadata {
     /// The snapshot clock.
     pub(super) fn time(&self) -> u32 {
         self.current.time
+    }
+
+    /// True if the flag is set that tells everybody to check this metadata before it is changed again.
+    pub fn needs_check(&self) -> bool {
+        self.current.needs_check()
     }
 
     /// True if there is something to commit.

@@ -13,6 +13,7 @@ use crate::pdata::txn::{
 };
 use crate::units::{MetadataBlock, ThinBlock, ThinId};
 use std::collections::HashMap;
+use std::ops::Deref;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard, Weak};
 use std::time::Instant;
@@ -61,15 +62,15 @@ pub struct SharedMetadata {
     barrier_wait_ns: AtomicU64,
 }
 
-/// A thread's way to look blocks up.
+/// A thread's way to look blocks up, with what it needs to reach the metadata: a reference, or a share of it.
 #[derive(Debug)]
-pub struct Reader<'a> {
-    shared: &'a SharedMetadata,
+pub struct Reader<P: Deref<Target = SharedMetadata>> {
+    shared: P,
     place: Arc<Place>,
     counts: Option<Box<LookupCounts>>,
 }
 
-impl Drop for Reader<'_> {
+impl<P: Deref<Target = SharedMetadata>> Drop for Reader<P> {
     fn drop(&mut self) {
         self.shared.roots.epochs.leave(&self.place);
     }
@@ -113,12 +114,8 @@ impl SharedMetadata {
     }
 
     /// A way to look blocks up, one for each thread; with `counting` it keeps [`LookupCounts`].
-    pub fn reader(&self, counting: bool) -> Reader<'_> {
-        Reader {
-            shared: self,
-            place: self.roots.epochs.join(),
-            counts: counting.then(Box::default),
-        }
+    pub fn reader(&self, counting: bool) -> Reader<&Self> {
+        Reader::new(self, counting)
     }
 
     /// A device to look up blocks of.
@@ -152,6 +149,11 @@ impl SharedMetadata {
         drop(held);
         writer.refresh(false);
         changed
+    }
+
+    /// Looks at the metadata, between two changes.
+    pub fn inspect<T>(&self, look: impl FnOnce(&PoolMetadata) -> T) -> T {
+        look(&self.writer().pool)
     }
 
     /// Ends the transaction, see [`PoolMetadata::commit`]. Changes wait until no lookup can be on its way through what it freed.
@@ -231,7 +233,16 @@ impl Writer {
     }
 }
 
-impl Reader<'_> {
+impl<P: Deref<Target = SharedMetadata>> Reader<P> {
+    /// See [`SharedMetadata::reader`].
+    pub fn new(shared: P, counting: bool) -> Self {
+        Self {
+            place: shared.roots.epochs.join(),
+            counts: counting.then(Box::default),
+            shared,
+        }
+    }
+
     fn look(&mut self, thin: &OpenThin, block: ThinBlock, wait: bool) -> Result<Found> {
         let key = (thin.id.0, block.0);
         let (blocks, roots, place) = (&*self.shared.blocks, &self.shared.roots, &*self.place);

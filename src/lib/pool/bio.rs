@@ -1,0 +1,187 @@
+//! One I/O request to a thin device, as the kernel's struct bio. It says what is wanted and where; its data stays with whoever
+//! submitted it, who knows it by its number.
+
+use super::deferred_set::Ticket;
+use super::list::Linked;
+use super::prison::{Cell, Held};
+use super::worker::JobId;
+use crate::units::ThinBlock;
+
+/// What a bio asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Op {
+    /// Read.
+    Read,
+    /// Write.
+    Write,
+    /// Unmap whole blocks; what is there afterwards is undefined, in practice zeros.
+    Discard,
+    /// Make every write that was acknowledged before durable.
+    Flush,
+}
+
+/// Why a bio failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum BioError {
+    /// EIO.
+    #[error("input/output error")]
+    Io,
+    /// ENOSPC: no data block is left, and the pool does not wait for one.
+    #[error("no space left in the pool")]
+    NoSpace,
+    /// Given back untouched by a suspension that does not wait (noflush): submit it again later.
+    #[error("given back, submit it again after the resumption")]
+    Requeue,
+    /// EOPNOTSUPP: a discard, and the pool ignores them.
+    #[error("discards are not supported")]
+    Unsupported,
+    /// EINVAL: a read or write across the edge of a data block, or a discard that the engine would have to split.
+    #[error("the request crosses a boundary that it must be split at")]
+    Invalid,
+}
+
+/// How a bio went.
+pub type BioResult = Result<(), BioError>;
+
+/// A request. Reads and writes lie within one data block; discards within [`DISCARD_BLOCKS`] aligned ones.
+#[derive(Debug)]
+pub struct Bio {
+    /// The submitter's number for it.
+    pub id: u64,
+    /// What it asks for.
+    pub op: Op,
+    /// First sector of 512 bytes on the thin device.
+    pub sector: u64,
+    /// How many; 0 for a flush.
+    pub sectors: u64,
+    /// A write that is durable when it completes.
+    pub is_fua: bool,
+    pub(super) thin: u32,
+    pub(super) all_io: Option<Ticket>,
+    pub(super) shared_read: Option<Ticket>,
+    /// The new mapping whose block this write fills, which completes it.
+    pub(super) fills: Option<JobId>,
+    /// The virtual cell that the map half took for it, and one to spare.
+    pub(super) reserved: Option<(Held, Box<Cell>)>,
+    next: Option<Box<Bio>>,
+}
+
+impl Linked for Bio {
+    fn link(&mut self) -> &mut Option<Box<Self>> {
+        &mut self.next
+    }
+}
+
+/// Blocks that one cell may cover, and whose multiples it may not cross.
+pub const DISCARD_BLOCKS: u64 = 1024;
+
+impl Bio {
+    /// A read, a write or a discard.
+    pub fn new(id: u64, op: Op, sector: u64, sectors: u64) -> Self {
+        Self {
+            id,
+            op,
+            sector,
+            sectors,
+            is_fua: false,
+            thin: 0,
+            all_io: None,
+            shared_read: None,
+            fills: None,
+            reserved: None,
+            next: None,
+        }
+    }
+
+    /// A flush.
+    pub fn flush(id: u64) -> Self {
+        Self::new(id, Op::Flush, 0, 0)
+    }
+
+    /// The same write, to be durable when it completes.
+    #[must_use]
+    pub fn with_fua(self) -> Self {
+        Self {
+            is_fua: true,
+            ..self
+        }
+    }
+
+    pub(super) fn block(&self, block_sectors: u64) -> ThinBlock {
+        ThinBlock(self.sector / block_sectors)
+    }
+
+    pub(super) fn end(&self) -> u64 {
+        self.sector.saturating_add(self.sectors)
+    }
+
+    /// The whole blocks that a discard covers, `begin..end`.
+    pub(super) fn whole_blocks(&self, block_sectors: u64) -> (u64, u64) {
+        let begin = self.sector.div_ceil(block_sectors);
+        (begin, (self.end() / block_sectors).max(begin))
+    }
+
+    /// True if it lies within what one cell may cover.
+    pub(super) fn is_within_bounds(&self, block_sectors: u64) -> bool {
+        match self.op {
+            Op::Flush => true,
+            Op::Read | Op::Write => {
+                self.sectors > 0
+                    && self.sector.checked_add(self.sectors).is_some()
+                    && self.sector % block_sectors + self.sectors <= block_sectors
+            }
+            Op::Discard => {
+                let (begin, end) = self.whole_blocks(block_sectors);
+                begin == end || begin / DISCARD_BLOCKS == (end - 1) / DISCARD_BLOCKS
+            }
+        }
+    }
+}
+
+/// Cuts a request at what one bio may cover: first sector and sectors of each piece.
+pub fn pieces(
+    op: Op,
+    sector: u64,
+    sectors: u64,
+    block_sectors: u64,
+) -> impl Iterator<Item = (u64, u64)> {
+    let step = match op {
+        Op::Discard => block_sectors * DISCARD_BLOCKS,
+        _ => block_sectors,
+    };
+    let end = sector.saturating_add(sectors);
+    let mut at = sector;
+    std::iter::from_fn(move || {
+        let begin = at;
+        at = (begin - begin % step).saturating_add(step).min(end);
+        (begin < end).then_some((begin, at - begin))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_end_at_block_boundaries() {
+        let cut = |op, sector, sectors| pieces(op, sector, sectors, 128).collect::<Vec<_>>();
+        assert_eq!(
+            cut(Op::Read, 100, 300),
+            [(100, 28), (128, 128), (256, 128), (384, 16)]
+        );
+        assert_eq!(cut(Op::Write, 128, 128), [(128, 128)]);
+        assert_eq!(cut(Op::Read, 7, 0), []);
+        let far = 128 * DISCARD_BLOCKS;
+        assert_eq!(cut(Op::Discard, far - 1, 130), [(far - 1, 1), (far, 129)]);
+        assert_eq!(cut(Op::Write, u64::MAX - 1, 9), [(u64::MAX - 1, 1)]);
+    }
+
+    #[test]
+    fn a_discard_covers_whole_blocks_only() {
+        let blocks = |sector, sectors| Bio::new(0, Op::Discard, sector, sectors).whole_blocks(128);
+        assert_eq!(blocks(64, 384), (1, 3));
+        assert_eq!(blocks(1, 126), (1, 1));
+        assert_eq!(blocks(0, 128), (0, 1));
+        assert_eq!(blocks(130, 100), (2, 2));
+    }
+}

@@ -1,0 +1,31 @@
+//! The thin pool itself, as drivers/md/dm-thin.c does it.
+//!
+//! Two halves. [`Mapper`] decides on the submitter's thread where a bio goes, and leaves what it cannot decide to [`Worker`], the
+//! single owner of all that changes. The worker does no I/O on data: it is told [`Event`]s and answers with [`Effect`]s, so that
+//! replay, runtime and tests drive the same code, and a run repeats from its seed. [`Pool`] is what the two share.
+
+mod bio;
+mod cells;
+mod deferred_set;
+mod effect;
+mod list;
+mod map;
+mod message;
+mod mode;
+#[expect(clippy::module_inception, reason = "the pool of the pool engine")]
+mod pool;
+mod prison;
+mod table;
+mod thin;
+mod worker;
+
+pub use bio::{Bio, BioError, BioResult, DISCARD_BLOCKS, Op, pieces};
+pub use effect::{Effect, Event, Notice, Source};
+pub use map::{MapCounts, Mapped, Mapper, Reason};
+pub use message::Message;
+pub use mode::PoolMode;
+pub use pool::Pool;
+pub use prison::{Cell, Detained, Held, Inmates, Key, Prison};
+pub use table::{Features, PoolTable};
+pub use thin::Thin;
+pub use worker::{JobId, Settings, Worker};

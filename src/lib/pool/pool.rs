@@ -1,0 +1,216 @@
+//! What all threads share of a pool: the metadata to look up in, the prison, the deferred sets, and what waits for the worker.
+
+use super::bio::{Bio, BioError, BioResult};
+use super::cells::CellPool;
+use super::deferred_set::DeferredSet;
+use super::list::{Linked, List};
+use super::mode::{AtomicMode, PoolMode};
+use super::prison::{Inmates, Prison};
+use super::worker::JobId;
+use crate::thin::SharedMetadata;
+use crate::units::DataBlock;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// Something of the worker's that waited in a deferred set.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) job: JobId,
+    next: Option<Box<Waiting>>,
+}
+
+impl Waiting {
+    pub(super) fn new(job: JobId) -> Box<Self> {
+        Box::new(Self { job, next: None })
+    }
+}
+
+impl Linked for Waiting {
+    fn link(&mut self) -> &mut Option<Box<Self>> {
+        &mut self.next
+    }
+}
+
+/// What waits for the worker.
+#[derive(Debug, Default)]
+pub(super) struct Inbox {
+    /// Bios that the map half left to it, or that waited in a cell.
+    pub(super) bios: List<Bio>,
+    /// Bios that came while the pool was suspended.
+    pub(super) held_back: List<Bio>,
+    /// Writes that filled a new block, with what became of them.
+    pub(super) filled: Vec<(Box<Bio>, BioResult)>,
+    /// Work that no longer has to wait.
+    pub(super) ready: List<Waiting>,
+    pub(super) is_suspended: bool,
+}
+
+/// Called when there is something for the worker to do.
+type Waker = Box<dyn Fn() + Send + Sync>;
+
+/// A pool.
+pub struct Pool {
+    pub(super) metadata: Arc<SharedMetadata>,
+    pub(super) block_sectors: u64,
+    pub(super) prison: Prison,
+    pub(super) all_io: DeferredSet<Waiting>,
+    pub(super) shared_read: DeferredSet<Waiting>,
+    pub(super) cells: CellPool,
+    pub(super) mode: AtomicMode,
+    inbox: Mutex<Inbox>,
+    is_suspended: AtomicBool,
+    pub(super) is_throttled: AtomicBool,
+    has_work: AtomicBool,
+    waker: OnceLock<Waker>,
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool")
+            .field("mode", &self.mode())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Pool {
+    pub(super) fn new(
+        metadata: SharedMetadata,
+        block_sectors: u64,
+        cells: usize,
+        mode: PoolMode,
+    ) -> Self {
+        Self {
+            metadata: Arc::new(metadata),
+            block_sectors,
+            prison: Prison::default(),
+            all_io: DeferredSet::default(),
+            shared_read: DeferredSet::default(),
+            cells: CellPool::new(cells),
+            mode: AtomicMode::new(mode),
+            inbox: Mutex::default(),
+            is_suspended: AtomicBool::new(false),
+            is_throttled: AtomicBool::new(false),
+            has_work: AtomicBool::new(false),
+            waker: OnceLock::new(),
+        }
+    }
+
+    /// Has `waker` called whenever the worker gets something to do while it has nothing. It is called on any thread that maps or
+    /// ends bios, and must not wait. Only the first call counts.
+    pub fn set_waker(&self, waker: impl Fn() + Send + Sync + 'static) {
+        self.waker.set(Box::new(waker)).ok();
+    }
+
+    fn wake(&self) {
+        if !self.has_work.swap(true, Ordering::AcqRel)
+            && let Some(waker) = self.waker.get()
+        {
+            waker();
+        }
+    }
+
+    /// True if the worker has something to do.
+    pub fn has_work(&self) -> bool {
+        self.has_work.load(Ordering::Acquire)
+    }
+
+    /// Looks at what waits, for the last time before the next [`wake`](Self::wake).
+    pub(super) fn open_inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.has_work.store(false, Ordering::Release);
+        self.inbox()
+    }
+
+    /// Sectors of 512 bytes in a data block.
+    pub fn block_sectors(&self) -> u64 {
+        self.block_sectors
+    }
+
+    /// The mode it is in.
+    pub fn mode(&self) -> PoolMode {
+        self.mode.get()
+    }
+
+    /// True while the worker has been busy for more than a second: those whose bios were deferred should wait before they submit more.
+    pub fn is_throttled(&self) -> bool {
+        self.is_throttled.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_suspended(&self) -> bool {
+        self.is_suspended.load(Ordering::Acquire)
+    }
+
+    pub(super) fn suspend(&self, is_suspended: bool) {
+        self.inbox().is_suspended = is_suspended;
+        self.is_suspended.store(is_suspended, Ordering::Release);
+    }
+
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leaves a bio to the worker.
+    pub(super) fn submit(&self, bio: Box<Bio>) {
+        let mut inbox = self.inbox();
+        // What holds a cell was let in before.
+        match inbox.is_suspended && bio.reserved.is_none() {
+            true => return inbox.held_back.push(bio),
+            false => inbox.bios.push(bio),
+        }
+        drop(inbox);
+        self.wake();
+    }
+
+    /// Lets bios go on that came while the pool was suspended.
+    pub(super) fn resubmit_held_back(&self) {
+        let held_back = self.inbox().held_back.take();
+        held_back.for_each(|bio| self.submit(bio));
+    }
+
+    /// Leaves bios that waited in a cell to the worker.
+    pub(super) fn submit_all(&self, mut inmates: Inmates) {
+        if let Some(first) = inmates.next() {
+            let mut inbox = self.inbox();
+            inbox.bios.push(first);
+            inmates.for_each(|bio| inbox.bios.push(bio));
+            drop(inbox);
+            self.wake();
+        }
+    }
+
+    /// The sector of the data device that has `sector` of a thin device whose block is `block`.
+    pub(super) fn remap(&self, block: DataBlock, sector: u64) -> u64 {
+        block.0 * self.block_sectors + sector % self.block_sectors
+    }
+
+    /// Returns the tickets of a bio.
+    pub(super) fn leave(&self, bio: &mut Bio) {
+        let sets = [
+            (&self.all_io, bio.all_io.take()),
+            (&self.shared_read, bio.shared_read.take()),
+        ];
+        for (set, ticket) in sets {
+            let Some(ticket) = ticket else { continue };
+            let mut ready = set.leave(ticket);
+            if let Some(first) = ready.next() {
+                let mut inbox = self.inbox();
+                inbox.ready.push(first);
+                ready.for_each(|work| inbox.ready.push(work));
+                drop(inbox);
+                self.wake();
+            }
+        }
+    }
+
+    /// The I/O of a bio that was issued by either half has ended. It is to be completed to its submitter, unless the worker goes on
+    /// with it.
+    pub fn end_io(&self, mut bio: Box<Bio>, result: BioResult) -> Option<(Box<Bio>, BioResult)> {
+        self.leave(&mut bio);
+        if bio.fills.is_none() {
+            return Some((bio, result));
+        }
+        self.inbox().filled.push((bio, result));
+        self.wake();
+        None
+    }
+}

@@ -1,0 +1,350 @@
+//! The bio prison: who is working on which blocks, and who waits for them to finish.
+//!
+//! A cell covers a range of virtual or of data blocks of one device. Whoever holds it works on them; bios that want a block of it
+//! meanwhile are its inmates, and come out in order when it is released. As in the kernel, keys of data blocks carry the device,
+//! too: devices that share a block do not exclude each other here.
+//!
+//! Cells are brought by the caller and moved in and out, so nothing is allocated while a lock is held. A range lies within
+//! [`DISCARD_BLOCKS`] aligned blocks, so that one shard knows everything that may overlap it.
+
+use super::bio::{Bio, DISCARD_BLOCKS};
+use super::list::{List, Taken};
+use crate::sync::{Mutex, MutexGuard};
+use crate::units::{DataBlock, ThinBlock, ThinId};
+use std::sync::PoisonError;
+
+/// Which blocks of which device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Key {
+    is_virtual: bool,
+    device: u64,
+    begin: u64,
+    end: u64,
+}
+
+impl Key {
+    /// A range of a thin device's own blocks.
+    pub fn of_virtual(device: ThinId, begin: ThinBlock, end: ThinBlock) -> Self {
+        Self::new(true, device, begin.0, end.0)
+    }
+
+    /// A range of the blocks of the data device, as this thin device has them.
+    pub fn of_data(device: ThinId, begin: DataBlock, end: DataBlock) -> Self {
+        Self::new(false, device, begin.0, end.0)
+    }
+
+    fn new(is_virtual: bool, device: ThinId, begin: u64, end: u64) -> Self {
+        debug_assert!(begin < end && begin / DISCARD_BLOCKS == (end - 1) / DISCARD_BLOCKS);
+        Self {
+            is_virtual,
+            device: device.0,
+            begin,
+            end,
+        }
+    }
+
+    fn overlaps(&self, other: &Self) -> bool {
+        self.begin < other.end
+            && other.begin < self.end
+            && self.device == other.device
+            && self.is_virtual == other.is_virtual
+    }
+
+    fn shard(&self) -> usize {
+        let mixed = (self.begin / DISCARD_BLOCKS)
+            .wrapping_add(self.device << 40)
+            .wrapping_add(u64::from(self.is_virtual) << 39)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (mixed >> 56) as usize
+    }
+}
+
+const SHARDS: usize = 256;
+
+/// The memory of a cell.
+#[derive(Debug)]
+pub struct Cell {
+    key: Key,
+    inmates: List<Bio>,
+    next: Option<Box<Cell>>,
+}
+
+impl Cell {
+    /// One that holds nothing.
+    pub fn spare() -> Box<Self> {
+        Box::new(Self {
+            key: Key {
+                is_virtual: false,
+                device: 0,
+                begin: 0,
+                end: 0,
+            },
+            inmates: List::default(),
+            next: None,
+        })
+    }
+}
+
+/// The right to work on the blocks of a cell. It has to be released.
+#[derive(Debug)]
+#[must_use]
+pub struct Held(Key);
+
+#[cfg(debug_assertions)]
+impl Drop for Held {
+    fn drop(&mut self) {
+        assert!(
+            std::thread::panicking(),
+            "the cell {:?} was never released",
+            self.0
+        );
+    }
+}
+
+/// What came of the wish to hold a cell.
+#[derive(Debug)]
+pub enum Detained {
+    /// It is held now.
+    Free(Held, Box<Bio>),
+    /// Somebody holds an overlapping one: the bio is an inmate of it. The spare cell comes back.
+    Busy(Box<Cell>),
+}
+
+/// A line of cache for each lock.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Shard(Mutex<Option<Box<Cell>>>);
+
+/// All cells.
+#[derive(Debug)]
+pub struct Prison {
+    shards: Box<[Shard]>,
+}
+
+impl Default for Prison {
+    fn default() -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Shard(Mutex::new(None))).collect(),
+        }
+    }
+}
+
+impl Prison {
+    fn shard(&self, key: &Key) -> MutexGuard<'_, Option<Box<Cell>>> {
+        let shard = &self.shards[key.shard() % self.shards.len()].0;
+        shard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Holds the cell of `key`, or makes `bio` an inmate of the one that is in the way.
+    pub fn detain(&self, key: Key, bio: Box<Bio>, spare: Box<Cell>) -> Detained {
+        let mut shard = self.shard(&key);
+        match overlapping(&mut shard, &key) {
+            Some(cell) => {
+                cell.inmates.push(bio);
+                Detained::Busy(spare)
+            }
+            None => {
+                put(&mut shard, key, spare);
+                Detained::Free(Held(key), bio)
+            }
+        }
+    }
+
+    /// Holds the cell of `key` for nobody in particular, if none is in the way.
+    ///
+    /// # Errors
+    /// The spare cell, if there is.
+    pub fn try_hold(&self, key: Key, spare: Box<Cell>) -> Result<Held, Box<Cell>> {
+        let mut shard = self.shard(&key);
+        match overlapping(&mut shard, &key) {
+            Some(_) => Err(spare),
+            None => {
+                put(&mut shard, key, spare);
+                Ok(Held(key))
+            }
+        }
+    }
+
+    /// Gives the blocks up. `visit` sees the inmates, oldest first, before anybody else can hold a block of them; no lock may be taken
+    /// in it but that of a deferred set.
+    pub fn visit_release(&self, held: Held, visit: impl FnOnce(Inmates)) -> Box<Cell> {
+        let key = held.0;
+        std::mem::forget(held);
+        let mut shard = self.shard(&key);
+        let mut link = &mut *shard;
+        while link.as_ref().is_some_and(|cell| cell.key != key) {
+            link = match link {
+                Some(cell) => &mut cell.next,
+                None => break,
+            };
+        }
+        match link.take() {
+            Some(mut cell) => {
+                *link = cell.next.take();
+                visit(Inmates(cell.inmates.take()));
+                cell
+            }
+            // Whoever has the right to it put it there.
+            None => Cell::spare(),
+        }
+    }
+
+    /// Gives the blocks up. Returns the inmates, oldest first.
+    pub fn release(&self, held: Held) -> (Box<Cell>, Inmates) {
+        let mut inmates = None;
+        let cell = self.visit_release(held, |found| inmates = Some(found));
+        (cell, inmates.unwrap_or_default())
+    }
+
+    /// True if nobody holds a cell. Without others at work: they may take one the moment after.
+    pub fn is_quiet(&self) -> bool {
+        let is_empty = |s: &Shard| s.0.lock().unwrap_or_else(PoisonError::into_inner).is_none();
+        self.shards.iter().all(is_empty)
+    }
+}
+
+/// Bios that waited in a cell.
+#[derive(Debug)]
+pub struct Inmates(Taken<Bio>);
+
+impl Default for Inmates {
+    fn default() -> Self {
+        Self(List::default().take())
+    }
+}
+
+impl Iterator for Inmates {
+    type Item = Box<Bio>;
+
+    fn next(&mut self) -> Option<Box<Bio>> {
+        self.0.next()
+    }
+}
+
+fn put(shard: &mut Option<Box<Cell>>, key: Key, mut cell: Box<Cell>) {
+    cell.key = key;
+    cell.next = shard.take();
+    *shard = Some(cell);
+}
+
+fn overlapping<'a>(shard: &'a mut Option<Box<Cell>>, key: &Key) -> Option<&'a mut Box<Cell>> {
+    let mut at = shard.as_mut();
+    while let Some(cell) = at {
+        if cell.key.overlaps(key) {
+            return Some(cell);
+        }
+        at = cell.next.as_mut();
+    }
+    None
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::pool::Op;
+
+    fn bio(id: u64) -> Box<Bio> {
+        Box::new(Bio::new(id, Op::Read, 0, 8))
+    }
+
+    fn virt(begin: u64, end: u64) -> Key {
+        Key::of_virtual(ThinId(1), ThinBlock(begin), ThinBlock(end))
+    }
+
+    fn hold(prison: &Prison, key: Key) -> Held {
+        prison.try_hold(key, Cell::spare()).expect("it is free")
+    }
+
+    #[test]
+    fn inmates_come_out_in_order() {
+        let prison = Prison::default();
+        let held = hold(&prison, virt(5, 6));
+        for id in 0..4 {
+            let detained = prison.detain(virt(5, 6), bio(id), Cell::spare());
+            assert!(matches!(detained, Detained::Busy(_)));
+        }
+        let (_, inmates) = prison.release(held);
+        assert_eq!(inmates.map(|b| b.id).collect::<Vec<_>>(), [0, 1, 2, 3]);
+        assert!(prison.is_quiet());
+    }
+
+    #[test]
+    fn ranges_conflict_where_they_overlap() {
+        let prison = Prison::default();
+        let held = hold(&prison, virt(10, 20));
+        for (begin, end, is_free) in [
+            (9, 10, true),
+            (20, 21, true),
+            (9, 11, false),
+            (19, 20, false),
+            (0, 1024, false),
+            (12, 13, false),
+        ] {
+            let tried = prison.try_hold(virt(begin, end), Cell::spare());
+            assert_eq!(tried.is_ok(), is_free, "{begin}..{end}");
+            tried
+                .into_iter()
+                .for_each(|held| drop(prison.release(held)));
+        }
+        for key in [
+            Key::of_virtual(ThinId(2), ThinBlock(10), ThinBlock(20)),
+            Key::of_data(ThinId(1), DataBlock(10), DataBlock(20)),
+        ] {
+            drop(prison.release(hold(&prison, key)));
+        }
+        drop(prison.release(held));
+    }
+
+    #[test]
+    fn a_cell_can_be_taken_from_the_middle_of_a_shard() {
+        let prison = Prison::default();
+        let mut held: Vec<Held> = (0..8).map(|n| hold(&prison, virt(n, n + 1))).collect();
+        for at in [3, 0, 5, 0, 3, 1, 0, 0] {
+            drop(prison.release(held.remove(at)));
+        }
+        assert!(prison.is_quiet());
+    }
+}
+
+/// Run with `RUSTFLAGS="--cfg loom"`.
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use crate::pool::Op;
+    use loom::sync::Arc;
+    use loom::sync::atomic::{AtomicU32, Ordering};
+    use loom::thread;
+
+    /// One shard is enough, and loom could not follow 256.
+    fn prison() -> Prison {
+        Prison {
+            shards: (0..1).map(|_| Shard(Mutex::new(None))).collect(),
+        }
+    }
+
+    #[test]
+    fn one_works_at_a_time_and_no_inmate_is_forgotten() {
+        loom::model(|| {
+            let prison = Arc::new(prison());
+            let inside = Arc::new(AtomicU32::new(0));
+            let done = Arc::new(AtomicU32::new(0));
+            let work = move |prison: &Prison, inside: &AtomicU32, done: &AtomicU32, id| {
+                let key = Key::of_virtual(ThinId(0), ThinBlock(0), ThinBlock(1));
+                let bio = Box::new(Bio::new(id, Op::Read, 0, 8));
+                if let Detained::Free(held, _) = prison.detain(key, bio, Cell::spare()) {
+                    assert_eq!(inside.fetch_add(1, Ordering::Relaxed), 0);
+                    inside.fetch_sub(1, Ordering::Relaxed);
+                    let inmates = prison.release(held).1.count() as u32;
+                    done.fetch_add(1 + inmates, Ordering::Relaxed);
+                }
+            };
+            let other = {
+                let (prison, inside, done) = (prison.clone(), inside.clone(), done.clone());
+                thread::spawn(move || work(&prison, &inside, &done, 1))
+            };
+            work(&prison, &inside, &done, 2);
+            other.join().expect("no panic");
+            assert_eq!(done.load(Ordering::Relaxed), 2, "a bio was forgotten");
+        });
+    }
+}

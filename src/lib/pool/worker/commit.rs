@@ -1,0 +1,125 @@
+//! Commits: one for everybody who waits for it. The data device is flushed first, so that what the metadata says is there is there.
+
+use super::jobs::Job;
+use super::{Effects, SECOND, Worker, end};
+use crate::error::{Error, ErrorKind};
+use crate::pool::bio::{Bio, BioError, BioResult};
+use crate::pool::effect::Effect;
+use crate::pool::mode::PoolMode;
+use crate::thin::PoolMetadata;
+
+/// Who waits for a commit.
+#[derive(Debug)]
+pub(super) enum Waiter {
+    /// A flush, which the commit does, or a durable write, which is issued after it: at this sector.
+    Issue(Box<Bio>, u64),
+    /// A durable write whose data is in place.
+    End(Box<Bio>),
+    /// Whoever sent a request.
+    Answer(u64),
+    /// Whoever suspends the pool.
+    Suspended(u64),
+}
+
+/// A commit under way.
+#[derive(Debug)]
+pub(super) struct Commit {
+    waiters: Vec<Waiter>,
+}
+
+impl Worker {
+    pub(super) fn is_commit_due(&self) -> bool {
+        if !self.waiters.is_empty() {
+            return true;
+        }
+        self.pool.mode().is_writable()
+            && self.now.saturating_sub(self.last_commit) >= SECOND
+            && self.pool.metadata.inspect(PoolMetadata::is_changed)
+    }
+
+    /// Begins a commit: with the flush of the data device, if there is anything to commit.
+    pub(super) fn begin_commit(&mut self, effects: &mut Effects) {
+        self.wants_commit = false;
+        let waiters = std::mem::take(&mut self.waiters);
+        let is_changed = self.pool.metadata.inspect(PoolMetadata::is_changed);
+        if !self.pool.mode().is_writable() {
+            let refused = || Error::new(ErrorKind::ReadOnly, "the pool's metadata is read-only");
+            // What is not changed is committed already.
+            return self.tell(waiters, !is_changed, refused, effects);
+        }
+        self.commit = Some(Commit { waiters });
+        if !is_changed {
+            return self.data_is_flushed(Ok(()), effects);
+        }
+        let job = self.jobs.add(Job::Commit);
+        effects.push(Effect::Flush { job });
+    }
+
+    /// The second half of a commit.
+    pub(super) fn data_is_flushed(&mut self, result: BioResult, effects: &mut Effects) {
+        let Some(commit) = self.commit.take() else {
+            return;
+        };
+        let flushed = result
+            .map_err(|e| Error::with_source(ErrorKind::Io, "cannot flush the data device", e));
+        let committed = flushed.and_then(|()| self.pool.metadata.commit());
+        self.last_commit = self.now;
+        let is_done = self.metadata_ok(committed, effects);
+        if is_done {
+            self.devices.retain(|_, device| {
+                device.is_changed = false;
+                device.open > 0
+            });
+            self.look_at_space(effects);
+        }
+        let failed = || {
+            Error::new(
+                ErrorKind::Io,
+                "the commit failed; what was not committed is lost",
+            )
+        };
+        self.tell(commit.waiters, is_done, failed, effects);
+    }
+
+    fn tell(
+        &mut self,
+        waiters: Vec<Waiter>,
+        is_done: bool,
+        error: impl Fn() -> Error,
+        effects: &mut Effects,
+    ) {
+        let result = |is_done| match is_done {
+            true => Ok(()),
+            false => Err(BioError::Io),
+        };
+        for waiter in waiters {
+            match waiter {
+                Waiter::Issue(bio, sector) if is_done && bio.sectors > 0 => {
+                    effects.push(Effect::Issue { bio, sector });
+                }
+                Waiter::Issue(bio, _) => self.end_issued(bio, result(is_done), effects),
+                Waiter::End(bio) => end(bio, result(is_done), effects),
+                Waiter::Answer(tag) => effects.push(Effect::Answer {
+                    tag,
+                    result: is_done.then_some(()).ok_or_else(&error),
+                }),
+                Waiter::Suspended(tag) => self.suspended(tag, effects),
+            }
+        }
+    }
+
+    /// After a commit it is known what space there is.
+    fn look_at_space(&mut self, effects: &mut Effects) {
+        let (metadata, data) = self
+            .pool
+            .metadata
+            .inspect(|pool| (pool.nr_free_metadata_blocks(), pool.nr_free_data_blocks()));
+        if metadata == 0 {
+            return self.set_mode(PoolMode::OutOfMetadataSpace, effects);
+        }
+        if data > 0 && self.pool.mode() == PoolMode::OutOfDataSpace {
+            self.set_mode(PoolMode::Write, effects);
+            self.retry_all();
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! Discards: whole blocks are unmapped, run by run, and what nobody else has is discarded on the data device, too.
+//!
+//! The virtual range is held until the discard completes. For each run of mappings to neighbouring data blocks the data range is held,
+//! too; then whatever is in flight has to end. A run whose blocks somebody works on is left as it is: a discard is a hint.
+//!
+//! Passed down, the blocks of a run are unmapped but kept from being handed out (they get a reference) until the data device is done.
+
+use super::jobs::{Job, JobId};
+use super::{Effects, Worker, end};
+use crate::error::Result;
+use crate::pool::bio::{Bio, BioError, BioResult, DISCARD_BLOCKS};
+use crate::pool::effect::Effect;
+use crate::pool::mode::PoolMode;
+use crate::pool::prison::{Cell, Detained, Held, Key};
+use crate::pool::thin::Thin;
+use crate::thin::PoolMetadata;
+use crate::units::{DataBlock, ThinBlock, ThinId};
+
+/// A discard under way.
+#[derive(Debug)]
+pub(super) struct Discard {
+    bio: Box<Bio>,
+    id: ThinId,
+    held: Held,
+    /// Blocks that were not looked at yet.
+    next: u64,
+    end: u64,
+    /// Runs under way.
+    runs: u32,
+    /// To hold the next run with.
+    spare: Option<Box<Cell>>,
+    result: BioResult,
+}
+
+/// Virtual blocks of a discard that follow on each other and are mapped to data blocks that do, too.
+#[derive(Debug)]
+pub(super) struct Run {
+    discard: JobId,
+    id: ThinId,
+    held: Held,
+    begin: u64,
+    data: u64,
+    len: u64,
+    /// A snapshot may have the blocks, too.
+    is_shared: bool,
+    /// Discards of the data device that have not ended; none before the run was unmapped.
+    passed_down: Option<u32>,
+}
+
+/// Where a run is.
+#[derive(Clone, Copy)]
+struct Place {
+    begin: u64,
+    data: u64,
+    len: u64,
+    is_shared: bool,
+}
+
+impl Worker {
+    pub(super) fn discard(&mut self, thin: &Thin, bio: Box<Bio>, effects: &mut Effects) {
+        if self.features.ignore_discard {
+            return end(bio, Err(BioError::Unsupported), effects);
+        }
+        let (begin, end_block) = bio.whole_blocks(self.pool.block_sectors);
+        if begin == end_block || !self.pool.mode().is_writable() {
+            return end(bio, Ok(()), effects);
+        }
+        let Some([first, second]) = self.cells.take() else {
+            return self.todo.push_front(bio);
+        };
+        let key = Key::of_virtual(thin.id(), ThinBlock(begin), ThinBlock(end_block));
+        let (held, bio) = match self.pool.prison.detain(key, bio, first) {
+            Detained::Free(held, bio) => (held, bio),
+            Detained::Busy(first) => {
+                self.cells = Some([first, second]);
+                return;
+            }
+        };
+        self.device(thin.id()).jobs += 1;
+        let job = self.jobs.add(Job::Discard(Discard {
+            bio,
+            id: thin.id(),
+            held,
+            next: begin,
+            end: end_block,
+            runs: 0,
+            spare: Some(second),
+            result: Ok(()),
+        }));
+        self.discard_goes_on(job, effects);
+    }
+
+    /// Begins as many runs as there are cells for; ends the discard when there is nothing left.
+    fn discard_goes_on(&mut self, job: JobId, effects: &mut Effects) {
+        loop {
+            let has_room = self.jobs.has_room(1);
+            let Some(Job::Discard(discard)) = self.jobs.get_mut(job) else {
+                return;
+            };
+            if discard.next >= discard.end || discard.result.is_err() {
+                break;
+            }
+            if discard.runs > 0 && !has_room {
+                return;
+            }
+            let spare = discard.spare.take().or_else(|| self.pool.cells.take());
+            let Some(spare) = spare else {
+                // The run that has the discard's own cell brings it back.
+                return;
+            };
+            let (id, from, to) = (discard.id, discard.next, discard.end);
+            let found = self
+                .pool
+                .metadata
+                .inspect(|pool| next_run(pool, id, from, to));
+            let place = match found {
+                Ok(place) => place,
+                Err(e) => {
+                    self.metadata_failed(e, effects);
+                    if let Some(Job::Discard(discard)) = self.jobs.get_mut(job) {
+                        discard.result = Err(BioError::Io);
+                        discard.spare = Some(spare);
+                    }
+                    break;
+                }
+            };
+            let Some(Job::Discard(discard)) = self.jobs.get_mut(job) else {
+                return;
+            };
+            let Some(place) = place else {
+                discard.next = discard.end;
+                discard.spare = Some(spare);
+                break;
+            };
+            discard.next = place.begin + place.len;
+            let data = (DataBlock(place.data), DataBlock(place.data + place.len));
+            match self
+                .pool
+                .prison
+                .try_hold(Key::of_data(id, data.0, data.1), spare)
+            {
+                Err(spare) => discard.spare = Some(spare),
+                Ok(held) => {
+                    discard.runs += 1;
+                    let run = self.jobs.add(Job::Run(Run {
+                        discard: job,
+                        id,
+                        held,
+                        begin: place.begin,
+                        data: place.data,
+                        len: place.len,
+                        is_shared: place.is_shared,
+                        passed_down: None,
+                    }));
+                    self.after_all_io(run);
+                }
+            }
+        }
+        self.end_discard(job, effects);
+    }
+
+    fn end_discard(&mut self, job: JobId, effects: &mut Effects) {
+        match self.jobs.get_mut(job) {
+            Some(Job::Discard(discard)) if discard.runs == 0 => {}
+            _ => return,
+        }
+        let Some(Job::Discard(discard)) = self.jobs.remove(job) else {
+            return;
+        };
+        self.device(discard.id).jobs -= 1;
+        end(discard.bio, discard.result, effects);
+        self.release(discard.held);
+        if let Some(spare) = discard.spare {
+            self.keep_cell(spare);
+        }
+    }
+
+    /// What a run waited for is over: the I/O that was in flight, or a discard of the data device.
+    pub(super) fn run_goes_on(&mut self, job: JobId, effects: &mut Effects) {
+        let Some(Job::Run(run)) = self.jobs.get_mut(job) else {
+            return;
+        };
+        let place = Place {
+            begin: run.begin,
+            data: run.data,
+            len: run.len,
+            is_shared: run.is_shared,
+        };
+        let id = run.id;
+        match &mut run.passed_down {
+            Some(0) | None => self.unmap_run(job, id, place, effects),
+            Some(1) => self.allow_reuse(job, place, effects),
+            Some(n) => *n -= 1,
+        }
+    }
+
+    fn unmap_run(&mut self, job: JobId, id: ThinId, place: Place, effects: &mut Effects) {
+        if self.pool.mode() > PoolMode::OutOfDataSpace {
+            return self.end_run(job, Ok(()), effects);
+        }
+        let passes_down = !self.features.no_discard_passdown;
+        let unmapped = self
+            .pool
+            .metadata
+            .change(|pool| unmap(pool, id, place, passes_down));
+        let own = match unmapped {
+            Ok(own) => own,
+            Err(e) => {
+                self.metadata_failed(e, effects);
+                return self.end_run(job, Err(BioError::Io), effects);
+            }
+        };
+        self.device(id).is_changed = true;
+        if !passes_down {
+            return self.end_run(job, Ok(()), effects);
+        }
+        if own.is_empty() {
+            return self.allow_reuse(job, place, effects);
+        }
+        if let Some(Job::Run(run)) = self.jobs.get_mut(job) {
+            run.passed_down = Some(own.len() as u32);
+        }
+        let size = self.pool.block_sectors;
+        for (block, blocks) in own {
+            effects.push(Effect::Discard {
+                job,
+                sector: block * size,
+                sectors: blocks * size,
+            });
+        }
+    }
+
+    /// The data device is done with a run.
+    fn allow_reuse(&mut self, job: JobId, place: Place, effects: &mut Effects) {
+        // If the metadata must not change any more, the transaction that unmapped the run is undone already.
+        let mut result = Ok(());
+        if self.pool.mode().is_writable() {
+            let (begin, end) = (DataBlock(place.data), DataBlock(place.data + place.len));
+            let freed = self
+                .pool
+                .metadata
+                .change(|pool| pool.dec_data_range(begin, end));
+            if !self.metadata_ok(freed, effects) {
+                result = Err(BioError::Io);
+            }
+        }
+        self.end_run(job, result, effects);
+    }
+
+    fn end_run(&mut self, job: JobId, result: BioResult, effects: &mut Effects) {
+        let Some(Job::Run(run)) = self.jobs.remove(job) else {
+            return;
+        };
+        let (cell, inmates) = self.pool.prison.release(run.held);
+        self.pool.submit_all(inmates);
+        if let Some(Job::Discard(discard)) = self.jobs.get_mut(run.discard) {
+            discard.runs -= 1;
+            discard.result = discard.result.and(result);
+            match &discard.spare {
+                None => discard.spare = Some(cell),
+                Some(_) => self.keep_cell(cell),
+            }
+        }
+        self.discard_goes_on(run.discard, effects);
+    }
+}
+
+/// The first run of mappings in `from..to`.
+fn next_run(pool: &PoolMetadata, id: ThinId, from: u64, to: u64) -> Result<Option<Place>> {
+    let mut run: Option<Place> = None;
+    let mut at = from;
+    while at < to {
+        let Some((block, mapping)) = pool.next_block(id, ThinBlock(at))? else {
+            break;
+        };
+        if block.0 >= to {
+            break;
+        }
+        let is_shared = pool.details(id)?.snapshotted_time > mapping.time;
+        match &mut run {
+            None => {
+                run = Some(Place {
+                    begin: block.0,
+                    data: mapping.block.0,
+                    len: 1,
+                    is_shared,
+                });
+            }
+            Some(run)
+                if block.0 == run.begin + run.len
+                    && mapping.block.0 == run.data + run.len
+                    && is_shared == run.is_shared
+                    && mapping.block.0 % DISCARD_BLOCKS != 0 =>
+            {
+                run.len += 1;
+            }
+            Some(_) => break,
+        }
+        at = block.0 + 1;
+    }
+    Ok(run)
+}
+
+/// Unmaps a run. If it is passed down, each of its blocks keeps a reference, and those are returned that nobody else has: first
+/// block and number.
+fn unmap(
+    pool: &mut PoolMetadata,
+    id: ThinId,
+    place: Place,
+    passes_down: bool,
+) -> Result<Vec<(u64, u64)>> {
+    let (begin, end) = (ThinBlock(place.begin), ThinBlock(place.begin + place.len));
+    pool.remove_range(id, begin, end)?;
+    if !passes_down {
+        return Ok(Vec::new());
+    }
+    let (first, last) = (place.data, place.data + place.len);
+    pool.inc_data_range(DataBlock(first), DataBlock(last))?;
+    let mut own: Vec<(u64, u64)> = Vec::new();
+    for block in first..last {
+        // Times only say that a block may be shared; the count knows.
+        if place.is_shared && pool.block_is_shared(DataBlock(block))? {
+            continue;
+        }
+        match own.last_mut() {
+            Some((begin, len)) if *begin + *len == block => *len += 1,
+            _ => own.push((block, 1)),
+        }
+    }
+    Ok(own)
+}

@@ -1,0 +1,142 @@
+//! Messages, and the snapshot of a device that is in use: the engine lets its I/O end first.
+
+use super::commit::Waiter;
+use super::jobs::{Job, JobId};
+use super::{Effects, Worker};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pool::effect::Effect;
+use crate::pool::message::Message;
+use crate::units::ThinId;
+
+/// A snapshot that waits for the I/O of its origin.
+#[derive(Debug)]
+pub(super) struct Snapshot {
+    tag: u64,
+    id: ThinId,
+    origin: ThinId,
+    /// No operation of the origin is under way any more; bios that were issued still are.
+    is_waiting_for_bios: bool,
+}
+
+impl Worker {
+    pub(super) fn message(&mut self, tag: u64, message: Message, effects: &mut Effects) {
+        if let Message::CreateSnap { id, origin } = message
+            && self.is_open(origin)
+            && self.pool.mode().is_writable()
+        {
+            self.gate(origin, true);
+            self.jobs.add(Job::Snapshot(Snapshot {
+                tag,
+                id,
+                origin,
+                is_waiting_for_bios: false,
+            }));
+            return;
+        }
+        let result = self.carry_out(message);
+        self.answer(tag, result, effects);
+    }
+
+    fn is_open(&self, id: ThinId) -> bool {
+        self.devices
+            .get(&id.0)
+            .is_some_and(|device| device.open > 0)
+    }
+
+    fn gate(&self, id: ThinId, is_gated: bool) {
+        for thin in self.thins.values().filter(|thin| thin.id() == id) {
+            thin.gate(is_gated);
+        }
+    }
+
+    /// An error is answered at once, success after the commit that makes it durable.
+    fn answer(&mut self, tag: u64, result: Result<()>, effects: &mut Effects) {
+        match result {
+            Ok(()) => self.waiters.push(Waiter::Answer(tag)),
+            // A refusal leaves no trace; anything else may have left half of a change.
+            Err(e) => {
+                if matches!(
+                    e.kind(),
+                    ErrorKind::Io | ErrorKind::Damaged | ErrorKind::NoSpace
+                ) {
+                    let again = Error::new(e.kind(), e.to_string());
+                    self.metadata_failed(again, effects);
+                }
+                effects.push(Effect::Answer {
+                    tag,
+                    result: Err(e),
+                });
+            }
+        }
+    }
+
+    fn carry_out(&mut self, message: Message) -> Result<()> {
+        let mode = self.pool.mode();
+        if !mode.is_writable() {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("the pool is in mode {mode} and takes no messages"),
+            ));
+        }
+        if let Message::Delete(id) = message
+            && self.is_open(id)
+        {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("thin device {id} is in use"),
+            ));
+        }
+        self.pool.metadata.change(|pool| match message {
+            Message::CreateThin(id) => pool.create_thin(id),
+            Message::CreateSnap { id, origin } => pool.create_snap(id, origin),
+            Message::Delete(id) => pool.delete_device(id),
+            Message::SetTransactionId { old, new } => pool.set_transaction_id(old, new),
+            Message::ReserveMetadataSnap => pool.reserve_metadata_snap().map(|_| ()),
+            Message::ReleaseMetadataSnap => pool.release_metadata_snap(),
+        })?;
+        if let Message::CreateSnap { origin, .. } = message {
+            self.device(origin).is_changed = true;
+        }
+        Ok(())
+    }
+
+    /// Snapshots whose origin has no operation under way wait for what was issued.
+    pub(super) fn start_snapshots(&mut self, _: &mut Effects) {
+        let waiting: Vec<(JobId, ThinId)> = self
+            .jobs
+            .iter()
+            .filter_map(|(job, what)| match what {
+                Job::Snapshot(s) if !s.is_waiting_for_bios => Some((job, s.origin)),
+                _ => None,
+            })
+            .collect();
+        for (job, origin) in waiting {
+            if self.device(origin).jobs > 0 {
+                continue;
+            }
+            if let Some(Job::Snapshot(snapshot)) = self.jobs.get_mut(job) {
+                snapshot.is_waiting_for_bios = true;
+                self.after_all_io(job);
+            }
+        }
+    }
+
+    /// Nothing of the origin is in flight: the snapshot is taken.
+    pub(super) fn snapshot(&mut self, job: JobId, effects: &mut Effects) {
+        let Some(Job::Snapshot(Snapshot {
+            tag, id, origin, ..
+        })) = self.jobs.remove(job)
+        else {
+            return;
+        };
+        let result = self.carry_out(Message::CreateSnap { id, origin });
+        let is_last = !self
+            .jobs
+            .iter()
+            .any(|(_, other)| matches!(other, Job::Snapshot(s) if s.origin == origin));
+        if is_last {
+            self.gate(origin, false);
+        }
+        self.answer(tag, result, effects);
+    }
+}

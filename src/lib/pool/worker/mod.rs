@@ -1,0 +1,411 @@
+//! The worker half: the single owner of everything in a pool that changes.
+//!
+//! 1. [`Worker::apply`] takes an event and appends effects. It touches no clock, no data device and no randomness.
+//! 2. A mapping is inserted only after its data is in place, and a bio is completed only after its mapping is inserted.
+//! 3. What an operation may need, two cells and a job, is reserved before it starts.
+//! 4. Between the flush of the data device that begins a commit and its end, the worker does nothing.
+
+mod commit;
+mod discard;
+mod jobs;
+mod messages;
+mod modes;
+mod process;
+mod provision;
+mod suspend;
+
+use super::bio::{Bio, BioError, BioResult};
+use super::effect::{Effect, Event, Notice};
+use super::mode::PoolMode;
+use super::pool::{Pool, Waiting};
+use super::prison::{Cell, Held};
+use super::table::{Features, PoolTable};
+use super::thin::Thin;
+use crate::error::{Error, ErrorKind, Result};
+use crate::pdata::txn::LockScheme;
+use crate::thin::{PoolMetadata, Reader, SharedMetadata};
+use crate::units::ThinId;
+use commit::{Commit, Waiter};
+pub use jobs::JobId;
+use jobs::{Job, Jobs};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use suspend::Suspension;
+
+/// Bios that one turn looks at, at most.
+const BATCH: usize = 8192;
+/// What has changed is committed after this time, and a worker busy for longer slows its submitters down.
+const SECOND: Duration = Duration::from_secs(1);
+
+/// How a pool is set up.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Its table.
+    pub table: PoolTable,
+    /// How lookups and changes are kept apart.
+    pub scheme: LockScheme,
+    /// Cells beside the two of each [`Mapper`](super::Mapper) and of the worker.
+    pub cells: usize,
+    /// Operations under way at once, at least 2.
+    pub jobs: usize,
+    /// For how long writes wait for space before they fail; none is for ever.
+    pub no_space_timeout: Option<Duration>,
+    /// The data device supports discards.
+    pub can_discard_data: bool,
+}
+
+impl Settings {
+    /// The kernel's defaults for a table.
+    pub fn new(table: PoolTable) -> Self {
+        Self {
+            table,
+            scheme: LockScheme::Kernel,
+            cells: 1024,
+            jobs: 1024,
+            no_space_timeout: Some(Duration::from_secs(60)),
+            can_discard_data: true,
+        }
+    }
+}
+
+/// What is known of a device that is open, by its id.
+#[derive(Debug, Default)]
+struct Device {
+    /// Its mappings changed in this transaction.
+    is_changed: bool,
+    /// Changes of it were lost: what was acknowledged may not be there.
+    has_lost: bool,
+    /// Handles.
+    open: u32,
+    /// Operations under way.
+    jobs: u32,
+}
+
+/// The worker.
+#[derive(Debug)]
+pub struct Worker {
+    pool: Arc<Pool>,
+    reader: Reader<Arc<SharedMetadata>>,
+    settings: Settings,
+    /// What is in force, which may be other than what the table asked for.
+    features: Features,
+    thins: BTreeMap<u32, Arc<Thin>>,
+    next_number: u32,
+    devices: BTreeMap<u64, Device>,
+    jobs: Jobs,
+    /// New mappings whose data is in place.
+    prepared: VecDeque<JobId>,
+    /// What waited in a deferred set and has not to any more.
+    ready: VecDeque<JobId>,
+    todo: VecDeque<Box<Bio>>,
+    cells: Option<[Box<Cell>; 2]>,
+    waiters: Vec<Waiter>,
+    commit: Option<Commit>,
+    /// A commit is due, whoever waits for it.
+    wants_commit: bool,
+    last_commit: Duration,
+    retry: Vec<Box<Bio>>,
+    out_of_space_since: Option<Duration>,
+    was_low_told: bool,
+    is_metadata_low: Arc<AtomicBool>,
+    suspension: Suspension,
+    busy_since: Option<Duration>,
+    now: Duration,
+}
+
+/// Effects to be appended to.
+type Effects = Vec<Effect>;
+
+impl Worker {
+    /// Starts a pool on its metadata.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the table does not go with the metadata.
+    pub fn start(mut metadata: PoolMetadata, settings: Settings) -> Result<Self> {
+        let status = metadata.status()?;
+        let table = &settings.table;
+        if table.block_sectors != status.data_block_size {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!(
+                    "changing the data block size (from {} to {}) is not supported",
+                    status.data_block_size, table.block_sectors
+                ),
+            ));
+        }
+        let features = in_force(&settings);
+        let is_metadata_low = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&is_metadata_low);
+        metadata.register_metadata_threshold(move || flag.store(true, Ordering::Relaxed));
+        let mode = match () {
+            () if features.read_only || status.needs_check => PoolMode::ReadOnly,
+            () if metadata.nr_free_metadata_blocks() == 0 => PoolMode::OutOfMetadataSpace,
+            () => PoolMode::Write,
+        };
+        metadata.set_read_only(!mode.is_writable());
+        let shared = SharedMetadata::new(metadata, settings.scheme);
+        let block_sectors = u64::from(table.block_sectors);
+        let pool = Arc::new(Pool::new(shared, block_sectors, settings.cells, mode));
+        pool.cells.grow();
+        Ok(Self {
+            reader: Reader::new(Arc::clone(&pool.metadata), false),
+            pool,
+            features,
+            thins: BTreeMap::new(),
+            next_number: 0,
+            devices: BTreeMap::new(),
+            jobs: Jobs::new(settings.jobs.max(2)),
+            prepared: VecDeque::new(),
+            ready: VecDeque::new(),
+            todo: VecDeque::new(),
+            cells: Some([Cell::spare(), Cell::spare()]),
+            waiters: Vec::new(),
+            commit: None,
+            wants_commit: false,
+            last_commit: Duration::ZERO,
+            retry: Vec::new(),
+            out_of_space_since: None,
+            was_low_told: false,
+            is_metadata_low,
+            suspension: Suspension::None,
+            busy_since: None,
+            now: Duration::ZERO,
+            settings,
+        })
+    }
+
+    /// What it shares with the map half.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// Opens a thin device, which may have an external origin of `origin_sectors`.
+    ///
+    /// # Errors
+    /// `NotFound`; `Io` in mode fail; `Damaged`.
+    pub fn open_thin(&mut self, id: ThinId, origin_sectors: Option<u64>) -> Result<Arc<Thin>> {
+        if self.pool.mode() == PoolMode::Fail {
+            return Err(Error::new(
+                ErrorKind::Io,
+                format!("cannot open thin device {id}: the pool is in fail mode; start it anew"),
+            ));
+        }
+        let metadata = self.pool.metadata.open_thin(id)?;
+        let number = self.next_number;
+        self.next_number += 1;
+        let thin = Arc::new(Thin::new(number, metadata, origin_sectors));
+        self.thins.insert(number, Arc::clone(&thin));
+        self.devices.entry(id.0).or_default().open += 1;
+        Ok(thin)
+    }
+
+    /// Closes a thin device. All its bios have ended.
+    pub fn close_thin(&mut self, thin: &Thin) {
+        if self.thins.remove(&thin.number).is_none() {
+            return;
+        }
+        if let Some(device) = self.devices.get_mut(&thin.id().0) {
+            device.open -= 1;
+            // Whether it changed has to be known until the commit.
+            if device.open == 0 && !device.is_changed {
+                self.devices.remove(&thin.id().0);
+            }
+        }
+    }
+
+    /// When it has to be told [`Event::Work`] even if nothing happens: the time passed to [`apply`](Self::apply) at which there will be
+    /// something to do.
+    pub fn deadline(&self) -> Option<Duration> {
+        let is_changed = self.pool.metadata.inspect(PoolMetadata::is_changed);
+        let commit = (is_changed && self.pool.mode().is_writable())
+            .then(|| self.last_commit.saturating_add(SECOND));
+        let timeout = self.out_of_space_since.zip(self.settings.no_space_timeout);
+        let timeout = timeout.map(|(since, timeout)| since.saturating_add(timeout));
+        commit.into_iter().chain(timeout).min()
+    }
+
+    /// Takes an event that happens at `now`, a time that never goes back, and appends what is to be done. True if it has more to do:
+    /// then it is to be told [`Event::Work`] again, at once.
+    pub fn apply(&mut self, now: Duration, event: Event, effects: &mut Effects) -> bool {
+        self.now = self.now.max(now);
+        match event {
+            Event::Work => {}
+            Event::Done { job, result } => self.done(job, result, effects),
+            Event::Message { tag, message } => self.message(tag, message, effects),
+            Event::Commit { tag } => self.waiters.push(Waiter::Answer(tag)),
+            Event::Suspend { tag, is_noflush } => self.suspend(tag, is_noflush, effects),
+            Event::Resume {
+                tag,
+                table,
+                data_blocks,
+            } => self.resume(tag, table, data_blocks, effects),
+        }
+        let has_more = self.turn(effects);
+        if self.is_metadata_low.swap(false, Ordering::Relaxed) {
+            effects.push(Effect::Notice(Notice::MetadataThreshold));
+        }
+        self.check_invariants();
+        has_more
+    }
+
+    fn turn(&mut self, effects: &mut Effects) -> bool {
+        if self.commit.is_some() {
+            return false;
+        }
+        self.look_into_inbox(effects);
+        self.expire(effects);
+        while let Some(job) = self.ready.pop_front() {
+            self.done(job, Ok(()), effects);
+        }
+        while let Some(job) = self.prepared.pop_front() {
+            self.insert_prepared(job, effects);
+        }
+        self.start_snapshots(effects);
+        self.pool.metadata.read_missed();
+        let is_stuck = self.process_todo(effects);
+        let has_more = !is_stuck && !self.todo.is_empty()
+            || self.pool.has_work()
+            || !self.ready.is_empty()
+            || !self.prepared.is_empty();
+        self.throttle(has_more);
+        if !has_more {
+            self.go_on_suspending(effects);
+        }
+        if self.wants_commit || !has_more && self.is_commit_due() {
+            self.begin_commit(effects);
+            // With nothing to write it is over already.
+            return self.commit.is_none() && (has_more || !self.todo.is_empty() && !is_stuck);
+        }
+        has_more
+    }
+
+    fn look_into_inbox(&mut self, effects: &mut Effects) {
+        let mut inbox = self.pool.open_inbox();
+        let (bios, ready) = (inbox.bios.take(), inbox.ready.take());
+        let filled = std::mem::take(&mut inbox.filled);
+        drop(inbox);
+        self.ready.extend(ready.map(|work| work.job));
+        let had = self.todo.len();
+        self.todo.extend(bios);
+        if self.todo.len() > had {
+            // Those that hold a cell come first.
+            let order = |bio: &Box<Bio>| (bio.reserved.is_none(), bio.thin, bio.sector);
+            self.todo.make_contiguous().sort_by_key(order);
+        }
+        for (bio, result) in filled {
+            self.filled(bio, result, effects);
+        }
+    }
+
+    /// Submitters are slowed down while one stretch of work takes more than a second.
+    fn throttle(&mut self, is_busy: bool) {
+        let since = match is_busy {
+            true => *self.busy_since.get_or_insert(self.now),
+            false => {
+                self.busy_since = None;
+                self.now
+            }
+        };
+        let is_throttled = self.now - since > SECOND;
+        self.pool
+            .is_throttled
+            .store(is_throttled, Ordering::Relaxed);
+    }
+
+    fn device(&mut self, id: ThinId) -> &mut Device {
+        self.devices.entry(id.0).or_default()
+    }
+
+    /// The open device that a bio is for.
+    fn thin_of(&self, bio: &Bio) -> Option<Arc<Thin>> {
+        self.thins.get(&bio.thin).cloned()
+    }
+
+    /// Takes back a cell's memory, for its own next operation first.
+    fn keep_cell(&mut self, cell: Box<Cell>) {
+        self.pool.cells.give(cell);
+        self.reserve_cells();
+    }
+
+    fn reserve_cells(&mut self) -> bool {
+        if self.cells.is_none() {
+            self.cells = self.pool.cells.take_two();
+        }
+        self.cells.is_some()
+    }
+
+    /// Releases a cell; its inmates are submitted again.
+    fn release(&mut self, held: Held) {
+        let (cell, inmates) = self.pool.prison.release(held);
+        self.pool.submit_all(inmates);
+        self.keep_cell(cell);
+    }
+
+    /// Ends a bio, and those that wait in its cell, with an error.
+    fn fail_cell(&mut self, held: Held, bio: Box<Bio>, error: BioError, effects: &mut Effects) {
+        end(bio, Err(error), effects);
+        let (cell, inmates) = self.pool.prison.release(held);
+        inmates.for_each(|bio| end(bio, Err(error), effects));
+        self.keep_cell(cell);
+    }
+
+    /// Runs `job` once nothing is in flight that is now; [`done`](Self::done) is told then.
+    fn after_all_io(&mut self, job: JobId) {
+        if self.pool.all_io.defer(Waiting::new(job)).is_some() {
+            self.ready.push_back(job);
+        }
+    }
+
+    /// An effect of `job` was carried out, or what it waited for is over.
+    fn done(&mut self, job: JobId, result: BioResult, effects: &mut Effects) {
+        match self.jobs.get_mut(job) {
+            Some(Job::Mapping(mapping)) => {
+                mapping.result = mapping.result.and(result);
+                mapping.waits -= 1;
+                if mapping.waits == 0 {
+                    self.prepared.push_back(job);
+                }
+            }
+            Some(Job::Run(_)) => self.run_goes_on(job, effects),
+            Some(Job::Snapshot(_)) => self.snapshot(job, effects),
+            Some(Job::Commit) => {
+                self.jobs.remove(job);
+                self.data_is_flushed(result, effects);
+            }
+            Some(Job::Drain) => {
+                self.jobs.remove(job);
+            }
+            Some(Job::Discard(_)) | None => {}
+        }
+    }
+
+    /// What always holds between two events; in debug builds it is checked.
+    fn check_invariants(&self) {
+        if cfg!(debug_assertions) && self.pool.mode() < PoolMode::ReadOnly {
+            let status = self
+                .pool
+                .metadata
+                .inspect(|pool| (pool.nr_free_data_blocks(), pool.nr_free_metadata_blocks()));
+            debug_assert!(status.0 <= 1 << 40 && status.1 <= 1 << 40);
+        }
+    }
+}
+
+/// What of the table's features can be had.
+fn in_force(settings: &Settings) -> Features {
+    let asked = settings.table.features;
+    Features {
+        no_discard_passdown: asked.no_discard_passdown || !settings.can_discard_data,
+        ..asked
+    }
+}
+
+fn end(bio: Box<Bio>, result: BioResult, effects: &mut Effects) {
+    effects.push(Effect::End {
+        bio,
+        result,
+        is_zero: false,
+    });
+}
