@@ -107,6 +107,11 @@ impl Bio {
         }
     }
 
+    /// Number of the open device that it was submitted to ([`Thin::number`](super::Thin::number)).
+    pub fn thin_number(&self) -> u32 {
+        self.thin
+    }
+
     pub(super) fn block(&self, block_sectors: u64) -> ThinBlock {
         ThinBlock(self.sector / block_sectors)
     }

@@ -7,7 +7,7 @@ use super::list::{Linked, List};
 use super::mode::{AtomicMode, PoolMode};
 use super::prison::{Inmates, Prison};
 use super::worker::JobId;
-use crate::thin::SharedMetadata;
+use crate::thin::{PoolMetadata, SharedMetadata};
 use crate::units::DataBlock;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -124,6 +124,11 @@ impl Pool {
     /// Sectors of 512 bytes in a data block.
     pub fn block_sectors(&self) -> u64 {
         self.block_sectors
+    }
+
+    /// Looks at the metadata, between two changes.
+    pub fn inspect<T>(&self, look: impl FnOnce(&PoolMetadata) -> T) -> T {
+        self.metadata.inspect(look)
     }
 
     /// The mode it is in.
