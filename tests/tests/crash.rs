@@ -113,6 +113,7 @@ fn failure() -> io::Error {
 
 /// Memory that records what is done to it, and fails where it is told to.
 pub(crate) struct Recorder {
+    before: Vec<u8>,
     memory: RamEngine,
     record: Mutex<Record>,
 }
@@ -121,6 +122,7 @@ impl Recorder {
     /// With these contents.
     pub(crate) fn new(contents: &[u8]) -> Self {
         Self {
+            before: contents.to_vec(),
             memory: RamEngine::from_bytes(contents.to_vec()),
             record: Mutex::default(),
         }
@@ -128,6 +130,11 @@ impl Recorder {
 
     fn record(&self) -> MutexGuard<'_, Record> {
         self.record.lock().expect("no panic")
+    }
+
+    /// What it held at first.
+    pub(crate) fn before(&self) -> Vec<u8> {
+        self.before.clone()
     }
 
     /// What was done to it, in order.

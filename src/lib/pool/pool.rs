@@ -121,6 +121,11 @@ impl Pool {
         self.inbox()
     }
 
+    /// True if no bio is in flight and nobody holds a block. Without others at work: that may change the moment after.
+    pub fn is_idle(&self) -> bool {
+        self.prison.is_quiet() && self.all_io.is_quiet() && self.shared_read.is_quiet()
+    }
+
     /// Sectors of 512 bytes in a data block.
     pub fn block_sectors(&self) -> u64 {
         self.block_sectors

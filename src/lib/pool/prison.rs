@@ -90,17 +90,6 @@ impl Cell {
 #[must_use]
 pub struct Held(Key);
 
-#[cfg(debug_assertions)]
-impl Drop for Held {
-    fn drop(&mut self) {
-        assert!(
-            std::thread::panicking(),
-            "the cell {:?} was never released",
-            self.0
-        );
-    }
-}
-
 /// What came of the wish to hold a cell.
 #[derive(Debug)]
 pub enum Detained {
@@ -169,7 +158,6 @@ impl Prison {
     /// in it but that of a deferred set.
     pub fn visit_release(&self, held: Held, visit: impl FnOnce(Inmates)) -> Box<Cell> {
         let key = held.0;
-        std::mem::forget(held);
         let mut shard = self.shard(&key);
         let mut link = &mut *shard;
         while link.as_ref().is_some_and(|cell| cell.key != key) {

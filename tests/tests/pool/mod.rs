@@ -2,4 +2,6 @@
 
 mod basics;
 pub(crate) mod disk;
+mod model;
 pub(crate) mod rig;
+mod simulation;

@@ -151,7 +151,7 @@ impl Rig {
             for effect in std::mem::take(&mut effects) {
                 self.take(effect);
             }
-            if !has_more && !self.pool.has_work() {
+            if !has_more {
                 break;
             }
             turns += 1;
@@ -413,6 +413,18 @@ impl Rig {
     pub(crate) fn suspend(&mut self, is_noflush: bool) -> u64 {
         let tag = self.number();
         self.tell(Event::Suspend { tag, is_noflush });
+        tag
+    }
+
+    /// Resumes and lets the answer come when it comes.
+    pub(crate) fn resume_later(&mut self) -> u64 {
+        let tag = self.number();
+        let data_blocks = self.data_blocks;
+        self.tell(Event::Resume {
+            tag,
+            table: None,
+            data_blocks,
+        });
         tag
     }
 

@@ -1,6 +1,6 @@
 //! Commits: one for everybody who waits for it. The data device is flushed first, so that what the metadata says is there is there.
 
-use super::jobs::Job;
+use super::jobs::{Job, JobId};
 use super::{Effects, SECOND, Worker, end};
 use crate::error::{Error, ErrorKind};
 use crate::pool::bio::{Bio, BioError, BioResult};
@@ -15,6 +15,8 @@ pub(super) enum Waiter {
     Issue(Box<Bio>, u64),
     /// A durable write whose data is in place.
     End(Box<Bio>),
+    /// A run of a discard, with the blocks that are to be discarded on the data device.
+    Discard(JobId, Vec<(u64, u64)>),
     /// Whoever sent a request.
     Answer(u64),
     /// Whoever suspends the pool.
@@ -99,6 +101,8 @@ impl Worker {
                 }
                 Waiter::Issue(bio, _) => self.end_issued(bio, result(is_done), effects),
                 Waiter::End(bio) => end(bio, result(is_done), effects),
+                Waiter::Discard(run, own) if is_done => self.pass_down(run, own, effects),
+                Waiter::Discard(run, _) => self.end_run(run, Ok(()), effects),
                 Waiter::Answer(tag) => effects.push(Effect::Answer {
                     tag,
                     result: is_done.then_some(()).ok_or_else(&error),

@@ -4,7 +4,10 @@
 //! too; then whatever is in flight has to end. A run whose blocks somebody works on is left as it is: a discard is a hint.
 //!
 //! Passed down, the blocks of a run are unmapped but kept from being handed out (they get a reference) until the data device is done.
+//! Where a snapshot had a block, too, it may have given it up in this very transaction: it would need it again after a crash. Such
+//! blocks are passed down after the next commit; the kernel does not wait for it.
 
+use super::commit::Waiter;
 use super::jobs::{Job, JobId};
 use super::{Effects, Worker, end};
 use crate::error::Result;
@@ -217,6 +220,14 @@ impl Worker {
         if own.is_empty() {
             return self.allow_reuse(job, place, effects);
         }
+        match place.is_shared {
+            true => self.waiters.push(Waiter::Discard(job, own)),
+            false => self.pass_down(job, own, effects),
+        }
+    }
+
+    /// Discards blocks of a run on the data device: first block and number of each stretch.
+    pub(super) fn pass_down(&mut self, job: JobId, own: Vec<(u64, u64)>, effects: &mut Effects) {
         if let Some(Job::Run(run)) = self.jobs.get_mut(job) {
             run.passed_down = Some(own.len() as u32);
         }
@@ -247,7 +258,7 @@ impl Worker {
         self.end_run(job, result, effects);
     }
 
-    fn end_run(&mut self, job: JobId, result: BioResult, effects: &mut Effects) {
+    pub(super) fn end_run(&mut self, job: JobId, result: BioResult, effects: &mut Effects) {
         let Some(Job::Run(run)) = self.jobs.remove(job) else {
             return;
         };
