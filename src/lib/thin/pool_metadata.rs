@@ -246,16 +246,9 @@ impl PoolMetadata {
     /// `Io`, `Damaged`.
     pub fn devices(&self) -> Result<Vec<ThinId>> {
         self.refuse_if_failed()?;
-        let mut ids = Vec::new();
-        let mut from = Some(0);
-        while let Some(key) = from {
-            let next = self
-                .txn
-                .lookup_next(TreeKind::TopLevel, self.current.mapping_root, key)?;
-            ids.extend(next.map(|n| ThinId(n.0)));
-            from = next.and_then(|n| n.0.checked_add(1));
-        }
-        Ok(ids)
+        let root = self.current.mapping_root;
+        let entries = self.txn.cursor(TreeKind::TopLevel, root, 0)?;
+        entries.map(|entry| Ok(ThinId(entry?.0))).collect()
     }
 
     fn refuse_if_taken(&self, id: ThinId) -> Result<()> {

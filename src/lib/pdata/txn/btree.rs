@@ -69,37 +69,7 @@ impl Transaction {
         root: MetadataBlock,
         key: u64,
     ) -> Result<Option<(u64, Cell)>> {
-        let validator = Validator::of(kind);
-        let mut wanted = key;
-        // Where a subtree ends before the key, its right neighbour begins with what is wanted.
-        loop {
-            let mut node = self.blocks.read(root, validator)?;
-            let mut next = None;
-            let mut levels = 0;
-            let found = loop {
-                let view = node.view();
-                if view.is_leaf() {
-                    let at = view
-                        .floor(wanted)
-                        .map_or(0, |at| at + usize::from(view.key(at) < wanted));
-                    break (at < view.len()).then(|| (view.key(at), view.value(at)));
-                }
-                let at = view.floor(wanted).unwrap_or(0);
-                if at + 1 < view.len() {
-                    next = Some(view.key(at + 1));
-                }
-                levels += 1;
-                if levels > MOST_LEVELS {
-                    return Err(too_deep(root));
-                }
-                node = self.blocks.read(view.child(at), validator)?;
-            };
-            match (found, next) {
-                (Some(found), _) => return Ok(Some(found)),
-                (None, Some(next)) if next > wanted => wanted = next,
-                _ => return Ok(None),
-            }
-        }
+        self.cursor(kind, root, key)?.next().transpose()
     }
 
     /// The largest key of a tree.

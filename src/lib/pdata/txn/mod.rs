@@ -4,6 +4,7 @@
 mod block_manager;
 mod block_set;
 mod btree;
+mod cursor;
 mod epoch;
 mod maps;
 mod schemes;
