@@ -314,6 +314,48 @@ fn random_operations_do_what_a_model_does() {
     }
 }
 
+/// However much metadata there is, the cache holds as many blocks as its bytes allow, with 16 bytes beside each.
+#[test]
+fn the_cache_stays_within_its_bytes() {
+    let bytes = 1 << 20;
+    let mut rng = SmallRng::seed_from_u64(1);
+    let mut pair = Pair::format(8192, 120_000, bytes);
+    for block in 0..40 * 2000 {
+        let (id, block) = (ThinId(block % 40), ThinBlock(block / 40 * 3));
+        if block.0 == 0 {
+            pair.pool.create_thin(id).expect("made");
+            pair.model.thins.insert(id.0, ModelThin::default());
+        }
+        let data = pair.pool.alloc_data_block().expect("room");
+        let data = data.expect("a block");
+        pair.pool.insert_block(id, block, data).expect("mapped");
+        let thin = pair.model.thins.get_mut(&id.0).expect("there");
+        thin.mappings.insert(block.0, (data.0, 0));
+    }
+    pair.commit().expect("room");
+    let (mut most, mut largest) = (0, 0);
+    for step in 0..4000 {
+        pair.step(&mut rng);
+        if step % 100 == 99 {
+            let committed = pair.commit();
+            pair.or_abort(committed);
+        }
+        let cache = pair.pool.cache_use();
+        let taken = cache.capacity * 4096 + cache.table_bytes;
+        assert!(taken <= bytes, "{cache:?}");
+        assert!(cache.table_bytes <= 16 * cache.capacity, "{cache:?}");
+        assert!(cache.blocks <= cache.capacity, "{cache:?}");
+        most = most.max(cache.blocks);
+        let status = pair.pool.status().expect("read");
+        largest = largest.max(status.allocated_metadata_blocks);
+    }
+    let capacity = pair.pool.cache_use().capacity;
+    println!("{most} of {largest} blocks cached");
+    assert_eq!(most, capacity);
+    assert!(largest as usize > 2 * capacity, "{largest}");
+    pair.compare("afterwards");
+}
+
 /// Both devices full at every size: what does not fit is an error, and the last commit stays.
 #[test]
 fn full_devices_are_errors() {

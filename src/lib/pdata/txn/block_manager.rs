@@ -66,6 +66,17 @@ impl fmt::Debug for BlockManager {
     }
 }
 
+/// What a cache takes. Beside that it has one request of 256 blocks, which all writes go through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheUse {
+    /// Blocks that are in it now, those included that an operation holds.
+    pub blocks: usize,
+    /// Blocks that fit.
+    pub capacity: usize,
+    /// Bytes of the tables beside the contents of the blocks.
+    pub table_bytes: usize,
+}
+
 /// Blocks below which no cache is: an operation holds several at once.
 const LEAST_BLOCKS: usize = 64;
 /// Misses that are remembered for reading ahead.
@@ -219,9 +230,15 @@ impl BlockManager {
         &self.engine
     }
 
-    /// Blocks that fit the cache.
-    pub fn capacity(&self) -> usize {
-        self.slots.len()
+    /// What the cache takes.
+    pub fn cache_use(&self) -> CacheUse {
+        let has_block = |slot: &&Slot| slot.tag.load(Ordering::Relaxed) & TAG_BLOCK != 0;
+        let used = self.filling().used;
+        CacheUse {
+            blocks: self.slots[..used].iter().filter(has_block).count(),
+            capacity: self.slots.len(),
+            table_bytes: size_of_val(&*self.slots) + size_of_val(&*self.table),
+        }
     }
 
     /// Refuses every exclusive lock and flush from here on, or no longer.
