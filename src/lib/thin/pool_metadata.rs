@@ -6,7 +6,7 @@
 //!
 //! Facts: `FORMAT.md`; the order of a commit is nodes, flush, superblock, flush.
 
-use super::superblock::{Fields, NEEDS_CHECK, SUPERBLOCK, Superblock, read_block};
+use super::superblock::{Fields, NEEDS_CHECK, SUPERBLOCK, Superblock, SuperblockFault, read_block};
 use super::{BlockTime, DeviceDetail};
 use crate::checksum::{self, BlockKind};
 use crate::error::{Error, ErrorKind, Result};
@@ -119,6 +119,15 @@ impl PoolMetadata {
 
     fn open_cached(blocks: Arc<BlockManager>) -> Result<Self> {
         let superblock = Superblock::read(&**blocks.engine())?;
+        let faults = superblock.faults(blocks.engine().nr_blocks());
+        // A lookup takes a root in block 0 for one that is not there yet.
+        let is_root = |f: &&SuperblockFault| matches!(f, SuperblockFault::Root { .. });
+        if let Some(fault) = faults.iter().find(is_root) {
+            return Err(Error::new(
+                ErrorKind::Damaged,
+                format!("bad superblock in block {SUPERBLOCK}: {fault}; run thin_check"),
+            ));
+        }
         let txn = Transaction::open(
             blocks,
             superblock.metadata_space_map,
@@ -449,7 +458,7 @@ impl PoolMetadata {
         match old {
             Some(old) if old[0] >> 24 != data.0 => self.txn.decrement_data(old[0] >> 24)?,
             Some(_) => {}
-            None => detail.mapped_blocks += 1,
+            None => detail.mapped_blocks = detail.mapped_blocks.saturating_add(1),
         }
         self.set_details(id, detail);
         Ok(())

@@ -284,6 +284,7 @@ impl Transaction {
                     true => (sibling_node, child, at),
                     false => (child, sibling_node, sibling),
                 };
+                refuse_unlike(parent, &[left.view(), right.view()])?;
                 let total = left.view().len() + right.view().len();
                 left.view().balance(right.view(), total / 2);
                 of_parent.set_key(at_right, right.view().key(0));
@@ -308,6 +309,7 @@ impl Transaction {
         }
         // Two full nodes become three.
         let left = self.shadow_child(blocks, kind, parent, at - 1)?;
+        refuse_unlike(parent, &[left.view(), child.view()])?;
         let centre = self.new_node(blocks, kind, child.view().is_leaf())?;
         let total = left.view().len() + child.view().len();
         let of_left = total / 3;

@@ -11,7 +11,7 @@ use super::view::cell;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::forest::TreeKind;
 use crate::pdata::space_map::{IndexEntry, SpaceMapRoot, nr_bitmaps};
-use crate::units::{ENTRIES_PER_BITMAP, MAX_METADATA_BLOCKS, MetadataBlock};
+use crate::units::{ENTRIES_PER_BITMAP, MAX_DATA_BLOCKS, MAX_METADATA_BLOCKS, MetadataBlock};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -46,7 +46,7 @@ pub(super) struct Map {
 const MOST_CACHED: usize = 4096;
 
 impl Map {
-    pub(super) fn data(root: SpaceMapRoot) -> Self {
+    pub(super) fn new(root: SpaceMapRoot) -> Self {
         Self {
             root,
             index: BTreeMap::new(),
@@ -54,6 +54,34 @@ impl Map {
             fresh: BlockSet::default(),
             cursor: 0,
         }
+    }
+
+    /// The map of a data device.
+    pub(super) fn data(root: SpaceMapRoot) -> Result<Self> {
+        if root.nr_blocks > MAX_DATA_BLOCKS {
+            return Err(Error::new(
+                ErrorKind::Damaged,
+                format!(
+                    "the data space map counts {} blocks, mappings can name {MAX_DATA_BLOCKS}; run thin_check",
+                    root.nr_blocks
+                ),
+            ));
+        }
+        Self::refuse_overfull("data", root)?;
+        Ok(Self::new(root))
+    }
+
+    fn refuse_overfull(which: &str, root: SpaceMapRoot) -> Result<()> {
+        if root.nr_allocated <= root.nr_blocks {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Damaged,
+            format!(
+                "the {which} space map has {} of {} blocks in use; run thin_check",
+                root.nr_allocated, root.nr_blocks
+            ),
+        ))
     }
 
     pub(super) fn metadata(blocks: &BlockManager, root: SpaceMapRoot) -> Result<Self> {
@@ -68,11 +96,12 @@ impl Map {
                 ),
             ));
         }
-        let mut map = Self::data(root);
+        Self::refuse_overfull("metadata", root)?;
+        let mut map = Self::new(root);
         for number in 0..nr_bitmaps(root.nr_blocks) {
             let at = 2 + 2 * number as usize;
             let words = [index.view().word(at), index.view().word(at + 1), 0];
-            map.remember(number, entry_of(words), false);
+            map.remember(number, entry_of(number, words)?, false);
         }
         Ok(map)
     }
@@ -87,12 +116,22 @@ impl Map {
     }
 }
 
-fn entry_of(words: [u64; 3]) -> IndexEntry {
-    IndexEntry {
+fn entry_of(number: u64, words: [u64; 3]) -> Result<IndexEntry> {
+    let entry = IndexEntry {
         block: MetadataBlock(words[0]),
         nr_free: words[1] as u32,
         none_free_before: (words[1] >> 32) as u32,
+    };
+    if u64::from(entry.nr_free) > ENTRIES_PER_BITMAP {
+        return Err(Error::new(
+            ErrorKind::Damaged,
+            format!(
+                "bitmap {number} has {} of {ENTRIES_PER_BITMAP} blocks free by the index; run thin_check",
+                entry.nr_free
+            ),
+        ));
     }
+    Ok(entry)
 }
 
 fn empty_bitmap(block: MetadataBlock) -> IndexEntry {
@@ -145,7 +184,7 @@ impl Transaction {
         }
         let root = self.data.root.bitmap_root;
         let found = self.lookup(TreeKind::DataIndex, root, number)?;
-        let entry = entry_of(found.ok_or_else(missing)?);
+        let entry = entry_of(number, found.ok_or_else(missing)?)?;
         if self.data.index.len() >= MOST_CACHED {
             self.data.index.retain(|_, cached| cached.is_dirty);
         }
@@ -303,6 +342,12 @@ impl Transaction {
         let block = self.find_free(Which::Metadata)?.ok_or_else(|| {
             Error::new(ErrorKind::NoSpace, "the metadata device is full; extend it")
         })?;
+        if block == 0 {
+            return Err(Error::new(
+                ErrorKind::Damaged,
+                "metadata block 0, the superblock, counts as free; run thin_check",
+            ));
+        }
         self.metadata.cursor = block + 1;
         self.increment_metadata(block)?;
         let root = self.metadata.root;

@@ -72,7 +72,7 @@ impl Transaction {
     /// The first transaction on metadata whose space maps are at these roots.
     ///
     /// # Errors
-    /// `Io`, and `Damaged` when the index of the metadata space map is not sound.
+    /// `Io`, and `Damaged` when the index of the metadata space map or a root is not sound.
     pub fn open(
         blocks: Arc<BlockManager>,
         metadata: SpaceMapRoot,
@@ -80,7 +80,7 @@ impl Transaction {
     ) -> Result<Self> {
         Ok(Self {
             metadata: Map::metadata(&blocks, metadata)?,
-            data: Map::data(data),
+            data: Map::data(data)?,
             ..Self::empty(blocks)
         })
     }
@@ -90,8 +90,8 @@ impl Transaction {
         Self {
             blocks,
             shadows: BlockSet::default(),
-            metadata: Map::data(SpaceMapRoot::default()),
-            data: Map::data(SpaceMapRoot::default()),
+            metadata: Map::new(SpaceMapRoot::default()),
+            data: Map::new(SpaceMapRoot::default()),
             depth: 0,
             queue: VecDeque::new(),
             pending: HashMap::new(),
