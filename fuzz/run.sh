@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 targets=("$@")
 if ((${#targets[@]} == 0)); then
-    targets=(superblock node space_map xml image)
+    targets=(superblock node space_map xml image transaction)
 fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -82,6 +82,24 @@ fn main() {
         {
             seeds.write("xml", &name, &xml);
         }
+        for how in 0..20 {
+            // Every operation in turn, with a commit now and then; then an edit.
+            let steps = (0..31).flat_map(|i| {
+                [
+                    if i % 5 == 4 { 20 } else { (i + how) % 20 },
+                    i % 4,
+                    8 * i,
+                    0,
+                    9,
+                ]
+            });
+            let edit = [how, 5 * how + 1, 0, 16, 0, 4, 0, 1, 2, 3, 4];
+            let mut script = vec![number as u8, how, 31];
+            script.extend(steps);
+            script.resize(2 + 6 * 32, how);
+            script.extend(edit);
+            seeds.write("transaction", &format!("{name}-{how}"), &script);
+        }
         for how in [0, 1, 8, 0x30, 0x40, 0x80] {
             // One edit of each kind, of a few blocks, small numbers in it.
             for op in 0..16 {
