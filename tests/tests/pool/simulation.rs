@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use thintools::ErrorKind;
 use thintools::io::{BlockEngine, RamEngine};
 use thintools::observer::Silent;
 use thintools::pdata::txn::LockScheme;
@@ -396,11 +397,12 @@ impl Run {
             }
         }
         for (tag, answer) in std::mem::take(&mut self.rig.answers) {
-            self.answered(tag, answer.is_ok());
+            let is_lost = answer.as_ref().is_err_and(|e| e.kind() == ErrorKind::Io);
+            self.answered(tag, answer.is_ok(), is_lost);
         }
     }
 
-    fn answered(&mut self, tag: u64, is_ok: bool) {
+    fn answered(&mut self, tag: u64, is_ok: bool, is_lost: bool) {
         if let Some((asked, is_answered)) = &mut self.suspension
             && *asked == tag
         {
@@ -408,6 +410,18 @@ impl Run {
         }
         let Some(Asked { step, begun }) = self.asked.remove(&tag) else {
             return;
+        };
+        // A commit whose last flush failed may have been done all the same.
+        let is_there = |id| {
+            let there = |pool: &PoolMetadata| pool.details(ThinId(id)).is_ok();
+            self.rig.pool.inspect(there)
+        };
+        let is_ok = match step {
+            Step::Create { id } | Step::Snapshot { id, .. } => {
+                is_ok || is_lost && is_there(id) && !self.devices.contains_key(&id)
+            }
+            Step::Delete { id } => is_ok || is_lost && !is_there(id),
+            _ => is_ok,
         };
         match step {
             Step::Create { id } if is_ok => self.open(id, Model::default()),
@@ -420,9 +434,11 @@ impl Run {
                 self.devices.remove(&id);
             }
             Step::Delete { id } => {
-                // It was closed to be deleted.
-                if let Some(device) = self.devices.remove(&id) {
-                    self.open(id, device.model);
+                // It was closed to be deleted. In mode fail nothing can be opened again, and the closed one gives errors.
+                if let Some(device) = self.devices.get_mut(&id)
+                    && let Ok(thin) = self.rig.worker.open_thin(ThinId(id), None)
+                {
+                    device.thin = thin;
                 }
             }
             _ => {}

@@ -5,6 +5,7 @@ use super::{Effects, SECOND, Worker, end};
 use crate::error::{Error, ErrorKind};
 use crate::pool::bio::{Bio, BioError, BioResult};
 use crate::pool::effect::Effect;
+use crate::pool::message::Message;
 use crate::pool::mode::PoolMode;
 use crate::thin::PoolMetadata;
 
@@ -17,6 +18,8 @@ pub(super) enum Waiter {
     End(Box<Bio>),
     /// A run of a discard, with the blocks that are to be discarded on the data device.
     Discard(JobId, Vec<(u64, u64)>),
+    /// A message that needs everything committed first.
+    Message(u64, Message),
     /// Whoever sent a request.
     Answer(u64),
     /// Whoever suspends the pool.
@@ -74,13 +77,13 @@ impl Worker {
             });
             self.look_at_space(effects);
         }
-        let failed = || {
-            Error::new(
-                ErrorKind::Io,
-                "the commit failed; what was not committed is lost",
-            )
-        };
-        self.tell(commit.waiters, is_done, failed, effects);
+        self.tell(commit.waiters, is_done, lost, effects);
+    }
+
+    /// The transaction was undone: whoever waits for its commit waits in vain.
+    pub(super) fn disappoint(&mut self, effects: &mut Effects) {
+        let waiters = std::mem::take(&mut self.waiters);
+        self.tell(waiters, false, lost, effects);
     }
 
     fn tell(
@@ -103,7 +106,11 @@ impl Worker {
                 Waiter::End(bio) => end(bio, result(is_done), effects),
                 Waiter::Discard(run, own) if is_done => self.pass_down(run, own, effects),
                 Waiter::Discard(run, _) => self.end_run(run, Ok(()), effects),
-                Waiter::Answer(tag) => effects.push(Effect::Answer {
+                Waiter::Message(tag, message) if is_done => {
+                    let result = self.carry_out(message);
+                    self.answer(tag, result, effects);
+                }
+                Waiter::Answer(tag) | Waiter::Message(tag, _) => effects.push(Effect::Answer {
                     tag,
                     result: is_done.then_some(()).ok_or_else(&error),
                 }),
@@ -126,4 +133,11 @@ impl Worker {
             self.retry_all();
         }
     }
+}
+
+fn lost() -> Error {
+    Error::new(
+        ErrorKind::Io,
+        "the metadata could not be changed; what was not committed is lost",
+    )
 }

@@ -33,6 +33,10 @@ impl Worker {
             }));
             return;
         }
+        // Its first half is a commit, which would come before the flush of the data.
+        if message == Message::ReserveMetadataSnap {
+            return self.waiters.push(Waiter::Message(tag, message));
+        }
         let result = self.carry_out(message);
         self.answer(tag, result, effects);
     }
@@ -50,7 +54,7 @@ impl Worker {
     }
 
     /// An error is answered at once, success after the commit that makes it durable.
-    fn answer(&mut self, tag: u64, result: Result<()>, effects: &mut Effects) {
+    pub(super) fn answer(&mut self, tag: u64, result: Result<()>, effects: &mut Effects) {
         match result {
             Ok(()) => self.waiters.push(Waiter::Answer(tag)),
             // A refusal leaves no trace; anything else may have left half of a change.
@@ -70,7 +74,7 @@ impl Worker {
         }
     }
 
-    fn carry_out(&mut self, message: Message) -> Result<()> {
+    pub(super) fn carry_out(&mut self, message: Message) -> Result<()> {
         let mode = self.pool.mode();
         if !mode.is_writable() {
             return Err(Error::new(

@@ -70,6 +70,7 @@ impl Worker {
                 self.set_mode(PoolMode::Fail, effects);
             }
         }
+        self.disappoint(effects);
     }
 
     /// Those who waited for space go on.
