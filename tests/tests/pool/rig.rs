@@ -75,6 +75,8 @@ pub(crate) struct Rig {
     pub(crate) now: Duration,
     pub(crate) done: BTreeMap<u64, Done>,
     pub(crate) answers: BTreeMap<u64, thintools::Result<()>>,
+    /// Answered requests, in order.
+    pub(crate) answered: Vec<u64>,
     pub(crate) notices: Vec<Notice>,
     /// Why each bio was deferred that was.
     pub(crate) deferred: BTreeMap<u64, Reason>,
@@ -128,6 +130,7 @@ impl Rig {
             now: Duration::ZERO,
             done: BTreeMap::new(),
             answers: BTreeMap::new(),
+            answered: Vec::new(),
             notices: Vec::new(),
             deferred: BTreeMap::new(),
             log: Vec::new(),
@@ -216,6 +219,7 @@ impl Rig {
             Effect::Answer { tag, result } => {
                 let before = self.answers.insert(tag, result);
                 assert!(before.is_none(), "request {tag} was answered twice");
+                self.answered.push(tag);
                 return;
             }
             Effect::Notice(notice) => return self.notices.push(notice),
@@ -398,6 +402,7 @@ impl Rig {
             Ok(message) => self.tell(Event::Message { tag, message }),
             Err(e) => {
                 self.answers.insert(tag, Err(e));
+                self.answered.push(tag);
             }
         }
         tag

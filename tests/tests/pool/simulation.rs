@@ -190,6 +190,8 @@ struct Asked {
 struct Device {
     thin: Arc<Thin>,
     model: Model,
+    /// It was deleted, or not: nobody can say what is in it.
+    is_unknown: bool,
 }
 
 /// A history that is being run.
@@ -321,6 +323,10 @@ impl Run {
     }
 
     fn submit(&mut self, op: Op, device: u64, quarter: u64, quarters: u64, is_fua: bool) {
+        let is_closed = |a: &Asked| matches!(a.step, Step::Delete { id } if id == device);
+        if self.asked.values().any(is_closed) {
+            return;
+        }
         let Some(to) = self.devices.get_mut(&device) else {
             return;
         };
@@ -374,6 +380,7 @@ impl Run {
                 (Op::Write, Ok(())) => model.end(id, bio.chunks, self.now, bio.is_fua),
                 (Op::Discard, Ok(())) => model.end(id, bio.chunks, self.now, false),
                 (Op::Flush, Ok(())) => model.flushed(bio.begun, self.now),
+                (Op::Read, Ok(())) if device.is_unknown => {}
                 (Op::Read, Ok(())) => {
                     assert_eq!(done.content.len() as u64, bio.chunks.end - bio.chunks.start);
                     for (chunk, tag) in bio.chunks.zip(done.content) {
@@ -396,7 +403,10 @@ impl Run {
                 self.devices.values_mut().for_each(|d| d.model.doubt());
             }
         }
-        for (tag, answer) in std::mem::take(&mut self.rig.answers) {
+        for tag in std::mem::take(&mut self.rig.answered) {
+            let Some(answer) = self.rig.answers.remove(&tag) else {
+                continue;
+            };
             let is_lost = answer.as_ref().is_err_and(|e| e.kind() == ErrorKind::Io);
             self.answered(tag, answer.is_ok(), is_lost);
         }
@@ -439,6 +449,7 @@ impl Run {
                     && let Ok(thin) = self.rig.worker.open_thin(ThinId(id), None)
                 {
                     device.thin = thin;
+                    device.is_unknown |= is_lost;
                 }
             }
             _ => {}
@@ -448,7 +459,13 @@ impl Run {
     fn open(&mut self, id: u64, model: Model) {
         // In mode fail nothing can be opened.
         if let Ok(thin) = self.rig.worker.open_thin(ThinId(id), None) {
-            self.devices.insert(id, Device { thin, model });
+            let is_unknown = false;
+            let device = Device {
+                thin,
+                model,
+                is_unknown,
+            };
+            self.devices.insert(id, device);
         }
     }
 
@@ -493,7 +510,8 @@ impl Run {
             for block in 0..BLOCKS {
                 let found = self.rig.read(&thin, block * BLOCK, BLOCK).expect("read");
                 for (chunk, tag) in (block * BLOCK / CHUNK..).zip(found) {
-                    if let Some(device) = before.get(&id).filter(|_| !in_doubt(id)) {
+                    if let Some(device) = before.get(&id).filter(|d| !in_doubt(id) && !d.is_unknown)
+                    {
                         let may_be = device.model.may_survive(chunk);
                         let is_ground =
                             self.setup.features.skip_block_zeroing && may_be.contains(&0);

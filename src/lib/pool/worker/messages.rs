@@ -23,6 +23,7 @@ impl Worker {
         if let Message::CreateSnap { id, origin } = message
             && self.is_open(origin)
             && self.pool.mode().is_writable()
+            && self.pool.metadata.inspect(|pool| pool.details(id).is_err())
         {
             self.gate(origin, true);
             self.jobs.add(Job::Snapshot(Snapshot {
