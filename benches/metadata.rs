@@ -303,6 +303,8 @@ fn changes(c: &mut Criterion, (name, entries): (&str, u64)) {
 enum Beside {
     Nobody,
     Reader,
+    /// Takes its share of the machine, but none of the locks.
+    WriterElsewhere,
     Writer,
 }
 
@@ -353,7 +355,12 @@ fn write(shared: &SharedMetadata, entries: u64, stop: &AtomicBool) -> u64 {
 }
 
 /// What one thread finds in [`TIME`], and what another does beside it.
-fn beside(shared: &SharedMetadata, entries: u64, other: Beside, counted: &mut Counted) -> f64 {
+fn beside(
+    [shared, elsewhere]: [&SharedMetadata; 2],
+    entries: u64,
+    other: Beside,
+    counted: &mut Counted,
+) -> f64 {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let other = scope.spawn(|| match other {
@@ -362,6 +369,7 @@ fn beside(shared: &SharedMetadata, entries: u64, other: Beside, counted: &mut Co
                 read(shared, entries, || stop.load(Ordering::Relaxed));
                 0
             }
+            Beside::WriterElsewhere => write(elsewhere, entries, &stop),
             Beside::Writer => write(shared, entries, &stop),
         });
         let since = Instant::now();
@@ -381,25 +389,25 @@ fn beside(shared: &SharedMetadata, entries: u64, other: Beside, counted: &mut Co
     })
 }
 
-/// Answered lookups of one thread, alone, beside another one, and beside one that overwrites and commits.
+/// Answered lookups of one thread, alone, beside another one, and beside one that overwrites and commits: another pool, or this one.
 fn two_threads(c: &mut Criterion, (name, entries): (&str, u64)) {
     let mut group = group(c, format!("two threads {name}"));
-    let mut shared = Shared::new(entries);
+    let (mut shared, mut elsewhere) = (Shared::new(entries), Shared::new(entries));
     let mut rows = Vec::new();
     for scheme in LockScheme::ALL {
         for (who, other) in [
             ("alone", Beside::Nobody),
             ("beside a reader", Beside::Reader),
+            ("beside a writer of another pool", Beside::WriterElsewhere),
             ("beside a writer", Beside::Writer),
         ] {
             let mut counted = Counted::default();
             let mut barriers = (0, 0);
             group.bench_function(BenchmarkId::new(scheme.to_string(), who), |b| {
-                let shared = shared.by(scheme);
+                let (shared, elsewhere) = (shared.by(scheme), elsewhere.by(scheme));
                 b.iter_custom(|iters| {
-                    Duration::from_secs_f64(
-                        iters as f64 * beside(shared, entries, other, &mut counted),
-                    )
+                    let each = beside([shared, elsewhere], entries, other, &mut counted);
+                    Duration::from_secs_f64(iters as f64 * each)
                 });
                 barriers = shared.barrier_waits();
             });

@@ -74,9 +74,4 @@ impl CellPool {
             _ => stock.surplus -= 1,
         }
     }
-
-    /// Cells that nobody has.
-    pub(super) fn free(&self) -> usize {
-        self.stock().free.len()
-    }
 }

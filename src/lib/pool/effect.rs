@@ -1,6 +1,6 @@
 //! What the worker wants done, and what it is told. It does no I/O on data and knows no clock: a driver executes its effects.
 
-use super::bio::{Bio, BioError, BioResult};
+use super::bio::{Bio, BioResult};
 use super::message::Message;
 use super::mode::PoolMode;
 use super::table::PoolTable;

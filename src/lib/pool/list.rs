@@ -20,10 +20,6 @@ impl<T: Linked> Default for List<T> {
 }
 
 impl<T: Linked> List<T> {
-    pub(super) fn is_empty(&self) -> bool {
-        self.newest.is_none()
-    }
-
     pub(super) fn push(&mut self, mut item: Box<T>) {
         *item.link() = self.newest.take();
         self.newest = Some(item);
@@ -90,7 +86,7 @@ mod tests {
             list.take().map(|i| i.0).collect::<Vec<_>>(),
             [0, 1, 2, 3, 4]
         );
-        assert!(list.is_empty());
+        assert_eq!(list.take().count(), 0);
     }
 
     #[test]

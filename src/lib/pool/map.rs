@@ -226,3 +226,117 @@ impl Mapper {
         Mapped::Deferred(reason)
     }
 }
+
+/// Run with `RUSTFLAGS="--cfg loom"`: every order of the steps of a read and a discard of one block.
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use crate::pool::deferred_set::DeferredSet;
+    use crate::pool::pool::Waiting;
+    use crate::pool::prison::{Held, Prison};
+    use crate::units::ThinId;
+    use loom::sync::Arc;
+    use loom::sync::atomic::{AtomicBool, Ordering};
+    use loom::thread;
+
+    const THIN: ThinId = ThinId(0);
+
+    /// A device with one block.
+    struct Block {
+        prison: Prison,
+        all_io: DeferredSet<Waiting>,
+        is_mapped: AtomicBool,
+        /// Its data is gone, or somebody else's.
+        is_given_back: AtomicBool,
+    }
+
+    impl Block {
+        fn give_back(&self) {
+            self.is_mapped.store(false, Ordering::Relaxed);
+            self.is_given_back.store(true, Ordering::Relaxed);
+        }
+
+        /// As the map half, with or without its cells.
+        fn read(&self, with_virtual: bool, with_data: bool) {
+            let hold = |key, with: bool| match with {
+                true => self.prison.try_hold(key, Cell::spare()).map(Some),
+                false => Ok(None),
+            };
+            let free = |held: Option<Held>| drop(held.map(|held| self.prison.release(held)));
+            let Ok(of_virtual) = hold(virtual_key(), with_virtual) else {
+                return;
+            };
+            if !self.is_mapped.load(Ordering::Relaxed) {
+                return free(of_virtual);
+            }
+            let of_data = hold(data_key(), with_data);
+            free(of_virtual);
+            let Ok(of_data) = of_data else { return };
+            let ticket = self.all_io.enter();
+            free(of_data);
+            // What is read now must still be what was looked up.
+            let is_stale = self.is_given_back.load(Ordering::Relaxed);
+            assert!(!is_stale, "a block was read that was given back");
+            if self.all_io.leave(ticket).count() > 0 {
+                self.give_back();
+            }
+        }
+
+        /// As the worker: the virtual cell for all of it, the data cell until the block is unmapped.
+        fn discard(&self, job: crate::pool::JobId) {
+            let Ok(of_virtual) = self.prison.try_hold(virtual_key(), Cell::spare()) else {
+                return;
+            };
+            if let Ok(of_data) = self.prison.try_hold(data_key(), Cell::spare()) {
+                // Its cells are held until it has ended, which a deferred one does later.
+                if self.all_io.defer(Waiting::new(job)).is_some() {
+                    self.give_back();
+                    drop(self.prison.release(of_data));
+                }
+            }
+            drop(self.prison.release(of_virtual));
+        }
+    }
+
+    fn virtual_key() -> Key {
+        Key::of_virtual(THIN, ThinBlock(0), ThinBlock(1))
+    }
+
+    fn data_key() -> Key {
+        Key::of_data(THIN, DataBlock(0), DataBlock(1))
+    }
+
+    fn race(with_virtual: bool, with_data: bool) {
+        loom::model(move || {
+            let block = Arc::new(Block {
+                prison: Prison::with_one_shard(),
+                all_io: DeferredSet::default(),
+                is_mapped: AtomicBool::new(true),
+                is_given_back: AtomicBool::new(false),
+            });
+            let reader = {
+                let block = block.clone();
+                thread::spawn(move || block.read(with_virtual, with_data))
+            };
+            block.discard(crate::pool::JobId::of_model());
+            reader.join().expect("a block was read that was given back");
+        });
+    }
+
+    #[test]
+    fn a_read_and_a_discard_of_one_block_exclude_each_other() {
+        race(true, true);
+    }
+
+    #[test]
+    #[should_panic(expected = "given back")]
+    fn without_the_virtual_cell_they_do_not() {
+        race(false, true);
+    }
+
+    #[test]
+    #[should_panic(expected = "given back")]
+    fn without_the_data_cell_they_do_not() {
+        race(true, false);
+    }
+}

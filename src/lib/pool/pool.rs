@@ -1,6 +1,6 @@
 //! What all threads share of a pool: the metadata to look up in, the prison, the deferred sets, and what waits for the worker.
 
-use super::bio::{Bio, BioError, BioResult};
+use super::bio::{Bio, BioResult};
 use super::cells::CellPool;
 use super::deferred_set::DeferredSet;
 use super::list::{Linked, List};

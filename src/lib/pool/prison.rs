@@ -124,6 +124,14 @@ impl Prison {
         shard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Loom could not follow 256 locks.
+    #[cfg(all(test, loom))]
+    pub(super) fn with_one_shard() -> Self {
+        Self {
+            shards: (0..1).map(|_| Shard(Mutex::new(None))).collect(),
+        }
+    }
+
     /// Holds the cell of `key`, or makes `bio` an inmate of the one that is in the way.
     pub fn detain(&self, key: Key, bio: Box<Bio>, spare: Box<Cell>) -> Detained {
         let mut shard = self.shard(&key);
@@ -303,17 +311,10 @@ mod models {
     use loom::sync::atomic::{AtomicU32, Ordering};
     use loom::thread;
 
-    /// One shard is enough, and loom could not follow 256.
-    fn prison() -> Prison {
-        Prison {
-            shards: (0..1).map(|_| Shard(Mutex::new(None))).collect(),
-        }
-    }
-
     #[test]
     fn one_works_at_a_time_and_no_inmate_is_forgotten() {
         loom::model(|| {
-            let prison = Arc::new(prison());
+            let prison = Arc::new(Prison::with_one_shard());
             let inside = Arc::new(AtomicU32::new(0));
             let done = Arc::new(AtomicU32::new(0));
             let work = move |prison: &Prison, inside: &AtomicU32, done: &AtomicU32, id| {

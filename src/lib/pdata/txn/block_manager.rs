@@ -167,8 +167,8 @@ impl Drop for WriteGuard<'_> {
 /// A block looked at without a lock.
 #[derive(Clone, Copy)]
 pub(crate) struct Peek<'a> {
-    manager: &'a BlockManager,
-    slot: usize,
+    slot: &'a Slot,
+    words: &'a [AtomicU64; WORDS],
     block: u32,
     version: u32,
 }
@@ -176,15 +176,14 @@ pub(crate) struct Peek<'a> {
 impl<'a> Peek<'a> {
     #[inline]
     pub(super) fn view(&self) -> View<'a> {
-        View(&self.manager.words[self.slot])
+        View(self.words)
     }
 
     /// True if all that was read since is of one moment.
     #[inline]
     pub(super) fn is_valid(&self) -> bool {
-        let slot = &self.manager.slots[self.slot];
-        slot.lock.is_still(self.version)
-            && slot.tag.load(Ordering::Relaxed) & (TAG_BLOCK | TAG_VALIDATOR) == self.block
+        self.slot.lock.is_still(self.version)
+            && self.slot.tag.load(Ordering::Relaxed) & (TAG_BLOCK | TAG_VALIDATOR) == self.block
     }
 }
 
@@ -368,15 +367,16 @@ impl BlockManager {
         let Some(slot) = self.find(block) else {
             return Err(Missed::NotCached);
         };
-        let version = self.slots[slot].lock.begin_read().ok_or(Missed::Held)?;
-        let found = self.slots[slot].tag.load(Ordering::Relaxed);
+        let of_slot = &self.slots[slot];
+        let version = of_slot.lock.begin_read().ok_or(Missed::Held)?;
+        let found = of_slot.tag.load(Ordering::Relaxed);
         if found & TAG_BLOCK != block.0 as u32 + 1 {
             return Err(Missed::NotCached);
         }
         self.mark(slot);
         Ok(Peek {
-            manager: self,
-            slot,
+            slot: of_slot,
+            words: &self.words[slot],
             block: found & (TAG_BLOCK | TAG_VALIDATOR),
             version,
         })

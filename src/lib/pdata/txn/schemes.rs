@@ -207,6 +207,7 @@ fn take<G, T: Tally>(
     Some(guard)
 }
 
+#[inline]
 fn under_root_lock<'a, T: Tally>(
     roots: &'a Roots,
     wait: bool,
@@ -248,6 +249,7 @@ pub(crate) trait Scheme {
     fn is_valid(node: &Self::Node<'_>) -> bool;
 }
 
+#[inline]
 fn locked_node<'a, T: Tally>(
     blocks: &'a BlockManager,
     block: MetadataBlock,
@@ -276,6 +278,7 @@ fn locked_node<'a, T: Tally>(
 /// Looks that even those take who must not wait: most changes are over by then.
 const MOST_LOOKS: u32 = 64;
 
+#[inline]
 fn unlocked_node(
     blocks: &BlockManager,
     block: MetadataBlock,
@@ -480,6 +483,7 @@ enum Step {
 }
 
 /// What one node says.
+#[inline]
 fn step(view: View<'_>, key: u64, is_top: bool) -> (Step, bool) {
     let is_leaf = view.is_leaf();
     let Some(at) = view.floor(key) else {

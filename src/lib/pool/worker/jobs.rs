@@ -8,6 +8,13 @@ use super::provision::NewMapping;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct JobId(u32);
 
+#[cfg(all(test, loom))]
+impl JobId {
+    pub(crate) fn of_model() -> Self {
+        Self(0)
+    }
+}
+
 /// An operation.
 #[derive(Debug)]
 pub(super) enum Job {
