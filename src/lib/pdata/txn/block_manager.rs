@@ -362,7 +362,7 @@ impl BlockManager {
     }
 
     /// A look at the block without a lock, if it is in the cache and nobody changes it.
-    #[inline]
+    #[inline(always)]
     pub(super) fn peek(&self, block: MetadataBlock) -> std::result::Result<Peek<'_>, Missed> {
         let Some(slot) = self.find(block) else {
             return Err(Missed::NotCached);
