@@ -8,6 +8,7 @@ use anyhow::Context;
 use serde_json::json;
 use thintools::io::{Access, BlockEngine, open_read, open_write};
 use thintools::observer::Observer;
+use thintools::pool::{Features, PoolMode, PoolState};
 use thintools::thin::{DEFAULT_CACHE, PoolMetadata, PoolStatus, Superblock};
 use thintools::tools::check::{CheckOptions, Code, Severity, check};
 use thintools::units::{MAX_METADATA_BLOCKS, MAX_THIN_ID, ThinId};
@@ -450,34 +451,6 @@ fn say_sizes(before: &PoolStatus, after: &PoolStatus, session: &Session) {
     }
 }
 
-/// The mode in which the kernel would bring the pool up.
-fn mode(status: &PoolStatus) -> &'static str {
-    match status.needs_check || status.used_metadata_blocks >= status.metadata_blocks {
-        true => "ro",
-        false => "rw",
-    }
-}
-
-/// The fields of the kernel's status line behind `thin-pool`, with the blank that it puts behind the last one.
-fn kernel_line(status: &PoolStatus) -> String {
-    format!(
-        "{} {}/{} {}/{} {} {} discard_passdown queue_if_no_space {} {} ",
-        status.transaction_id,
-        status.used_metadata_blocks,
-        status.metadata_blocks,
-        status.used_data_blocks,
-        status.data_blocks,
-        held(status).unwrap_or_else(|| String::from("-")),
-        mode(status),
-        if status.needs_check {
-            "needs_check"
-        } else {
-            "-"
-        },
-        status.metadata_threshold,
-    )
-}
-
 /// The block of the metadata snapshot.
 fn held(status: &PoolStatus) -> Option<String> {
     status.held_root.map(|block| block.to_string())
@@ -489,6 +462,8 @@ fn status(args: &Args) -> anyhow::Result<Exit> {
     let status = PoolMetadata::open(engine, DEFAULT_CACHE)
         .and_then(|pool| pool.status())
         .with_context(|| args.input.display().to_string())?;
+    let mode = PoolMode::at_start(&status);
+    let kernel = PoolState::new(&status, mode, &Features::default());
     let free = status
         .metadata_blocks
         .saturating_sub(status.allocated_metadata_blocks);
@@ -498,9 +473,9 @@ fn status(args: &Args) -> anyhow::Result<Exit> {
     let free_data = status.data_blocks.saturating_sub(status.used_data_blocks);
     let text = if args.json {
         serde_json::to_string_pretty(&json!({
-            "kernel": kernel_line(&status),
+            "kernel": kernel.to_string(),
             "status": status,
-            "mode": mode(&status),
+            "mode": mode.to_string(),
             "free_metadata_blocks": free,
             "usable_metadata_blocks": usable,
             "free_data_blocks": free_data,
@@ -515,7 +490,7 @@ fn status(args: &Args) -> anyhow::Result<Exit> {
             false => "no",
         };
         [
-            kernel_line(&status),
+            kernel.to_string(),
             format!("transaction id: {}", status.transaction_id),
             format!(
                 "metadata: {} of {} blocks of 4 KiB in use ({}), {free} free, {usable} of them not kept back for commits",

@@ -31,11 +31,11 @@ pub enum Message {
     ReleaseMetadataSnap,
 }
 
-fn refused(message: String) -> Error {
+pub(super) fn refused(message: String) -> Error {
     Error::new(ErrorKind::InvalidArgument, message)
 }
 
-fn number(word: &str) -> Result<u64, Error> {
+pub(super) fn number(word: &str) -> Result<u64, Error> {
     word.parse()
         .map_err(|_| refused(format!("{word:?} is not a number of 64 bits")))
 }

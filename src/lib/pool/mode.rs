@@ -1,5 +1,6 @@
 //! What a pool may do, from everything to nothing.
 
+use crate::thin::PoolStatus;
 use std::fmt;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -26,6 +27,17 @@ impl PoolMode {
         Self::ReadOnly,
         Self::Fail,
     ];
+
+    /// The mode in which a pool whose table does not say `read_only` comes up.
+    pub fn at_start(status: &PoolStatus) -> Self {
+        match status.needs_check {
+            true => Self::ReadOnly,
+            false if status.used_metadata_blocks >= status.metadata_blocks => {
+                Self::OutOfMetadataSpace
+            }
+            false => Self::Write,
+        }
+    }
 
     /// True if the metadata may be changed.
     pub fn is_writable(self) -> bool {

@@ -2,6 +2,7 @@
 
 mod basics;
 pub(crate) mod disk;
+mod lines;
 mod model;
 pub(crate) mod rig;
 mod simulation;

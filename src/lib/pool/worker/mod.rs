@@ -19,6 +19,7 @@ use super::effect::{Effect, Event, Notice};
 use super::mode::PoolMode;
 use super::pool::{Pool, Waiting};
 use super::prison::{Cell, Held};
+use super::status::{PoolState, PoolStatusLine, ThinStatus};
 use super::table::{Features, PoolTable};
 use super::thin::Thin;
 use crate::error::{Error, ErrorKind, Result};
@@ -139,10 +140,9 @@ impl Worker {
         let is_metadata_low = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&is_metadata_low);
         metadata.register_metadata_threshold(move || flag.store(true, Ordering::Relaxed));
-        let mode = match () {
-            () if features.read_only || status.needs_check => PoolMode::ReadOnly,
-            () if metadata.nr_free_metadata_blocks() == 0 => PoolMode::OutOfMetadataSpace,
-            () => PoolMode::Write,
+        let mode = match features.read_only {
+            true => PoolMode::ReadOnly,
+            false => PoolMode::at_start(&status),
         };
         metadata.set_read_only(!mode.is_writable());
         let shared = SharedMetadata::new(metadata, settings.scheme);
@@ -212,6 +212,37 @@ impl Worker {
             if device.open == 0 && !device.is_changed {
                 self.devices.remove(&thin.id().0);
             }
+        }
+    }
+
+    /// What `dmsetup status` says of the pool.
+    pub fn pool_status(&self) -> PoolStatusLine {
+        let mode = self.pool.mode();
+        if mode == PoolMode::Fail {
+            return PoolStatusLine::Fail;
+        }
+        match self.pool.metadata.inspect(PoolMetadata::status) {
+            Ok(status) => PoolStatusLine::Pool(PoolState::new(&status, mode, &self.features)),
+            Err(_) => PoolStatusLine::Error,
+        }
+    }
+
+    /// What `dmsetup status` says of a thin device.
+    pub fn thin_status(&self, thin: &Thin) -> ThinStatus {
+        if self.pool.mode() == PoolMode::Fail {
+            return ThinStatus::Fail;
+        }
+        let size = self.pool.block_sectors;
+        let found = self.pool.metadata.inspect(|pool| {
+            let details = pool.details(thin.id())?;
+            Ok::<_, Error>((details, pool.highest_block(thin.id())?))
+        });
+        match found {
+            Ok((details, highest)) => ThinStatus::Mapped {
+                sectors: details.mapped_blocks * size,
+                highest: highest.map(|block| (block.0 + 1) * size - 1),
+            },
+            Err(_) => ThinStatus::Error,
         }
     }
 
