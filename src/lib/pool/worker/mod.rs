@@ -306,8 +306,13 @@ impl Worker {
         }
         if self.wants_commit || !has_more && self.is_commit_due() {
             self.begin_commit(effects);
-            // With nothing to write it is over already.
-            return self.commit.is_none() && (has_more || !self.todo.is_empty() && !is_stuck);
+            // With nothing to write it is over already, and those who waited for it go on.
+            return self.commit.is_none()
+                && (has_more
+                    || self.pool.has_work()
+                    || !self.waiters.is_empty()
+                    || !self.ready.is_empty()
+                    || !self.todo.is_empty() && !is_stuck);
         }
         has_more
     }
