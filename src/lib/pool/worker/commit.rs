@@ -126,7 +126,7 @@ impl Worker {
             .metadata
             .inspect(|pool| (pool.nr_free_metadata_blocks(), pool.nr_free_data_blocks()));
         if metadata == 0 {
-            return self.set_mode(PoolMode::OutOfMetadataSpace, effects);
+            return self.metadata_is_full(effects);
         }
         if data > 0 && self.pool.mode() == PoolMode::OutOfDataSpace {
             self.set_mode(PoolMode::Write, effects);

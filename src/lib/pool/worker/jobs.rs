@@ -3,6 +3,7 @@
 use super::discard::{Discard, Run};
 use super::messages::Snapshot;
 use super::provision::NewMapping;
+use crate::units::DataBlock;
 
 /// Which operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -76,6 +77,16 @@ impl Jobs {
             self.free.push(id.0);
         }
         job
+    }
+
+    /// Has all new mappings fail. Returns the blocks that they would have been to.
+    pub(super) fn give_up_mappings(&mut self) -> Vec<DataBlock> {
+        let jobs = self.slots.iter_mut().flatten();
+        jobs.filter_map(|job| match job {
+            Job::Mapping(mapping) => mapping.data.take(),
+            _ => None,
+        })
+        .collect()
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (JobId, &Job)> {

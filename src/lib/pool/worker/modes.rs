@@ -13,6 +13,7 @@ use crate::pool::bio::BioError;
 use crate::pool::effect::{Effect, Notice};
 use crate::pool::mode::PoolMode;
 use crate::thin::PoolMetadata;
+use crate::units::DataBlock;
 
 impl Worker {
     pub(super) fn set_mode(&mut self, wanted: PoolMode, effects: &mut Effects) {
@@ -71,6 +72,23 @@ impl Worker {
             }
         }
         self.disappoint(effects);
+    }
+
+    /// Nothing will be mapped any more: while there still is the reserve, the blocks of new mappings are given back. The kernel leaks
+    /// them.
+    pub(super) fn metadata_is_full(&mut self, effects: &mut Effects) {
+        let blocks = self.jobs.give_up_mappings();
+        let given_back = self.pool.metadata.change(|pool| {
+            let mut blocks = blocks.iter();
+            blocks.try_for_each(|block| pool.dec_data_range(*block, DataBlock(block.0 + 1)))
+        });
+        let committed = given_back.and_then(|()| match blocks.is_empty() {
+            true => Ok(()),
+            false => self.pool.metadata.commit(),
+        });
+        if self.metadata_ok(committed, effects) {
+            self.set_mode(PoolMode::OutOfMetadataSpace, effects);
+        }
     }
 
     /// Those who waited for space go on.

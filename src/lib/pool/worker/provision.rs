@@ -18,7 +18,8 @@ pub(super) struct NewMapping {
     /// Number of the open device.
     thin: u32,
     block: ThinBlock,
-    data: DataBlock,
+    /// None if it was given up and the block given back.
+    pub(super) data: Option<DataBlock>,
     /// Of the virtual block, or of the data block whose sharing is broken.
     held: Held,
     /// None while it is the bio itself that fills the block.
@@ -161,7 +162,7 @@ impl Worker {
         self.jobs.add(Job::Mapping(NewMapping {
             thin: thin.number,
             block,
-            data,
+            data: Some(data),
             held,
             bio: None,
             waits: 0,
@@ -252,10 +253,9 @@ impl Worker {
             return self.release(held);
         };
         self.device(thin.id()).jobs -= 1;
-        if !self.pool.mode().is_writable() {
-            let error = BioError::Io;
-            return self.fail_cell(held, bio, error, effects);
-        }
+        let Some(data) = data.filter(|_| self.pool.mode().is_writable()) else {
+            return self.fail_cell(held, bio, BioError::Io, effects);
+        };
         if let Err(error) = result {
             // Nobody refers to the block.
             let freed = self
