@@ -13,7 +13,7 @@ use thintools::units::MetadataBlock;
 
 use crate::support::{
     Finished, Image, Map, PER_BITMAP, check, damage_lines, dump, entries, expand, get_u32, get_u64,
-    json, put_u32, put_u64, testdata, thintools, thintools_within,
+    json, put_u32, put_u64, testdata, thintools, thintools_within, untar,
 };
 
 /// Codes of what is worse than a note.
@@ -127,25 +127,9 @@ fn small() -> Image {
     image
 }
 
-/// The files of the archive of superblocks and images that the kernel was confronted with.
+/// Superblocks and images that the kernel was confronted with.
 fn archive() -> BTreeMap<String, Vec<u8>> {
-    let tar = expand("damaged/section5-images.tar");
-    let mut files = BTreeMap::new();
-    let mut rest = &tar[..];
-    while rest.len() >= 512 && rest[0] != 0 {
-        let (header, after) = rest.split_at(512);
-        let text = |range: std::ops::Range<usize>| {
-            let bytes = &header[range];
-            let end = bytes
-                .iter()
-                .position(|&b| b == 0 || b == b' ')
-                .unwrap_or(bytes.len());
-            String::from_utf8(bytes[..end].to_vec()).expect("text")
-        };
-        let size = usize::from_str_radix(&text(124..136), 8).expect("a size");
-        files.insert(text(0..100), after[..size].to_vec());
-        rest = &after[size.next_multiple_of(512)..];
-    }
+    let files = untar(&expand("damaged/section5-images.tar"));
     assert!(files.len() > 20, "{} files in the archive", files.len());
     files
 }

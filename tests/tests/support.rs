@@ -255,6 +255,24 @@ pub(crate) fn expand_text(name: &str) -> String {
     String::from_utf8(expand(name)).expect("text")
 }
 
+/// The files of an archive, by name.
+pub(crate) fn untar(tar: &[u8]) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    let mut rest = tar;
+    while rest.len() >= 512 && rest[0] != 0 {
+        let (header, after) = rest.split_at(512);
+        let text = |range: std::ops::Range<usize>| {
+            let bytes = &header[range];
+            let end = bytes.iter().position(|&b| b == 0 || b == b' ');
+            String::from_utf8(bytes[..end.unwrap_or(bytes.len())].to_vec()).expect("text")
+        };
+        let size = usize::from_str_radix(&text(124..136), 8).expect("a size");
+        files.insert(text(0..100), after[..size].to_vec());
+        rest = &after[size.next_multiple_of(512)..];
+    }
+    files
+}
+
 /// A JSON file of the fixtures.
 #[track_caller]
 pub(crate) fn json(name: &str) -> serde_json::Value {
