@@ -18,9 +18,19 @@ pub(crate) struct Disk {
     next: u64,
     /// What is there where nothing was written yet.
     ground: Tag,
+    /// Nothing that is written stays.
+    is_null: bool,
 }
 
 impl Disk {
+    /// A device that reads as zeros whatever is written to it, as dm-zero.
+    pub(crate) fn null() -> Self {
+        Self {
+            is_null: true,
+            ..Self::default()
+        }
+    }
+
     /// A device that is full of what somebody else left there.
     pub(crate) fn used() -> Self {
         Self {
@@ -38,6 +48,9 @@ impl Disk {
 
     pub(crate) fn write(&mut self, sector: u64, tags: &[Tag], is_fua: bool) {
         assert!(sector.is_multiple_of(CHUNK));
+        if self.is_null {
+            return;
+        }
         for (chunk, &tag) in (sector / CHUNK..).zip(tags) {
             self.live.insert(chunk, tag);
             if is_fua {

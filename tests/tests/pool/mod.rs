@@ -2,7 +2,10 @@
 
 mod basics;
 pub(crate) mod disk;
+mod kernel_lists;
 mod lines;
 mod model;
+mod moments;
+mod player;
 pub(crate) mod rig;
 mod simulation;

@@ -85,6 +85,8 @@ pub(crate) struct Rig {
     /// Content of external origins, by the number of the open device.
     pub(crate) origins: BTreeMap<u32, Disk>,
     pub(crate) data_blocks: u64,
+    /// Writes that have other tags than their number: that of the first chunk; those of the others count up.
+    pub(crate) tags: BTreeMap<u64, Tag>,
     next: u64,
 }
 
@@ -136,6 +138,7 @@ impl Rig {
             log: Vec::new(),
             origins: BTreeMap::new(),
             data_blocks,
+            tags: BTreeMap::new(),
             next: 1,
         })
     }
@@ -248,6 +251,19 @@ impl Rig {
         self.submit_bio(thin, Bio::new(id, Op::Write, sector, sectors).with_fua())
     }
 
+    /// Submits a write of the tags from `first` on.
+    pub(crate) fn submit_tagged(
+        &mut self,
+        thin: &Thin,
+        sector: u64,
+        sectors: u64,
+        first: Tag,
+    ) -> u64 {
+        let id = self.number();
+        self.tags.insert(id, first);
+        self.submit_bio(thin, Bio::new(id, Op::Write, sector, sectors))
+    }
+
     pub(crate) fn submit_flush(&mut self, thin: &Thin) -> u64 {
         let id = self.number();
         self.submit_bio(thin, Bio::flush(id))
@@ -289,7 +305,11 @@ impl Rig {
                     _ if result.is_err() => {}
                     Op::Read => content = self.disk.read(sector, bio.sectors),
                     Op::Write => {
-                        let tags = vec![bio.id; (bio.sectors / CHUNK) as usize];
+                        let chunks = bio.sectors / CHUNK;
+                        let tags = match self.tags.get(&bio.id) {
+                            Some(&first) => (first..first + chunks).collect(),
+                            None => vec![bio.id; chunks as usize],
+                        };
                         self.disk.write(sector, &tags, bio.is_fua);
                     }
                     Op::Flush => self.disk.flush(mark),
