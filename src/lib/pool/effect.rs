@@ -133,7 +133,7 @@ pub enum Event {
     Suspend {
         /// To be answered with.
         tag: u64,
-        /// Give the bios back instead, where they can be ([`BioError::Requeue`]).
+        /// Give the bios back instead, where they can be ([`BioError::Requeue`](super::BioError::Requeue)).
         is_noflush: bool,
     },
     /// Go on, with another table if there is one; grows the metadata and the data to the sizes that their devices have now.
