@@ -159,7 +159,9 @@ fn two(pool: &Arc<Pool>, thin: &Thin, trace: Option<&[u64]>) -> f64 {
         let mut mapper = Mapper::new(pool, false);
         let (mut blocks, mut bio) = (Blocks::of(trace, seed), None);
         // Two who follow the same trace are at different places of it.
-        (0..seed * 10_000).for_each(|_| drop(blocks.next()));
+        for _ in 0..seed * 10_000 {
+            blocks.next();
+        }
         let mut mapped = 0u64;
         while !stop.load(Ordering::Relaxed) {
             for _ in 0..256 {

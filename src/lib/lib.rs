@@ -10,6 +10,7 @@ pub mod io;
 pub mod observer;
 pub mod pdata;
 pub mod pool;
+pub mod replay;
 mod sync;
 pub mod thin;
 pub mod tools;

@@ -125,10 +125,6 @@ impl Model {
         self.not_over(chunk, |c| c.durable)
     }
 
-    pub(crate) fn chunks(&self) -> Vec<u64> {
-        self.chunks.keys().copied().collect()
-    }
-
     /// A snapshot, asked for at `begun`: what had not ended then may be in it or not.
     pub(crate) fn snapshot(&self, begun: u64) -> Self {
         let mut copy = self.clone();

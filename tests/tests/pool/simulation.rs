@@ -85,7 +85,6 @@ struct Setup {
     scheme: LockScheme,
     cells: usize,
     jobs: usize,
-    has_faults: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -110,7 +109,6 @@ fn generate(seed: u64) -> History {
         scheme: LockScheme::ALL[rng.random_range(0..5)],
         cells: if is_scarce { 0 } else { 64 },
         jobs: if is_scarce { 2 } else { 64 },
-        has_faults,
     };
     let steps = (0..STEPS).map(|_| step(&mut rng, has_faults)).collect();
     History { setup, steps }

@@ -107,6 +107,7 @@ pub struct Worker {
     /// A commit is due, whoever waits for it.
     wants_commit: bool,
     last_commit: Duration,
+    #[expect(clippy::vec_box, reason = "they come and go in boxes")]
     retry: Vec<Box<Bio>>,
     out_of_space_since: Option<Duration>,
     was_low_told: bool,
@@ -327,8 +328,8 @@ impl Worker {
         self.todo.extend(bios);
         if self.todo.len() > had {
             // Those that hold a cell come first.
-            let order = |bio: &Box<Bio>| (bio.reserved.is_none(), bio.thin, bio.sector);
-            self.todo.make_contiguous().sort_by_key(order);
+            let todo = self.todo.make_contiguous();
+            todo.sort_by_key(|bio| (bio.reserved.is_none(), bio.thin, bio.sector));
         }
         for (bio, result) in filled {
             self.filled(bio, result, effects);
