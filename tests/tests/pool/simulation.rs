@@ -183,6 +183,8 @@ struct Submitted {
 struct Asked {
     step: Step,
     begun: u64,
+    /// The device that it makes a snapshot of is not about to be another one.
+    is_clear: bool,
 }
 
 struct Device {
@@ -317,7 +319,23 @@ impl Run {
     fn ask(&mut self, step: Step, message: &str) {
         let tag = self.rig.send(message);
         let begun = self.now;
-        self.asked.insert(tag, Asked { step, begun });
+        let is_about = |asked: &Asked, of| match asked.step {
+            Step::Create { id } | Step::Snapshot { id, .. } | Step::Delete { id } => id == of,
+            _ => false,
+        };
+        let is_clear = match step {
+            Step::Snapshot { origin, .. } => {
+                self.devices.contains_key(&origin)
+                    && !self.asked.values().any(|asked| is_about(asked, origin))
+            }
+            _ => true,
+        };
+        let asked = Asked {
+            step,
+            begun,
+            is_clear,
+        };
+        self.asked.insert(tag, asked);
     }
 
     fn submit(&mut self, op: Op, device: u64, quarter: u64, quarters: u64, is_fua: bool) {
@@ -416,7 +434,12 @@ impl Run {
         {
             *is_answered = true;
         }
-        let Some(Asked { step, begun }) = self.asked.remove(&tag) else {
+        let Some(Asked {
+            step,
+            begun,
+            is_clear,
+        }) = self.asked.remove(&tag)
+        else {
             return;
         };
         // A commit whose last flush failed may have been done all the same.
@@ -437,6 +460,9 @@ impl Run {
                 let of_origin = self.devices.get(&origin);
                 let model = of_origin.map_or_else(Model::default, |d| d.model.snapshot(begun));
                 self.open(id, model);
+                if let Some(device) = self.devices.get_mut(&id) {
+                    device.is_unknown = !is_clear;
+                }
             }
             Step::Delete { id } if is_ok => {
                 self.devices.remove(&id);
