@@ -458,10 +458,11 @@ impl Run {
             Step::Create { id } if is_ok => self.open(id, Model::default()),
             Step::Snapshot { id, origin } if is_ok => {
                 let of_origin = self.devices.get(&origin);
+                let is_unknown = !is_clear || of_origin.is_some_and(|d| d.is_unknown);
                 let model = of_origin.map_or_else(Model::default, |d| d.model.snapshot(begun));
                 self.open(id, model);
                 if let Some(device) = self.devices.get_mut(&id) {
-                    device.is_unknown = !is_clear;
+                    device.is_unknown = is_unknown;
                 }
             }
             Step::Delete { id } if is_ok => {
