@@ -112,6 +112,11 @@ impl Bio {
         self.thin
     }
 
+    /// True if it is the write that fills a new block, rather than zeros or a copy.
+    pub fn fills_a_new_block(&self) -> bool {
+        self.fills.is_some()
+    }
+
     pub(super) fn block(&self, block_sectors: u64) -> ThinBlock {
         ThinBlock(self.sector / block_sectors)
     }

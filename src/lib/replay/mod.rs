@@ -1,5 +1,13 @@
 //! Recorded block I/O, played through the pool engine.
 
+mod control;
+mod counts;
+mod device;
 mod event;
+mod player;
 
+pub use control::Control;
+pub use counts::{InputCounts, Latencies, WorkCounts};
+pub use device::DeviceModel;
 pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
+pub use player::{Mark, PlayOptions, Player};

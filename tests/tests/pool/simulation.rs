@@ -23,7 +23,7 @@ use thintools::units::{BLOCK_SIZE, ThinId};
 
 use super::disk::{CHUNK, Disk};
 use super::model::Model;
-use super::rig::{BLOCK, Rig, table};
+use super::rig::{BLOCK, Done, Rig, table};
 use crate::crash::{Fault, Recorder, Request, Step as Written};
 
 const THINS: u64 = 4;
@@ -251,68 +251,6 @@ impl Run {
 
     fn step(&mut self, step: Step) {
         self.now += 1;
-        match step {
-            Step::Io {
-                op,
-                thin,
-                quarter,
-                quarters,
-                is_fua,
-            } => {
-                self.submit(op, thin, quarter, quarters, is_fua);
-            }
-            Step::CarryOut { which, fails } => {
-                let pending = self.rig.pending.len();
-                if pending > 0 {
-                    self.may_leak |= fails;
-                    let result = if fails { Err(BioError::Io) } else { Ok(()) };
-                    self.rig.carry_out(which as usize % pending, result);
-                }
-            }
-            Step::Pass { millis } => {
-                self.rig.now += Duration::from_millis(millis);
-                self.rig.tell(thintools::pool::Event::Work);
-            }
-            Step::Create { id } => self.ask(step, &format!("create_thin {id}")),
-            Step::Snapshot { id, origin } => self.ask(step, &format!("create_snap {id} {origin}")),
-            Step::Delete { id } => {
-                let is_busy = self.submitted.values().any(|s| s.device == id)
-                    || self
-                        .asked
-                        .values()
-                        .any(|a| matches!(a.step, Step::Snapshot { origin, .. } if origin == id));
-                if let Some(device) = self.devices.get(&id)
-                    && !is_busy
-                {
-                    self.rig.worker.close_thin(&device.thin);
-                }
-                self.ask(step, &format!("delete {id}"));
-            }
-            Step::MetadataSnapshot { reserve: true } => self.ask(step, "reserve_metadata_snap"),
-            Step::MetadataSnapshot { reserve: false } => self.ask(step, "release_metadata_snap"),
-            Step::Suspend { is_noflush } => {
-                if self.suspension.is_none() {
-                    self.suspension = Some((self.rig.suspend(is_noflush), false));
-                }
-            }
-            Step::Resume => {
-                if let Some((_, true)) = self.suspension {
-                    self.suspension = None;
-                    // The metadata may be failing just now.
-                    self.rig.resume_later();
-                }
-            }
-            Step::Fault { after, is_sync } => {
-                let request = if is_sync {
-                    Request::Sync
-                } else {
-                    Request::Write
-                };
-                self.engine.set_faults(&[Fault::once(request, after)]);
-                self.may_leak = true;
-            }
-            Step::Crash { seed } => self.crash(seed),
-        }
         self.look();
     }
 
@@ -380,7 +318,35 @@ impl Run {
 
     /// Takes in what has come of the last step.
     fn look(&mut self) {
-        for (id, done) in std::mem::take(&mut self.rig.done) {
+        // A read may have ended after the metadata failed in the same step.
+        let is_read = |id| {
+            self.submitted
+                .get(&id)
+                .is_some_and(|bio| bio.op == Op::Read)
+        };
+        let all = std::mem::take(&mut self.rig.done);
+        let (reads, others): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            all.into_iter().partition(|(id, _)| is_read(*id));
+        self.ended(others);
+        for notice in std::mem::take(&mut self.rig.notices) {
+            if let Notice::MetadataFailed(_) = notice {
+                self.may_leak = true;
+                self.lost_at = self.now;
+                self.devices.values_mut().for_each(|d| d.model.doubt());
+            }
+        }
+        self.ended(reads);
+        for tag in std::mem::take(&mut self.rig.answered) {
+            let Some(answer) = self.rig.answers.remove(&tag) else {
+                continue;
+            };
+            let is_lost = answer.as_ref().is_err_and(|e| e.kind() == ErrorKind::Io);
+            self.answered(tag, answer.is_ok(), is_lost);
+        }
+    }
+
+    fn ended(&mut self, bios: BTreeMap<u64, Done>) {
+        for (id, done) in bios {
             let bio = self
                 .submitted
                 .remove(&id)
@@ -411,20 +377,6 @@ impl Run {
                     }
                 }
             }
-        }
-        for notice in std::mem::take(&mut self.rig.notices) {
-            if let Notice::MetadataFailed(_) = notice {
-                self.may_leak = true;
-                self.lost_at = self.now;
-                self.devices.values_mut().for_each(|d| d.model.doubt());
-            }
-        }
-        for tag in std::mem::take(&mut self.rig.answered) {
-            let Some(answer) = self.rig.answers.remove(&tag) else {
-                continue;
-            };
-            let is_lost = answer.as_ref().is_err_and(|e| e.kind() == ErrorKind::Io);
-            self.answered(tag, answer.is_ok(), is_lost);
         }
     }
 

@@ -202,6 +202,24 @@ impl Worker {
         Ok(thin)
     }
 
+    /// The open device of this number.
+    pub fn thin(&self, number: u32) -> Option<Arc<Thin>> {
+        self.thins.get(&number).cloned()
+    }
+
+    /// The metadata alone, when nobody maps any more.
+    ///
+    /// # Errors
+    /// `Busy` if somebody still has the pool.
+    pub fn into_metadata(self) -> Result<PoolMetadata> {
+        let Self { pool, reader, .. } = self;
+        drop(reader);
+        let busy = || Error::new(ErrorKind::Busy, "somebody still has the pool");
+        let pool = Arc::into_inner(pool).ok_or_else(busy)?;
+        let metadata = Arc::into_inner(pool.metadata).ok_or_else(busy)?;
+        Ok(metadata.into_pool())
+    }
+
     /// Closes a thin device. All its bios have ended.
     pub fn close_thin(&mut self, thin: &Thin) {
         if self.thins.remove(&thin.number).is_none() {
@@ -357,7 +375,7 @@ impl Worker {
 
     /// The open device that a bio is for.
     fn thin_of(&self, bio: &Bio) -> Option<Arc<Thin>> {
-        self.thins.get(&bio.thin).cloned()
+        self.thin(bio.thin)
     }
 
     /// Takes back a cell's memory, for its own next operation first.

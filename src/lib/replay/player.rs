@@ -1,0 +1,621 @@
+//! Plays a trace through the engine in virtual time: the same trace, the same result.
+//!
+//! The clock stands at the time of the next thing that happens: a request of the trace, the end of something on the modelled data
+//! device, or a deadline of the worker. Before a control event everything ends that is under way, as a suspended device's I/O does.
+
+use super::control::Control;
+use super::counts::{InputCounts, Latencies, WorkCounts};
+use super::device::DeviceModel;
+use super::event::{ControlEvent, TraceIo, TraceOp};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pool::{
+    Bio, BioError, BioResult, Effect, Event, JobId, Line, Mapped, Mapper, Notice, Op, Pool,
+    Settings, Source, Thin, Worker, pieces,
+};
+use crate::thin::PoolMetadata;
+use crate::units::ThinId;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How a trace is played.
+#[derive(Clone, Debug)]
+pub struct PlayOptions {
+    /// How the pool is set up.
+    pub settings: Settings,
+    /// Blocks of the data device.
+    pub data_blocks: u64,
+    /// Largest read or write that reaches a thin device at once, in sectors of 512 bytes.
+    pub max_sectors: Option<u64>,
+    /// Threads that submit: a request goes by its processor to one of them.
+    pub cpus: usize,
+    /// How long the data device takes.
+    pub device: DeviceModel,
+    /// Which thin device a device of the trace is, until a control event says something else.
+    pub devices: BTreeMap<String, (ThinId, Option<u64>)>,
+}
+
+/// How things were at a mark.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Mark {
+    /// Its name.
+    pub name: String,
+    /// Nanoseconds of virtual time.
+    pub time_ns: u64,
+    /// The pool's status line.
+    pub pool: String,
+    /// The status lines of the thin devices that are active, by the name of the trace's device.
+    pub thins: BTreeMap<String, String>,
+    /// Metadata blocks in use, without those kept back.
+    pub allocated_metadata_blocks: u64,
+}
+
+/// A device of the trace that is a thin device now.
+#[derive(Debug)]
+struct Active {
+    thin: Option<Arc<Thin>>,
+    id: ThinId,
+    sectors: Option<u64>,
+    origin_sectors: Option<u64>,
+}
+
+/// A request of the trace, whose bios have not all ended.
+#[derive(Debug)]
+struct Request {
+    submitted: Duration,
+    left: u32,
+    /// The write that its flush is in front of.
+    then: Option<TraceIo>,
+    was_deferred: bool,
+}
+
+/// Something that ends on the data device.
+#[derive(Debug)]
+enum Io {
+    Bio(Box<Bio>),
+    Job(JobId),
+}
+
+/// A trace that is being played.
+#[derive(Debug)]
+pub struct Player {
+    options: PlayOptions,
+    worker: Worker,
+    pool: Arc<Pool>,
+    mappers: Vec<Mapper>,
+    now: Duration,
+    /// What ends when; the second number keeps things of one time in order.
+    ends: BinaryHeap<Reverse<(Duration, u64)>>,
+    ios: HashMap<u64, Io>,
+    requests: HashMap<u64, Request>,
+    active: BTreeMap<String, Active>,
+    next: u64,
+    effects: Vec<Effect>,
+    answers: HashMap<u64, Result<()>>,
+    input: InputCounts,
+    work: WorkCounts,
+    mapped: Latencies,
+    deferred: Latencies,
+    notices: Vec<(Duration, String)>,
+    marks: Vec<Mark>,
+}
+
+/// Rounds after which a pool that never comes to rest is an error.
+const MOST_ROUNDS: u32 = 100_000_000;
+
+impl Player {
+    /// Starts a pool on its metadata.
+    ///
+    /// # Errors
+    /// Those of [`Worker::start`].
+    pub fn new(metadata: PoolMetadata, options: PlayOptions) -> Result<Self> {
+        let worker = Worker::start(metadata, options.settings.clone())?;
+        let pool = Arc::clone(worker.pool());
+        let mappers = (0..options.cpus.max(1)).map(|_| Mapper::new(&pool, true));
+        let devices = options.devices.iter();
+        let active = devices.map(|(name, &(id, sectors))| {
+            let active = Active {
+                thin: None,
+                id,
+                sectors,
+                origin_sectors: None,
+            };
+            (name.clone(), active)
+        });
+        Ok(Self {
+            mappers: mappers.collect(),
+            active: active.collect(),
+            worker,
+            pool,
+            now: Duration::ZERO,
+            ends: BinaryHeap::new(),
+            ios: HashMap::new(),
+            requests: HashMap::new(),
+            next: 0,
+            effects: Vec::new(),
+            answers: HashMap::new(),
+            input: InputCounts::default(),
+            work: WorkCounts::default(),
+            mapped: Latencies::default(),
+            deferred: Latencies::default(),
+            notices: Vec::new(),
+            marks: Vec::new(),
+            options,
+        })
+    }
+
+    /// What the trace asked for so far.
+    pub fn input(&self) -> &InputCounts {
+        &self.input
+    }
+
+    /// What the pool did for it so far.
+    pub fn work(&self) -> &WorkCounts {
+        &self.work
+    }
+
+    /// What the map half did, of all processors.
+    pub fn mappers(&self) -> &[Mapper] {
+        &self.mappers
+    }
+
+    /// How long requests took that the map half could issue at once, and how long the others.
+    pub fn latencies(&self) -> (&Latencies, &Latencies) {
+        (&self.mapped, &self.deferred)
+    }
+
+    /// What the pool reported, and when.
+    pub fn notices(&self) -> &[(Duration, String)] {
+        &self.notices
+    }
+
+    /// How things were at the marks.
+    pub fn marks(&self) -> &[Mark] {
+        &self.marks
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// The virtual time.
+    pub fn now(&self) -> Duration {
+        self.now
+    }
+
+    /// The pool's metadata, at the end.
+    ///
+    /// # Errors
+    /// `Busy` if somebody else still has the pool.
+    pub fn into_metadata(self) -> Result<PoolMetadata> {
+        let Self {
+            worker,
+            pool,
+            mappers,
+            ..
+        } = self;
+        drop((mappers, pool));
+        worker.into_metadata()
+    }
+
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    /// Plays a request.
+    ///
+    /// # Errors
+    /// `Io`, `Damaged`: the pool cannot be used.
+    pub fn io(&mut self, device: &str, io: TraceIo) -> Result<()> {
+        self.run_until(Duration::from_nanos(io.time_ns));
+        self.input.requests += 1;
+        let size = io.sectors.saturating_mul(512);
+        match io.op {
+            TraceOp::Read => {
+                self.input.reads += 1;
+                self.input.bytes_read += size;
+            }
+            TraceOp::Write | TraceOp::WriteZeroes => {
+                self.input.writes += 1;
+                self.input.bytes_written += size;
+            }
+            TraceOp::Discard => self.input.discards += 1,
+            TraceOp::Flush => {}
+        }
+        let Some(thin) = self.thin_of(device, &io)? else {
+            self.input.out_of_range += 1;
+            return Ok(());
+        };
+        let is_flush = io.op == TraceOp::Flush || io.is_preflush;
+        if !is_flush {
+            self.submit(&thin, io, self.now);
+            return Ok(());
+        }
+        self.input.flushes += 1;
+        self.input.map_calls += 1;
+        let then = (io.op != TraceOp::Flush && io.sectors > 0).then_some(TraceIo {
+            is_preflush: false,
+            ..io
+        });
+        let request = self.number();
+        self.requests.insert(
+            request,
+            Request {
+                submitted: self.now,
+                left: 1,
+                then,
+                was_deferred: true,
+            },
+        );
+        self.map(&thin, Bio::flush(request), io.cpu);
+        Ok(())
+    }
+
+    /// The thin device that a request goes to; none if it goes nowhere.
+    fn thin_of(&mut self, device: &str, io: &TraceIo) -> Result<Option<Arc<Thin>>> {
+        let Some(active) = self.active.get_mut(device) else {
+            return Ok(None);
+        };
+        let end = io.sector.checked_add(io.sectors);
+        let size = active.sectors.unwrap_or(u64::MAX);
+        if end.is_none_or(|end| end > size) {
+            return Ok(None);
+        }
+        if active.thin.is_none() {
+            match self.worker.open_thin(active.id, active.origin_sectors) {
+                Ok(thin) => active.thin = Some(thin),
+                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(active.thin.clone())
+    }
+
+    /// Submits a request without its flush, cut into bios.
+    fn submit(&mut self, thin: &Thin, io: TraceIo, submitted: Duration) {
+        let op = match io.op {
+            TraceOp::Read => Op::Read,
+            TraceOp::Discard => Op::Discard,
+            _ => Op::Write,
+        };
+        let size = self.pool.block_sectors();
+        let max = self.options.max_sectors.filter(|_| op != Op::Discard);
+        let max = max.unwrap_or(u64::MAX).max(1);
+        let request = self.number();
+        let (mut bios, mut at) = (Vec::new(), io.sector);
+        let end = io.sector + io.sectors;
+        while at < end {
+            let part = max.min(end - at);
+            bios.extend(pieces(op, at, part, size));
+            at += part;
+        }
+        self.input.map_calls += match op {
+            Op::Discard => 1,
+            _ => bios.len() as u64,
+        };
+        let left = bios.len() as u32;
+        if left == 0 {
+            return;
+        }
+        self.requests.insert(
+            request,
+            Request {
+                submitted,
+                left,
+                then: None,
+                was_deferred: false,
+            },
+        );
+        for (sector, sectors) in bios {
+            let bio = Bio::new(request, op, sector, sectors);
+            let bio = if io.is_fua && op == Op::Write {
+                bio.with_fua()
+            } else {
+                bio
+            };
+            self.map(thin, bio, io.cpu);
+        }
+    }
+
+    fn map(&mut self, thin: &Thin, bio: Bio, cpu: u16) {
+        let id = bio.id;
+        let mapper = usize::from(cpu) % self.mappers.len();
+        match self.mappers[mapper].map(thin, Box::new(bio)) {
+            Mapped::Remapped { bio, .. } => self.issue(bio),
+            Mapped::Zero(bio) => self.end(&bio, Ok(())),
+            Mapped::Failed(bio, error) => self.end(&bio, Err(error)),
+            Mapped::Deferred(_) => {
+                if let Some(request) = self.requests.get_mut(&id) {
+                    request.was_deferred = true;
+                }
+            }
+        }
+        if self.pool.has_work() {
+            self.tell(Event::Work);
+        }
+    }
+
+    fn issue(&mut self, bio: Box<Bio>) {
+        let takes = self.options.device.bio(bio.op, bio.sectors, bio.is_fua);
+        self.start(Io::Bio(bio), takes);
+    }
+
+    fn start(&mut self, io: Io, takes: Duration) {
+        let number = self.number();
+        self.ends.push(Reverse((self.now + takes, number)));
+        self.ios.insert(number, io);
+    }
+
+    /// A bio is done; so may be its request.
+    fn end(&mut self, bio: &Bio, result: BioResult) {
+        if let Err(error) = result {
+            self.work.failed += 1;
+            self.work.no_space += u64::from(error == BioError::NoSpace);
+        }
+        let Some(request) = self.requests.get_mut(&bio.id) else {
+            return;
+        };
+        request.left -= 1;
+        if request.left > 0 {
+            return;
+        }
+        let Some(request) = self.requests.remove(&bio.id) else {
+            return;
+        };
+        if let Some(io) = request.then
+            && result.is_ok()
+            && let Some(thin) = self.worker.thin(bio.thin_number())
+        {
+            return self.submit(&thin, io, request.submitted);
+        }
+        let nanos = (self.now - request.submitted).as_nanos() as u64;
+        match request.was_deferred {
+            true => self.deferred.record(nanos),
+            false => self.mapped.record(nanos),
+        }
+    }
+
+    /// Tells the worker, and begins what it wants done.
+    fn tell(&mut self, event: Event) {
+        let mut effects = std::mem::take(&mut self.effects);
+        let mut has_more = self.worker.apply(self.now, event, &mut effects);
+        loop {
+            for effect in effects.drain(..) {
+                self.carry_out(effect);
+            }
+            if !has_more {
+                break;
+            }
+            has_more = self.worker.apply(self.now, Event::Work, &mut effects);
+        }
+        self.effects = effects;
+    }
+
+    fn carry_out(&mut self, effect: Effect) {
+        let device = self.options.device;
+        match effect {
+            Effect::Issue { bio, .. } => {
+                self.work.overwritten += u64::from(bio.fills_a_new_block());
+                self.issue(bio);
+            }
+            Effect::ReadOrigin { bio, .. } => self.issue(bio),
+            Effect::End { bio, result, .. } => self.end(&bio, result),
+            Effect::Zero { job, sectors, .. } => {
+                // Behind what was copied it is no block of its own.
+                self.work.zeroed += u64::from(sectors == self.pool.block_sectors());
+                self.work.bytes_zeroed += sectors * 512;
+                self.start(Io::Job(job), device.zero(sectors));
+            }
+            Effect::Copy {
+                job, from, sectors, ..
+            } => {
+                match from {
+                    Source::Data => self.work.copies += 1,
+                    Source::Origin(_) => self.work.origin_copies += 1,
+                }
+                self.work.bytes_copied += sectors * 512;
+                self.start(Io::Job(job), device.copy(sectors));
+            }
+            Effect::Discard { job, sectors, .. } => {
+                self.work.passed_down += 1;
+                self.work.bytes_passed_down += sectors * 512;
+                self.start(Io::Job(job), device.discard);
+            }
+            Effect::Flush { job } => {
+                self.work.commits += 1;
+                self.start(Io::Job(job), device.flush);
+            }
+            Effect::Answer { tag, result } => {
+                self.answers.insert(tag, result);
+            }
+            Effect::Notice(notice) => {
+                let text = match notice {
+                    Notice::Mode(mode) => format!("the pool is in mode {mode}"),
+                    Notice::LowWater => "free data blocks are down to the low-water mark".into(),
+                    // It comes again and again while metadata is low.
+                    Notice::MetadataThreshold => return,
+                    Notice::NoSpaceTimeout => "writes waited for space too long and fail".into(),
+                    Notice::MetadataFailed(e) => format!("the metadata failed: {e}"),
+                };
+                self.notices.push((self.now, text));
+            }
+        }
+    }
+
+    /// When the next thing happens by itself.
+    fn next_end(&self) -> Option<Duration> {
+        self.ends.peek().map(|end| end.0.0)
+    }
+
+    /// Lets everything happen that happens until `time`.
+    fn run_until(&mut self, time: Duration) {
+        loop {
+            let end = self.next_end();
+            let deadline = self.worker.deadline();
+            let next = end.into_iter().chain(deadline).min();
+            let Some(next) = next.filter(|&next| next <= time) else {
+                break;
+            };
+            self.happen(next, end);
+        }
+        self.now = self.now.max(time);
+    }
+
+    fn happen(&mut self, next: Duration, end: Option<Duration>) {
+        self.now = self.now.max(next);
+        if end != Some(next) {
+            return self.tell(Event::Work);
+        }
+        let Some(Reverse((_, number))) = self.ends.pop() else {
+            return;
+        };
+        match self.ios.remove(&number) {
+            Some(Io::Bio(bio)) => {
+                if let Some((bio, result)) = self.pool.end_io(bio, Ok(())) {
+                    self.end(&bio, result);
+                }
+                if self.pool.has_work() {
+                    self.tell(Event::Work);
+                }
+            }
+            Some(Io::Job(job)) => self.tell(Event::Done {
+                job,
+                result: Ok(()),
+            }),
+            None => {}
+        }
+    }
+
+    /// Lets everything end that is under way, but for what waits for space.
+    ///
+    /// # Errors
+    /// `Io` if it never does.
+    pub fn settle(&mut self) -> Result<()> {
+        for _ in 0..MOST_ROUNDS {
+            let Some(end) = self.next_end() else {
+                return Ok(());
+            };
+            self.happen(end, Some(end));
+        }
+        Err(Error::new(
+            ErrorKind::Io,
+            format!("the pool did not come to rest: {:?}", self.worker),
+        ))
+    }
+
+    /// Sends the worker something that is answered, and lets everything end.
+    fn ask(&mut self, event: impl FnOnce(u64) -> Event) -> Result<()> {
+        let tag = self.number();
+        self.tell(event(tag));
+        self.settle()?;
+        self.answers.remove(&tag).unwrap_or(Ok(()))
+    }
+
+    /// Commits.
+    ///
+    /// # Errors
+    /// Those of the commit.
+    pub fn commit(&mut self) -> Result<()> {
+        self.ask(|tag| Event::Commit { tag })
+    }
+
+    /// Carries out a control event. Refusals of the pool are counted.
+    ///
+    /// # Errors
+    /// `InvalidDescription` if its arguments are wrong; `Io` when the pool does not come to rest.
+    pub fn control(&mut self, event: &ControlEvent) -> Result<()> {
+        self.run_until(Duration::from_nanos(event.time_ns));
+        self.settle()?;
+        self.input.controls += 1;
+        let refused = match event.text.parse::<Control>()? {
+            Control::Message(message) => self.ask(|tag| Event::Message { tag, message }),
+            Control::Activate {
+                device,
+                id,
+                sectors,
+                origin_sectors,
+            } => {
+                self.deactivate(&device);
+                let active = Active {
+                    thin: None,
+                    id,
+                    sectors: Some(sectors),
+                    origin_sectors,
+                };
+                self.active.insert(device, active);
+                Ok(())
+            }
+            Control::Deactivate { device } => {
+                self.deactivate(&device);
+                Ok(())
+            }
+            Control::Resize { sectors } => {
+                self.options.data_blocks = sectors / self.pool.block_sectors();
+                Ok(())
+            }
+            Control::Suspend => self.ask(|tag| Event::Suspend {
+                tag,
+                is_noflush: false,
+            }),
+            Control::Resume => {
+                let data_blocks = self.options.data_blocks;
+                self.ask(|tag| Event::Resume {
+                    tag,
+                    table: None,
+                    data_blocks,
+                })
+            }
+            Control::Mark(name) => {
+                self.mark(name)?;
+                Ok(())
+            }
+            Control::Unknown(_) => {
+                self.input.unknown_controls += 1;
+                Ok(())
+            }
+        };
+        if let Err(e) = refused {
+            self.input.refused_controls += 1;
+            let text = format!("{:?} was refused: {e}", event.text);
+            self.notices.push((self.now, text));
+        }
+        Ok(())
+    }
+
+    fn deactivate(&mut self, device: &str) {
+        if let Some(thin) = self.active.remove(device).and_then(|active| active.thin) {
+            self.worker.close_thin(&thin);
+        }
+    }
+
+    /// Notes how things are, after a commit.
+    ///
+    /// # Errors
+    /// `Io` when the pool does not come to rest.
+    pub fn mark(&mut self, name: String) -> Result<()> {
+        // A pool that must not commit says how it is all the same.
+        self.commit().ok();
+        let size = self.pool.block_sectors();
+        let sectors = self.options.data_blocks * size;
+        let words = self.worker.pool_status();
+        let thins = self.active.iter().filter_map(|(device, active)| {
+            let thin = active.thin.as_ref()?;
+            let words = self.worker.thin_status(thin);
+            let sectors = active.sectors.unwrap_or(0);
+            Some((device.clone(), Line { sectors, words }.to_string()))
+        });
+        let thins = thins.collect();
+        let status = self.pool.inspect(PoolMetadata::status)?;
+        self.marks.push(Mark {
+            name,
+            time_ns: self.now.as_nanos() as u64,
+            pool: Line { sectors, words }.to_string(),
+            thins,
+            allocated_metadata_blocks: status.allocated_metadata_blocks,
+        });
+        Ok(())
+    }
+}
