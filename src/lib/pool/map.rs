@@ -15,6 +15,7 @@ use crate::pdata::txn::{LookupCounts, WouldBlock};
 use crate::thin::{Reader, SharedMetadata, TryLookup};
 use crate::units::{DataBlock, ThinBlock};
 use serde::Serialize;
+use std::fmt;
 use std::sync::Arc;
 
 /// Why a bio was left to the worker.
@@ -62,6 +63,24 @@ impl Reason {
     ];
 }
 
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Flush => "flush",
+            Self::Fua => "fua",
+            Self::Discard => "discard",
+            Self::Unprovisioned => "unprovisioned",
+            Self::Shared => "shared",
+            Self::CellHeld => "cell_held",
+            Self::NoCells => "no_cells",
+            Self::RootBusy => "root_busy",
+            Self::BlockBusy => "block_busy",
+            Self::CacheMiss => "cache_miss",
+            Self::Suspended => "suspended",
+        })
+    }
+}
+
 /// What becomes of a bio.
 #[derive(Debug)]
 pub enum Mapped {
@@ -93,6 +112,19 @@ pub struct MapCounts {
     pub failed: u64,
     /// Left to the worker, by [`Reason`].
     pub deferred: [u64; Reason::ALL.len()],
+}
+
+impl MapCounts {
+    /// Adds those of another mapper.
+    pub fn add(&mut self, other: &Self) {
+        self.bios += other.bios;
+        self.remapped += other.remapped;
+        self.zero += other.zero;
+        self.failed += other.failed;
+        for (sum, n) in self.deferred.iter_mut().zip(other.deferred) {
+            *sum += n;
+        }
+    }
 }
 
 /// A thread's way into the pool.

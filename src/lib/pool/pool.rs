@@ -136,6 +136,11 @@ impl Pool {
         self.metadata.inspect(look)
     }
 
+    /// Commits so far, and nanoseconds that they waited for lookups.
+    pub fn barrier_waits(&self) -> (u64, u64) {
+        self.metadata.barrier_waits()
+    }
+
     /// The mode it is in.
     pub fn mode(&self) -> PoolMode {
         self.mode.get()

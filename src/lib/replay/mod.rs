@@ -5,9 +5,11 @@ mod counts;
 mod device;
 mod event;
 mod player;
+mod report;
 
 pub use control::Control;
 pub use counts::{InputCounts, Latencies, WorkCounts};
 pub use device::DeviceModel;
 pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
-pub use player::{Mark, PlayOptions, Player};
+pub use player::{Mark, PlayOptions, Player, Sample};
+pub use report::{Commits, Latency, Map, Report, SCHEMA, Setup, Space, bytes, seconds};

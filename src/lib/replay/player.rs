@@ -51,6 +51,24 @@ pub struct Mark {
     pub allocated_metadata_blocks: u64,
 }
 
+/// How much was in use at a time.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Sample {
+    /// Nanoseconds of virtual time.
+    pub time_ns: u64,
+    /// Data blocks in use.
+    pub used_data_blocks: u64,
+    /// Metadata blocks in use, those included that are kept back.
+    pub used_metadata_blocks: u64,
+    /// Bios that the map half left to the worker so far.
+    pub deferred: u64,
+    /// Bios so far.
+    pub bios: u64,
+}
+
+/// Samples that a timeline has, at most; then every second one goes.
+const MOST_SAMPLES: usize = 400;
+
 /// A device of the trace that is a thin device now.
 #[derive(Debug)]
 struct Active {
@@ -99,6 +117,9 @@ pub struct Player {
     deferred: Latencies,
     notices: Vec<(Duration, String)>,
     marks: Vec<Mark>,
+    timeline: Vec<Sample>,
+    /// Time between samples.
+    step: Duration,
 }
 
 /// Rounds after which a pool that never comes to rest is an error.
@@ -141,6 +162,8 @@ impl Player {
             deferred: Latencies::default(),
             notices: Vec::new(),
             marks: Vec::new(),
+            timeline: Vec::new(),
+            step: Duration::from_millis(1),
             options,
         })
     }
@@ -173,6 +196,11 @@ impl Player {
     /// How things were at the marks.
     pub fn marks(&self) -> &[Mark] {
         &self.marks
+    }
+
+    /// How it went on.
+    pub fn timeline(&self) -> &[Sample] {
+        &self.timeline
     }
 
     /// The pool.
@@ -211,6 +239,7 @@ impl Player {
     /// `Io`, `Damaged`: the pool cannot be used.
     pub fn io(&mut self, device: &str, io: TraceIo) -> Result<()> {
         self.run_until(Duration::from_nanos(io.time_ns));
+        self.sample(false);
         self.input.requests += 1;
         let size = io.sectors.saturating_mul(512);
         match io.op {
@@ -251,6 +280,48 @@ impl Player {
             },
         );
         self.map(&thin, Bio::flush(request), io.cpu);
+        Ok(())
+    }
+
+    /// Notes how much is in use, if it is time to.
+    fn sample(&mut self, always: bool) {
+        let now = self.now.as_nanos() as u64;
+        let last = self.timeline.last().map(|s| s.time_ns);
+        if !always && last.is_some_and(|last| now < last + self.step.as_nanos() as u64) {
+            return;
+        }
+        let (used_data_blocks, used_metadata_blocks) = self.pool.inspect(PoolMetadata::used_blocks);
+        let counts = self.mappers.iter().map(Mapper::counts);
+        let (bios, deferred) = counts.fold((0, 0), |(bios, deferred), counts| {
+            let left: u64 = counts.deferred.iter().sum();
+            (bios + counts.bios, deferred + left)
+        });
+        self.timeline.push(Sample {
+            time_ns: now,
+            used_data_blocks,
+            used_metadata_blocks,
+            deferred,
+            bios,
+        });
+        if self.timeline.len() > MOST_SAMPLES {
+            let mut keep = false;
+            self.timeline.retain(|_| {
+                keep = !keep;
+                keep
+            });
+            self.step *= 2;
+        }
+    }
+
+    /// Ends the replay: everything ends, and is committed.
+    ///
+    /// # Errors
+    /// `Io` when the pool does not come to rest.
+    pub fn finish(&mut self) -> Result<()> {
+        self.settle()?;
+        // A pool that must not commit has said so.
+        self.commit().ok();
+        self.sample(true);
         Ok(())
     }
 

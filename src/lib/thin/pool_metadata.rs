@@ -794,6 +794,15 @@ impl PoolMetadata {
         map.nr_blocks.saturating_sub(map.nr_allocated)
     }
 
+    /// Data and metadata blocks in use, of the latter those included that are kept back for commits.
+    pub fn used_blocks(&self) -> (u64, u64) {
+        let metadata = self.txn.metadata_map().nr_blocks;
+        (
+            self.txn.data_map().nr_allocated,
+            metadata - self.nr_free_metadata_blocks(),
+        )
+    }
+
     /// The cache that it works in.
     pub(super) fn blocks(&self) -> &Arc<BlockManager> {
         self.txn.blocks()

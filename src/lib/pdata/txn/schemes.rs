@@ -117,6 +117,21 @@ pub struct LookupCounts {
     pub atomic_rmws: u64,
 }
 
+impl LookupCounts {
+    /// Adds those of another reader.
+    pub fn add(&mut self, other: &Self) {
+        self.lookups += other.lookups;
+        self.would_block_root += other.would_block_root;
+        self.would_block_block += other.would_block_block;
+        self.would_block_cache += other.would_block_cache;
+        self.retries += other.retries;
+        self.acquisitions += other.acquisitions;
+        self.contended += other.contended;
+        self.wait_ns += other.wait_ns;
+        self.atomic_rmws += other.atomic_rmws;
+    }
+}
+
 /// Who is told what a lookup costs. Telling nobody costs nothing.
 pub(crate) trait Tally {
     const IS_ON: bool;
