@@ -6,6 +6,7 @@ mod device;
 mod event;
 mod player;
 mod report;
+mod trace;
 
 pub use control::Control;
 pub use counts::{InputCounts, Latencies, WorkCounts};
@@ -13,3 +14,4 @@ pub use device::DeviceModel;
 pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
 pub use player::{Mark, PlayOptions, Player, Sample};
 pub use report::{Commits, Latency, Map, Report, SCHEMA, Setup, Space, bytes, seconds};
+pub use trace::{CsvSpec, Format, open};

@@ -1,0 +1,212 @@
+//! The bytes of a trace: from a file or standard input, expanded on a thread of its own if they are compressed.
+
+use std::fs::File;
+use std::io::{self, Cursor, ErrorKind as IoError, Read};
+use std::path::Path;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+
+use crate::{Error, Result};
+
+/// Larger than any record: 64 bytes and 64 KiB of payload, or a line.
+const BUFFER: usize = 256 << 10;
+const CHUNK: usize = 128 << 10;
+/// Chunks between the thread that expands and the one that reads.
+const QUEUE: usize = 4;
+/// What xz may use to expand; its largest preset needs 65 MiB.
+const XZ_MEMORY: u64 = 256 << 20;
+
+/// A window that slides over the bytes of a trace.
+pub(super) struct Input {
+    name: String,
+    from: Box<dyn Read + Send>,
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+    offset: u64,
+    is_cut: bool,
+}
+
+impl Input {
+    /// Opens a file, `-` being standard input.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let is_stdin = path.as_os_str() == "-";
+        let name = if is_stdin {
+            "standard input".into()
+        } else {
+            path.display().to_string()
+        };
+        let mut raw: Box<dyn Read + Send> = if is_stdin {
+            Box::new(io::stdin())
+        } else {
+            let file = File::open(path);
+            Box::new(file.map_err(|e| Error::io(format!("cannot open the trace {name}"), e))?)
+        };
+        let mut head = Vec::new();
+        (&mut raw)
+            .take(6)
+            .read_to_end(&mut head)
+            .map_err(|e| Error::io(format!("cannot read the trace {name}"), e))?;
+        let from = expanded(head, raw)
+            .map_err(|e| Error::io(format!("cannot expand the trace {name}"), e))?;
+        Ok(Self::new(name, from))
+    }
+
+    pub(super) fn new(name: String, from: Box<dyn Read + Send>) -> Self {
+        Self {
+            name,
+            from,
+            buffer: vec![0; BUFFER],
+            start: 0,
+            end: 0,
+            offset: 0,
+            is_cut: false,
+        }
+    }
+
+    /// The file's name, for messages.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where [`Input::data`] begins in the expanded trace.
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// The compressed file ended before its contents did.
+    pub(super) fn is_cut(&self) -> bool {
+        self.is_cut
+    }
+
+    /// What was read and not consumed yet.
+    pub(super) fn data(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    pub(super) fn consume(&mut self, len: usize) {
+        self.start += len;
+        self.offset += len as u64;
+    }
+
+    /// Reads more. False at the end, and when the window is full.
+    pub(super) fn fill(&mut self) -> Result<bool> {
+        if self.end == self.buffer.len() {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        loop {
+            match self.from.read(&mut self.buffer[self.end..]) {
+                Ok(n) => {
+                    self.end += n;
+                    return Ok(n > 0);
+                }
+                Err(e) if e.kind() == IoError::Interrupted => {}
+                Err(e) if e.kind() == IoError::UnexpectedEof => {
+                    self.is_cut = true;
+                    self.from = Box::new(io::empty());
+                    return Ok(false);
+                }
+                Err(e) => {
+                    return Err(Error::io(
+                        format!("cannot read the trace {} at {}", self.name, self.offset),
+                        e,
+                    ));
+                }
+            }
+        }
+    }
+
+    /// True once there are `len` bytes; false if the trace ends before.
+    pub(super) fn want(&mut self, len: usize) -> Result<bool> {
+        while self.end - self.start < len {
+            if !self.fill()? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Passes over `len` bytes. False if the trace ends before.
+    pub(super) fn skip(&mut self, mut len: u64) -> Result<bool> {
+        loop {
+            let here = len.min((self.end - self.start) as u64);
+            self.consume(here as usize);
+            len -= here;
+            if len == 0 {
+                return Ok(true);
+            }
+            if !self.fill()? {
+                return Ok(false);
+            }
+        }
+    }
+}
+
+/// What `from`, of which `head` was read already, expands to.
+fn expanded(head: Vec<u8>, from: Box<dyn Read + Send>) -> io::Result<Box<dyn Read + Send>> {
+    let magic = head.clone();
+    let from = Cursor::new(head).chain(from);
+    Ok(match magic.as_slice() {
+        [0x1f, 0x8b, ..] => piped(flate2::read::MultiGzDecoder::new(from))?,
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => piped(zstd::Decoder::new(from)?)?,
+        [0xfd, b'7', b'z', b'X', b'Z', 0] => {
+            let flags = liblzma::stream::CONCATENATED;
+            let stream = liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY, flags)?;
+            piped(liblzma::read::XzDecoder::new_stream(from, stream))?
+        }
+        [b'B', b'Z', b'h', ..] => piped(bzip2::read::MultiBzDecoder::new(from))?,
+        _ => Box::new(from),
+    })
+}
+
+/// The end of a queue that another thread fills.
+struct Piped {
+    chunks: Receiver<io::Result<Vec<u8>>>,
+    chunk: Cursor<Vec<u8>>,
+}
+
+fn piped(from: impl Read + Send + 'static) -> io::Result<Box<dyn Read + Send>> {
+    let (to, chunks) = sync_channel(QUEUE);
+    thread::Builder::new()
+        .name("expand".into())
+        .spawn(move || expand(from, &to))?;
+    let chunk = Cursor::default();
+    Ok(Box::new(Piped { chunks, chunk }))
+}
+
+/// Fills the queue until there is no more, or nobody takes it.
+fn expand(mut from: impl Read, to: &SyncSender<io::Result<Vec<u8>>>) {
+    loop {
+        let mut chunk = Vec::with_capacity(CHUNK);
+        let read = (&mut from).take(CHUNK as u64).read_to_end(&mut chunk);
+        let is_last = read.is_err() || chunk.is_empty();
+        if !chunk.is_empty() && to.send(Ok(chunk)).is_err() {
+            return;
+        }
+        if let Err(e) = read {
+            // A receiver that is gone needs no error.
+            let _ = to.send(Err(e));
+        }
+        if is_last {
+            return;
+        }
+    }
+}
+
+impl Read for Piped {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = self.chunk.read(buf)?;
+        if n > 0 || buf.is_empty() {
+            return Ok(n);
+        }
+        match self.chunks.recv() {
+            Ok(chunk) => {
+                self.chunk = Cursor::new(chunk?);
+                self.chunk.read(buf)
+            }
+            Err(_) => Ok(0),
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! Reads traces that are text, line by line; a format says what a line means.
+
+use memchr::memchr;
+
+use super::devices::{Devices, text};
+use super::input::Input;
+use crate::error::{Error, ErrorKind, Result};
+use crate::replay::event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
+
+/// Events in one batch.
+pub(super) const BATCH: usize = 4096;
+/// Control events in one batch; their text can be long.
+pub(super) const CONTROLS: usize = 256;
+const MAX_LINE: usize = 64 << 10;
+/// As much of a bad line as is shown.
+const SHOWN: usize = 200;
+/// Sectors that bytes can be counted of.
+const MAX_SECTOR: u64 = u64::MAX / 512;
+
+/// What a line was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Line {
+    /// An event.
+    Event,
+    /// Something that says nothing about I/O.
+    Other,
+    /// The first line after the events.
+    End,
+}
+
+/// Why a line is none of its format.
+pub(super) type Fault = &'static str;
+
+/// What the lines of a format mean.
+pub(super) trait LineFormat: Send {
+    /// Tells `out` what `line` says.
+    fn line(&mut self, line: &[u8], out: &mut Sink) -> std::result::Result<Line, Fault>;
+}
+
+/// Where a format leaves what it finds.
+pub(super) struct Sink {
+    pub(super) batch: Batch,
+    pub(super) devices: Devices,
+    pub(super) notes: TraceNotes,
+}
+
+impl Sink {
+    pub(super) fn new() -> Self {
+        Self {
+            batch: Batch::default(),
+            devices: Devices::new(),
+            notes: TraceNotes::default(),
+        }
+    }
+
+    /// Takes a request that has sectors, or is a flush.
+    #[inline]
+    pub(super) fn io(&mut self, io: TraceIo) -> std::result::Result<Line, Fault> {
+        if io.sectors == 0 && io.op != TraceOp::Flush {
+            return Ok(Line::Other);
+        }
+        if io
+            .sector
+            .checked_add(io.sectors)
+            .is_none_or(|end| end > MAX_SECTOR)
+        {
+            return Err("it ends beyond what a device can have");
+        }
+        self.batch.ios.push(io);
+        Ok(Line::Event)
+    }
+
+    /// Takes a message, if it is for us.
+    pub(super) fn message(&mut self, time_ns: u64, message: &[u8]) -> Line {
+        match control(message) {
+            Some(text) => {
+                self.batch.controls.push(ControlEvent { time_ns, text });
+                Line::Event
+            }
+            None => Line::Other,
+        }
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.batch.ios.len() >= BATCH || self.batch.controls.len() >= CONTROLS
+    }
+
+    pub(super) fn warn(&mut self, warning: impl Into<String>) {
+        self.notes.warnings.push(warning.into());
+    }
+}
+
+/// The words of a control event, if `message` is one.
+pub(super) fn control(message: &[u8]) -> Option<String> {
+    let words = message.trim_ascii().strip_prefix(b"ctl ")?;
+    Some(text(words.trim_ascii()))
+}
+
+/// The sectors that `len` bytes from `offset` on touch, the first and their number.
+#[inline]
+pub(super) fn sectors(offset: u64, len: u64) -> std::result::Result<(u64, u64), Fault> {
+    let end = offset
+        .checked_add(len)
+        .ok_or("it ends beyond what a device can have")?;
+    let first = offset / 512;
+    Ok((
+        first,
+        if len == 0 {
+            0
+        } else {
+            end.div_ceil(512) - first
+        },
+    ))
+}
+
+/// A flush as formats without flags have it.
+pub(super) fn flush(time_ns: u64, device: u32) -> TraceIo {
+    TraceIo {
+        is_preflush: true,
+        ..plain(time_ns, device, TraceOp::Flush, 0, 0)
+    }
+}
+
+/// A request as formats without flags have it.
+#[inline]
+pub(super) fn plain(time_ns: u64, device: u32, op: TraceOp, sector: u64, sectors: u64) -> TraceIo {
+    TraceIo {
+        time_ns,
+        sector,
+        sectors,
+        device,
+        cpu: 0,
+        op,
+        is_preflush: false,
+        is_fua: false,
+    }
+}
+
+/// A text that is read with a format.
+pub(super) struct Lines<F> {
+    input: Input,
+    format: F,
+    sink: Sink,
+    line: u64,
+    is_lenient: bool,
+    is_ended: bool,
+}
+
+impl<F: LineFormat> Lines<F> {
+    pub(super) fn new(input: Input, format: F, is_lenient: bool) -> Self {
+        Self {
+            input,
+            format,
+            sink: Sink::new(),
+            line: 0,
+            is_lenient,
+            is_ended: false,
+        }
+    }
+
+    fn fill_batch(&mut self) -> Result<()> {
+        while !self.is_ended && !self.sink.is_full() {
+            let used = self.take_lines()?;
+            self.input.consume(used);
+            if self.is_ended || self.sink.is_full() {
+                break;
+            }
+            if self.input.data().len() > MAX_LINE {
+                self.line += 1;
+                let name = self.input.name();
+                bad(
+                    name,
+                    self.line,
+                    "it is longer than 64 KiB",
+                    self.input.data(),
+                    self.is_lenient,
+                )?;
+                self.sink.notes.malformed += 1;
+                self.input.consume(self.input.data().len());
+            }
+            if !self.input.fill()? {
+                self.take_last();
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the whole lines in the window, as far as the batch has room; how many bytes that were.
+    fn take_lines(&mut self) -> Result<usize> {
+        let data = self.input.data();
+        let mut at = 0;
+        while let Some(len) = memchr(b'\n', &data[at..]) {
+            let line = data[at..at + len].strip_suffix(b"\r");
+            let line = line.unwrap_or(&data[at..at + len]);
+            at += len + 1;
+            self.line += 1;
+            match self.format.line(line, &mut self.sink) {
+                Ok(Line::Event) if self.sink.is_full() => break,
+                Ok(Line::Event) => {}
+                Ok(Line::Other) => self.sink.notes.skipped += u64::from(!line.is_empty()),
+                Ok(Line::End) => {
+                    self.is_ended = true;
+                    break;
+                }
+                Err(fault) => {
+                    bad(self.input.name(), self.line, fault, line, self.is_lenient)?;
+                    self.sink.notes.malformed += 1;
+                }
+            }
+        }
+        Ok(at)
+    }
+
+    /// Takes a last line without an end. If it means nothing it was cut off.
+    fn take_last(&mut self) {
+        self.is_ended = true;
+        let line = self.input.data();
+        let is_cut = match self.format.line(line, &mut self.sink) {
+            Err(_) => !line.is_empty(),
+            Ok(Line::Other) => {
+                self.sink.notes.skipped += u64::from(!line.is_empty());
+                false
+            }
+            Ok(_) => false,
+        };
+        self.sink.notes.is_truncated = is_cut || self.input.is_cut();
+    }
+}
+
+#[cold]
+fn bad(name: &str, line: u64, fault: Fault, text: &[u8], is_lenient: bool) -> Result<()> {
+    if is_lenient {
+        return Ok(());
+    }
+    let shown = String::from_utf8_lossy(&text[..text.len().min(SHOWN)]);
+    Err(Error::new(
+        ErrorKind::InvalidDescription,
+        format!("{name}, line {line}: {fault}: {shown:?}"),
+    ))
+}
+
+impl<F: LineFormat> TraceReader for Lines<F> {
+    fn read(&mut self, batch: &mut Batch) -> Result<bool> {
+        std::mem::swap(batch, &mut self.sink.batch);
+        self.sink.batch.ios.clear();
+        self.sink.batch.controls.clear();
+        let done = self.fill_batch();
+        std::mem::swap(batch, &mut self.sink.batch);
+        done?;
+        Ok(!(batch.ios.is_empty() && batch.controls.is_empty()))
+    }
+
+    fn devices(&self) -> &[String] {
+        self.sink.devices.names()
+    }
+
+    fn notes(&self) -> &TraceNotes {
+        &self.sink.notes
+    }
+}

@@ -1,0 +1,30 @@
+//! Traces as other programs recorded them, a format in a file.
+
+mod biosnoop;
+mod blkparse;
+mod blktrace;
+mod clock;
+mod csv;
+mod csv_spec;
+mod devices;
+mod disksim;
+mod format;
+mod ftrace;
+mod input;
+mod iolog;
+mod lines;
+mod load;
+mod log_writes;
+mod merge;
+mod open;
+mod record;
+mod resort;
+mod rwbs;
+mod scan;
+mod siblings;
+mod spread;
+mod vscsi;
+
+pub use csv_spec::CsvSpec;
+pub use format::Format;
+pub use open::open;

@@ -1,0 +1,168 @@
+//! From paths to a reader: siblings of per-processor files, what form they have, several as one.
+
+use std::path::{Path, PathBuf};
+
+use super::biosnoop::Biosnoop;
+use super::blkparse::Blkparse;
+use super::blktrace::Blktrace;
+use super::clock::Clock;
+use super::csv::Csv;
+use super::csv_spec::CsvSpec;
+use super::disksim::Disksim;
+use super::format::{Format, NAMED};
+use super::ftrace::Ftrace;
+use super::input::Input;
+use super::iolog::Iolog;
+use super::lines::{LineFormat, Lines, Sink};
+use super::load::Load;
+use super::log_writes::{self, LogWrites};
+use super::merge::Merge;
+use super::record;
+use super::resort::Resort;
+use super::siblings::Group;
+use super::spread::Spread;
+use super::vscsi::{self, Vscsi};
+use crate::error::{Error, ErrorKind, Result};
+use crate::replay::event::TraceReader;
+
+/// As much of a file as is looked at to tell its format.
+const HEAD: usize = 64 << 10;
+/// Lines of it that are tried.
+const TRIED: usize = 200;
+
+/// Opens the trace that `paths` hold, `-` being standard input: compressed or not, several merged by time. Of a blktrace each file
+/// brings those of the other processors with it. Without a `format` it is told from the contents. With `lenient`, what cannot be read
+/// is counted instead of an error.
+///
+/// # Errors
+/// `Io`; `Unsuitable` if the format cannot be told, or differs between files.
+pub fn open(
+    paths: &[PathBuf],
+    format: Option<Format>,
+    lenient: bool,
+) -> Result<(Format, Box<dyn TraceReader>)> {
+    let mut found = format.clone();
+    let mut readers: Vec<Box<dyn TraceReader>> = Vec::new();
+    let mut processors = Vec::new();
+    let mut missing = Vec::new();
+    for group in Group::of(paths)? {
+        let is_processors = group.is_processors && matches!(format, None | Some(Format::Blktrace));
+        for path in &group.paths {
+            let mut input = Input::open(path)?;
+            let here = match &format {
+                Some(format) => format.clone(),
+                None if is_processors => Format::Blktrace,
+                None => detect(&mut input, path)?,
+            };
+            let first = found.get_or_insert_with(|| here.clone());
+            if *first != here {
+                let message = format!(
+                    "{} is {here}, but other files of the trace are {first}",
+                    path.display()
+                );
+                return Err(Error::new(ErrorKind::Unsuitable, message));
+            }
+            if is_processors {
+                processors.push(input);
+            } else {
+                readers.push(reader(&here, input, lenient));
+            }
+        }
+        missing.extend(group.missing);
+    }
+    if !processors.is_empty() {
+        let mut reader = Blktrace::new(processors, lenient);
+        missing.into_iter().for_each(|warning| reader.warn(warning));
+        readers.push(Box::new(reader));
+    }
+    let format =
+        found.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "no trace is named"))?;
+    let one = match readers.len() {
+        1 => readers.remove(0),
+        _ => Box::new(Merge::new(readers)),
+    };
+    Ok((format, Box::new(Clock::new(one))))
+}
+
+fn reader(format: &Format, input: Input, lenient: bool) -> Box<dyn TraceReader> {
+    let csv = |spec: CsvSpec, input| -> Box<dyn TraceReader> {
+        let is_whole_seconds = spec.is_whole_seconds();
+        let lines = Lines::new(input, Csv::new(spec), lenient);
+        if is_whole_seconds {
+            Box::new(Spread::new(lines))
+        } else {
+            Box::new(lines)
+        }
+    };
+    match format {
+        Format::Blktrace => Box::new(Resort::new(Blktrace::dump(input, lenient))),
+        Format::Blkparse => Box::new(Lines::new(input, Blkparse::default(), lenient)),
+        Format::Iolog => Box::new(Lines::new(input, Iolog::default(), lenient)),
+        Format::Csv(spec) => csv((**spec).clone(), input),
+        Format::Msr => csv(CsvSpec::msr(), input),
+        Format::Alibaba => csv(CsvSpec::alibaba(), input),
+        Format::Tencent => csv(CsvSpec::tencent(), input),
+        Format::Spc => csv(CsvSpec::spc(), input),
+        Format::Load => Box::new(Lines::new(input, Load::default(), lenient)),
+        Format::Disksim => Box::new(Lines::new(input, Disksim::default(), lenient)),
+        Format::Ftrace => Box::new(Lines::new(input, Ftrace::default(), lenient)),
+        // It tells of requests when they are complete.
+        Format::Biosnoop => Box::new(Resort::new(Lines::new(input, Biosnoop::default(), lenient))),
+        Format::Vscsi => Box::new(Vscsi::new(input, lenient)),
+        Format::LogWrites => Box::new(LogWrites::new(input)),
+    }
+}
+
+/// Tells the format from the contents.
+fn detect(input: &mut Input, path: &Path) -> Result<Format> {
+    input.want(HEAD)?;
+    let head = input.data();
+    let named = NAMED.into_iter().map(|(_, format)| format);
+    let format = named.into_iter().find(|format| is(format, head));
+    format.ok_or_else(|| {
+        let tar = head.get(257..262) == Some(b"ustar".as_slice());
+        let message = match () {
+            () if tar => "is an archive: unpack it first",
+            () if head.is_empty() => "is empty",
+            () => "is no trace that is recognised: name its format",
+        };
+        Error::new(
+            ErrorKind::Unsuitable,
+            format!("{} {message}", path.display()),
+        )
+    })
+}
+
+fn is(format: &Format, head: &[u8]) -> bool {
+    match format {
+        Format::Blktrace => record::is_big_endian(head).is_some(),
+        Format::LogWrites => log_writes::is_log(head),
+        Format::Vscsi => vscsi::version(head).is_some(),
+        Format::Blkparse => accepts(Blkparse::default(), head),
+        Format::Iolog => accepts(Iolog::default(), head),
+        Format::Csv(_) => false,
+        Format::Msr => accepts(Csv::new(CsvSpec::msr()), head),
+        Format::Alibaba => accepts(Csv::new(CsvSpec::alibaba()), head),
+        Format::Tencent => accepts(Csv::new(CsvSpec::tencent()), head),
+        Format::Spc => accepts(Csv::new(CsvSpec::spc()), head),
+        Format::Load => accepts(Load::default(), head),
+        Format::Disksim => accepts(Disksim::default(), head),
+        Format::Ftrace => accepts(Ftrace::default(), head),
+        Format::Biosnoop => accepts(Biosnoop::default(), head),
+    }
+}
+
+/// True if the format finds sense in the lines that `head` begins with, and no nonsense.
+fn accepts(mut format: impl LineFormat, head: &[u8]) -> bool {
+    let mut sink = Sink::new();
+    let mut lines: Vec<&[u8]> = head.split(|&b| b == b'\n').take(TRIED).collect();
+    // The last one may go on beyond the head.
+    if lines.len() > 1 {
+        lines.pop();
+    }
+    let is_sound = lines.into_iter().all(|line| {
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        format.line(line, &mut sink).is_ok()
+    });
+    is_sound && !(sink.batch.ios.is_empty() && sink.batch.controls.is_empty())
+}
