@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::slice::from_ref;
 
 use thintools::replay::{TraceIo, TraceOp};
 
@@ -71,13 +72,8 @@ fn the_three_forms_of_one_trace_agree() {
         let time = trace.controls[index].time_ns;
         trace.ios.partition_point(|io| io.time_ns < time)
     };
-    for index in 0..CONTROLS.len() {
-        assert_eq!(
-            before(&files, index),
-            before(&dump, index),
-            "{}",
-            CONTROLS[index]
-        );
+    for (index, text) in CONTROLS.iter().enumerate() {
+        assert_eq!(before(&files, index), before(&dump, index), "{text}");
     }
 }
 
@@ -91,7 +87,7 @@ fn any_file_or_the_base_name_stands_for_all_processors() {
     ]
     .map(recorded);
     for path in &paths {
-        assert_eq!(read_all(&[path.clone()], None, false).expect("found"), one);
+        assert_eq!(read_all(from_ref(path), None, false).expect("found"), one);
     }
     assert_eq!(
         read_all(&paths, None, false).expect("found"),
@@ -168,7 +164,7 @@ fn several_devices_are_merged_into_one_trace() {
     devices.sort();
     assert_eq!(devices, ["253:0", "253:1"]);
     let alone = paths.iter().map(|path| {
-        read_all(&[path.clone()], None, false)
+        read_all(from_ref(path), None, false)
             .expect("sound")
             .ios
             .len()

@@ -12,6 +12,7 @@ pub(super) const BATCH: usize = 4096;
 /// Control events in one batch; their text can be long.
 pub(super) const CONTROLS: usize = 256;
 const MAX_LINE: usize = 64 << 10;
+const OVERLONG: Fault = "it is longer than 64 KiB";
 /// As much of a bad line as is shown.
 const SHOWN: usize = 200;
 /// Sectors that bytes can be counted of.
@@ -144,6 +145,8 @@ pub(super) struct Lines<F> {
     line: u64,
     is_lenient: bool,
     is_ended: bool,
+    /// What comes up to the next end of a line belongs to one that was too long.
+    is_overlong: bool,
 }
 
 impl<F: LineFormat> Lines<F> {
@@ -155,6 +158,7 @@ impl<F: LineFormat> Lines<F> {
             line: 0,
             is_lenient,
             is_ended: false,
+            is_overlong: false,
         }
     }
 
@@ -166,16 +170,13 @@ impl<F: LineFormat> Lines<F> {
                 break;
             }
             if self.input.data().len() > MAX_LINE {
-                self.line += 1;
-                let name = self.input.name();
-                bad(
-                    name,
-                    self.line,
-                    "it is longer than 64 KiB",
-                    self.input.data(),
-                    self.is_lenient,
-                )?;
-                self.sink.notes.malformed += 1;
+                if !self.is_overlong {
+                    self.line += 1;
+                    let text = self.input.data();
+                    bad(&self.input, self.line, OVERLONG, text, self.is_lenient)?;
+                    self.sink.notes.malformed += 1;
+                }
+                self.is_overlong = true;
                 self.input.consume(self.input.data().len());
             }
             if !self.input.fill()? {
@@ -193,8 +194,16 @@ impl<F: LineFormat> Lines<F> {
             let line = data[at..at + len].strip_suffix(b"\r");
             let line = line.unwrap_or(&data[at..at + len]);
             at += len + 1;
+            if std::mem::take(&mut self.is_overlong) {
+                continue;
+            }
             self.line += 1;
-            match self.format.line(line, &mut self.sink) {
+            let found = if len <= MAX_LINE {
+                self.format.line(line, &mut self.sink)
+            } else {
+                Err(OVERLONG)
+            };
+            match found {
                 Ok(Line::Event) if self.sink.is_full() => break,
                 Ok(Line::Event) => {}
                 Ok(Line::Other) => self.sink.notes.skipped += u64::from(!line.is_empty()),
@@ -203,7 +212,7 @@ impl<F: LineFormat> Lines<F> {
                     break;
                 }
                 Err(fault) => {
-                    bad(self.input.name(), self.line, fault, line, self.is_lenient)?;
+                    bad(&self.input, self.line, fault, line, self.is_lenient)?;
                     self.sink.notes.malformed += 1;
                 }
             }
@@ -214,7 +223,11 @@ impl<F: LineFormat> Lines<F> {
     /// Takes a last line without an end. If it means nothing it was cut off.
     fn take_last(&mut self) {
         self.is_ended = true;
-        let line = self.input.data();
+        let line = if self.is_overlong {
+            &[]
+        } else {
+            self.input.data()
+        };
         let is_cut = match self.format.line(line, &mut self.sink) {
             Err(_) => !line.is_empty(),
             Ok(Line::Other) => {
@@ -228,10 +241,11 @@ impl<F: LineFormat> Lines<F> {
 }
 
 #[cold]
-fn bad(name: &str, line: u64, fault: Fault, text: &[u8], is_lenient: bool) -> Result<()> {
+fn bad(input: &Input, line: u64, fault: Fault, text: &[u8], is_lenient: bool) -> Result<()> {
     if is_lenient {
         return Ok(());
     }
+    let name = input.name();
     let shown = String::from_utf8_lossy(&text[..text.len().min(SHOWN)]);
     Err(Error::new(
         ErrorKind::InvalidDescription,

@@ -13,7 +13,7 @@ use super::format::{Format, NAMED};
 use super::ftrace::Ftrace;
 use super::input::Input;
 use super::iolog::Iolog;
-use super::lines::{LineFormat, Lines, Sink};
+use super::lines::{Line, LineFormat, Lines, Sink};
 use super::load::Load;
 use super::log_writes::{self, LogWrites};
 use super::merge::Merge;
@@ -160,9 +160,13 @@ fn accepts(mut format: impl LineFormat, head: &[u8]) -> bool {
     if lines.len() > 1 {
         lines.pop();
     }
-    let is_sound = lines.into_iter().all(|line| {
+    for line in lines {
         let line = line.strip_suffix(b"\r").unwrap_or(line);
-        format.line(line, &mut sink).is_ok()
-    });
-    is_sound && !(sink.batch.ios.is_empty() && sink.batch.controls.is_empty())
+        match format.line(line, &mut sink) {
+            Ok(Line::End) => break,
+            Ok(_) => {}
+            Err(_) => return false,
+        }
+    }
+    !(sink.batch.ios.is_empty() && sink.batch.controls.is_empty())
 }
