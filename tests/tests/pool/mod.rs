@@ -7,5 +7,7 @@ mod lines;
 mod model;
 mod moments;
 mod player;
+mod provisioning;
 pub(crate) mod rig;
+pub(crate) mod scene;
 mod simulation;

@@ -143,7 +143,7 @@ impl Rig {
         })
     }
 
-    fn number(&mut self) -> u64 {
+    pub(crate) fn number(&mut self) -> u64 {
         self.next += 1;
         self.next - 1
     }
