@@ -1,6 +1,7 @@
 //! The pool engine, driven without threads and without a clock.
 
 mod basics;
+mod discards;
 pub(crate) mod disk;
 mod kernel_lists;
 mod lines;
@@ -10,4 +11,5 @@ mod player;
 mod provisioning;
 pub(crate) mod rig;
 pub(crate) mod scene;
+mod sharing;
 mod simulation;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use thintools::io::{AlignedBuffer, BlockEngine, RamEngine};
-use thintools::pool::{BioResult, Features, Op, PoolMode, Settings, Thin};
+use thintools::pool::{BioResult, Event, Features, Op, PoolMode, Settings, Thin};
 use thintools::thin::PoolMetadata;
 use thintools::units::{BLOCK_SIZE, ThinBlock, ThinId};
 
@@ -167,6 +167,12 @@ impl Rig {
     #[track_caller]
     pub(crate) fn assert_block(&mut self, thin: &Thin, block: u64, tag: Tag) {
         assert_eq!(self.content(thin, block), vec![tag; CHUNKS as usize]);
+    }
+
+    /// Asks for a commit, whose I/O is left pending.
+    pub(crate) fn commit_now(&mut self) {
+        let tag = self.number();
+        self.tell(Event::Commit { tag });
     }
 
     /// Commits, and what is on the metadata device then is sound and says the same as memory.
