@@ -59,13 +59,15 @@ impl Worker {
             device.has_lost |= std::mem::take(&mut device.is_changed);
         }
         self.pool.metadata.inspect(|pool| pool.set_read_only(false));
-        let undone = self
-            .pool
-            .metadata
-            .abort()
-            .and_then(|()| self.pool.metadata.change(PoolMetadata::set_needs_check));
-        match undone {
-            Ok(()) => self.set_mode(PoolMode::ReadOnly, effects),
+        match self.pool.metadata.abort() {
+            Ok(()) => {
+                // Should the device not take the flag, memory has it, and the device has the last transaction all the same.
+                let flagged = self.pool.metadata.change(PoolMetadata::set_needs_check);
+                if let Err(e) = flagged {
+                    effects.push(Effect::Notice(Notice::MetadataFailed(e)));
+                }
+                self.set_mode(PoolMode::ReadOnly, effects);
+            }
             Err(e) => {
                 effects.push(Effect::Notice(Notice::MetadataFailed(e)));
                 self.set_mode(PoolMode::Fail, effects);
