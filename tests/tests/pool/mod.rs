@@ -3,6 +3,7 @@
 mod basics;
 mod discards;
 pub(crate) mod disk;
+mod durability;
 mod kernel_lists;
 mod lines;
 mod model;
