@@ -479,6 +479,7 @@ impl Transaction {
 
     /// Makes the data map count `nr_blocks` blocks, which are more than now.
     pub(crate) fn extend_data(&mut self, nr_blocks: u64) -> Result<()> {
+        self.recount_last(Which::Data)?;
         let from = nr_bitmaps(self.data.root.nr_blocks);
         for number in from..nr_bitmaps(nr_blocks) {
             let entry = self.new_bitmap()?;
@@ -492,6 +493,28 @@ impl Transaction {
         Ok(())
     }
 
+    /// Counts anew what is free in the last bitmap of a map that is about to grow. Debian's thin_restore leaves out what lies behind
+    /// the end of the device: none of that would be found.
+    fn recount_last(&mut self, which: Which) -> Result<()> {
+        let Some(number) = nr_bitmaps(self.map(which).root.nr_blocks).checked_sub(1) else {
+            return Ok(());
+        };
+        let old = self.entry(which, number)?;
+        let bitmap = self.blocks.read(old.block, Validator::Bitmap)?;
+        let mut free = (0..ENTRIES_PER_BITMAP).filter(|&at| bitmap.view().bits(at) == 0);
+        let first = free.next();
+        let entry = IndexEntry {
+            none_free_before: first.unwrap_or(ENTRIES_PER_BITMAP) as u32,
+            nr_free: (u64::from(first.is_some()) + free.count() as u64) as u32,
+            ..old
+        };
+        drop(bitmap);
+        if entry.nr_free != old.nr_free || entry.none_free_before < old.none_free_before {
+            self.map_mut(which).remember(number, entry, true);
+        }
+        Ok(())
+    }
+
     /// A bitmap that counts nothing.
     fn new_bitmap(&mut self) -> Result<IndexEntry> {
         let block = self.new_metadata_block()?;
@@ -502,6 +525,7 @@ impl Transaction {
 
     /// Makes the metadata map count `nr_blocks` blocks, which are more than now. The bitmaps of what is new lie in it.
     pub(crate) fn extend_metadata(&mut self, nr_blocks: u64) -> Result<()> {
+        self.recount_last(Which::Metadata)?;
         let old = self.metadata.root.nr_blocks;
         let bitmaps = nr_bitmaps(old)..nr_bitmaps(nr_blocks);
         self.metadata.root.nr_blocks = nr_blocks;
