@@ -14,3 +14,4 @@ pub(crate) mod rig;
 pub(crate) mod scene;
 mod sharing;
 mod simulation;
+mod space;
