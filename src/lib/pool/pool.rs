@@ -5,7 +5,7 @@ use super::cells::CellPool;
 use super::deferred_set::DeferredSet;
 use super::list::{Linked, List};
 use super::mode::{AtomicMode, PoolMode};
-use super::prison::{Inmates, Prison};
+use super::prison::Prison;
 use super::worker::JobId;
 use crate::thin::{PoolMetadata, SharedMetadata};
 use crate::units::DataBlock;
@@ -182,12 +182,12 @@ impl Pool {
         held_back.for_each(|bio| self.submit(bio));
     }
 
-    /// Leaves bios that waited in a cell to the worker.
-    pub(super) fn submit_all(&self, mut inmates: Inmates) {
-        if let Some(first) = inmates.next() {
+    /// Leaves bios to the worker that waited for something: they were let in before, a suspension does not hold them back.
+    pub(super) fn submit_all(&self, mut waited: impl Iterator<Item = Box<Bio>>) {
+        if let Some(first) = waited.next() {
             let mut inbox = self.inbox();
             inbox.bios.push(first);
-            inmates.for_each(|bio| inbox.bios.push(bio));
+            waited.for_each(|bio| inbox.bios.push(bio));
             drop(inbox);
             self.wake();
         }

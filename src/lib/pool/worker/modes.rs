@@ -95,9 +95,7 @@ impl Worker {
 
     /// Those who waited for space go on.
     pub(super) fn retry_all(&mut self) {
-        for bio in self.retry.drain(..) {
-            self.pool.submit(bio);
-        }
+        self.pool.submit_all(self.retry.drain(..));
     }
 
     fn fail_retries(&mut self, error: BioError, effects: &mut Effects) {

@@ -185,7 +185,7 @@ impl Worker {
             let sector = self.pool.remap(data, bio.sector);
             effects.push(Effect::Issue { bio, sector });
         }
-        others.take().for_each(|bio| self.pool.submit(bio));
+        self.pool.submit_all(others.take());
         self.keep_cell(cell);
     }
 
@@ -214,7 +214,7 @@ impl Worker {
             let sector = self.pool.remap(data, bio.sector);
             self.issue(thin, bio, sector, effects);
         }
-        others.take().for_each(|bio| self.pool.submit(bio));
+        self.pool.submit_all(others.take());
         self.keep_cell(cell);
     }
 
