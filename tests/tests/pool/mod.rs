@@ -1,6 +1,8 @@
 //! The pool engine, driven without threads and without a clock.
 
 mod basics;
+mod cells;
+mod concurrency;
 mod discards;
 pub(crate) mod disk;
 mod durability;
@@ -15,3 +17,4 @@ pub(crate) mod scene;
 mod sharing;
 mod simulation;
 mod space;
+mod suspension;
