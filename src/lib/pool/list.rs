@@ -11,24 +11,34 @@ pub(super) trait Linked: Sized {
 #[derive(Debug)]
 pub(super) struct List<T: Linked> {
     newest: Option<Box<T>>,
+    len: usize,
 }
 
 impl<T: Linked> Default for List<T> {
     fn default() -> Self {
-        Self { newest: None }
+        Self {
+            newest: None,
+            len: 0,
+        }
     }
 }
 
 impl<T: Linked> List<T> {
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
     pub(super) fn push(&mut self, mut item: Box<T>) {
         *item.link() = self.newest.take();
         self.newest = Some(item);
+        self.len += 1;
     }
 
     /// Takes everything out, oldest first.
     pub(super) fn take(&mut self) -> Taken<T> {
         let mut oldest = None;
         let mut rest = self.newest.take();
+        self.len = 0;
         while let Some(mut item) = rest {
             rest = std::mem::replace(item.link(), oldest);
             oldest = Some(item);

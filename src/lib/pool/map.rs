@@ -168,7 +168,9 @@ impl Mapper {
     pub fn map(&mut self, thin: &Thin, mut bio: Box<Bio>) -> Mapped {
         bio.thin = thin.number;
         self.counts.bios += 1;
+        self.pool.traffic.begin();
         let mapped = self.decide(thin, bio);
+        self.pool.traffic.end(matches!(mapped, Mapped::Deferred(_)));
         match &mapped {
             Mapped::Remapped { .. } => self.counts.remapped += 1,
             Mapped::Zero(_) => self.counts.zero += 1,

@@ -6,7 +6,7 @@ use super::deferred_set::DeferredSet;
 use super::list::{Linked, List};
 use super::mode::{AtomicMode, PoolMode};
 use super::prison::Prison;
-use super::worker::JobId;
+use super::worker::{JobId, Traffic};
 use crate::thin::{PoolMetadata, SharedMetadata};
 use crate::units::DataBlock;
 use std::fmt;
@@ -62,6 +62,7 @@ pub struct Pool {
     is_suspended: AtomicBool,
     pub(super) is_throttled: AtomicBool,
     has_work: AtomicBool,
+    pub(super) traffic: Traffic,
     waker: OnceLock<Waker>,
 }
 
@@ -92,6 +93,7 @@ impl Pool {
             is_suspended: AtomicBool::new(false),
             is_throttled: AtomicBool::new(false),
             has_work: AtomicBool::new(false),
+            traffic: Traffic::default(),
             waker: OnceLock::new(),
         }
     }
@@ -174,6 +176,12 @@ impl Pool {
         }
         drop(inbox);
         self.wake();
+    }
+
+    /// Bios that wait for the worker, but for those that it knows by the block they fill.
+    pub(super) fn count_waiting(&self) -> usize {
+        let inbox = self.inbox();
+        inbox.bios.len() + inbox.held_back.len()
     }
 
     /// Lets bios go on that came while the pool was suspended.

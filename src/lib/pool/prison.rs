@@ -192,6 +192,16 @@ impl Prison {
         (cell, inmates.unwrap_or_default())
     }
 
+    /// How many bios wait in cells.
+    pub(super) fn count_inmates(&self) -> usize {
+        let of_shard = |shard: &Shard| {
+            let shard = shard.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let cells = std::iter::successors(shard.as_deref(), |cell| cell.next.as_deref());
+            cells.map(|cell| cell.inmates.len()).sum::<usize>()
+        };
+        self.shards.iter().map(of_shard).sum()
+    }
+
     /// True if nobody holds a cell. Without others at work: they may take one the moment after.
     pub fn is_quiet(&self) -> bool {
         let is_empty = |s: &Shard| s.0.lock().unwrap_or_else(PoisonError::into_inner).is_none();

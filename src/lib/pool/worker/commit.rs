@@ -32,6 +32,12 @@ pub(super) struct Commit {
     waiters: Vec<Waiter>,
 }
 
+impl Commit {
+    pub(super) fn waiters(&self) -> &[Waiter] {
+        &self.waiters
+    }
+}
+
 impl Worker {
     pub(super) fn is_commit_due(&self) -> bool {
         if !self.waiters.is_empty() {

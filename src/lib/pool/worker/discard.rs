@@ -50,6 +50,13 @@ pub(super) struct Run {
     passed_down: Option<u32>,
 }
 
+impl Run {
+    /// Its device, first block and end.
+    pub(super) fn range(&self) -> (u64, u64, u64) {
+        (self.id.0, self.begin, self.begin + self.len)
+    }
+}
+
 /// Where a run is.
 #[derive(Clone, Copy)]
 struct Place {

@@ -7,6 +7,7 @@
 
 mod commit;
 mod discard;
+mod invariants;
 mod jobs;
 mod messages;
 mod modes;
@@ -27,6 +28,8 @@ use crate::pdata::txn::LockScheme;
 use crate::thin::{PoolMetadata, Reader, SharedMetadata};
 use crate::units::ThinId;
 use commit::{Commit, Waiter};
+use invariants::Counted;
+pub(super) use invariants::Traffic;
 pub use jobs::JobId;
 use jobs::{Job, Jobs};
 use std::collections::{BTreeMap, VecDeque};
@@ -113,6 +116,7 @@ pub struct Worker {
     was_low_told: bool,
     is_metadata_low: Arc<AtomicBool>,
     suspension: Suspension,
+    counted: Counted,
     busy_since: Option<Duration>,
     now: Duration,
 }
@@ -171,6 +175,7 @@ impl Worker {
             was_low_told: false,
             is_metadata_low,
             suspension: Suspension::None,
+            counted: Counted::default(),
             busy_since: None,
             now: Duration::ZERO,
             settings,
@@ -280,6 +285,7 @@ impl Worker {
     /// then it is to be told [`Event::Work`] again, at once.
     pub fn apply(&mut self, now: Duration, event: Event, effects: &mut Effects) -> bool {
         self.now = self.now.max(now);
+        let old = effects.len();
         match event {
             Event::Work => {}
             Event::Done { job, result } => self.done(job, result, effects),
@@ -296,7 +302,7 @@ impl Worker {
         if self.is_metadata_low.swap(false, Ordering::Relaxed) {
             effects.push(Effect::Notice(Notice::MetadataThreshold));
         }
-        self.check_invariants();
+        self.check_invariants(&effects[old..]);
         has_more
     }
 
@@ -433,17 +439,6 @@ impl Worker {
                 self.jobs.remove(job);
             }
             Some(Job::Discard(_)) | None => {}
-        }
-    }
-
-    /// What always holds between two events; in debug builds it is checked.
-    fn check_invariants(&self) {
-        if cfg!(debug_assertions) && self.pool.mode() < PoolMode::ReadOnly {
-            let status = self
-                .pool
-                .metadata
-                .inspect(|pool| (pool.nr_free_data_blocks(), pool.nr_free_metadata_blocks()));
-            debug_assert!(status.0 <= 1 << 40 && status.1 <= 1 << 40);
         }
     }
 }

@@ -16,8 +16,8 @@ use crate::units::{DataBlock, ThinBlock};
 #[derive(Debug)]
 pub(super) struct NewMapping {
     /// Number of the open device.
-    thin: u32,
-    block: ThinBlock,
+    pub(super) thin: u32,
+    pub(super) block: ThinBlock,
     /// None if it was given up and the block given back.
     pub(super) data: Option<DataBlock>,
     /// Of the virtual block, or of the data block whose sharing is broken.

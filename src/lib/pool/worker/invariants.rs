@@ -1,0 +1,201 @@
+//! What always holds between two events. Debug builds check it; in others nothing is left of this but an empty call.
+//!
+//! 1. A bio is issued to a block while its mapping is current (I1), and a write only to a block that is not shared (I3).
+//! 2. One operation at a time works on a virtual block (I2), and what it maps is not mapped before its data is in place (I4).
+//! 3. A device has as many mappings as it says (I9).
+//! 4. A bio that the map half let in is in one place, until it is issued or ended (I12).
+
+use super::commit::Waiter;
+use super::jobs::Job;
+use super::{Effect, Worker};
+use crate::pool::bio::Op;
+use crate::pool::effect::Notice;
+use crate::pool::mode::PoolMode;
+use crate::thin::PoolMetadata;
+use crate::units::{ThinBlock, ThinId};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// More of anything is not looked at, lest every step take longer than the one before.
+const FEW: usize = 64;
+
+/// The bios that the map half let in and the worker has not let out. Whoever is on the way in is counted already.
+#[derive(Debug, Default)]
+pub(in crate::pool) struct Traffic {
+    inside: AtomicU64,
+    /// Calls of the map half, begun and ended.
+    begun: AtomicU64,
+    ended: AtomicU64,
+}
+
+impl Traffic {
+    pub(in crate::pool) fn begin(&self) {
+        if cfg!(debug_assertions) {
+            self.begun.fetch_add(1, Ordering::SeqCst);
+            self.inside.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    pub(in crate::pool) fn end(&self, is_let_in: bool) {
+        if cfg!(debug_assertions) {
+            self.inside
+                .fetch_sub(u64::from(!is_let_in), Ordering::SeqCst);
+            self.ended.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn leave(&self, bios: u64) {
+        self.inside.fetch_sub(bios, Ordering::SeqCst);
+    }
+}
+
+/// Whether the number of mappings of an open device was right when it was first looked at: it is not on damaged metadata.
+#[derive(Debug, Default)]
+pub(super) struct Counted(BTreeMap<u64, bool>);
+
+impl Worker {
+    /// Checks everything after a step that had these effects.
+    pub(super) fn check_invariants(&mut self, effects: &[Effect]) {
+        if !cfg!(debug_assertions) {
+            return;
+        }
+        self.check_bios(effects);
+        let has_failed = |e: &Effect| matches!(e, Effect::Notice(Notice::MetadataFailed(_)));
+        if self.pool.mode() >= PoolMode::ReadOnly || effects.iter().any(has_failed) {
+            // What was issued may have been undone in the same step.
+            return;
+        }
+        self.check_issued(effects);
+        self.check_jobs();
+        self.check_counts();
+    }
+
+    fn check_issued(&self, effects: &[Effect]) {
+        for effect in effects {
+            let Effect::Issue { bio, sector } = effect else {
+                continue;
+            };
+            let Some(thin) = self.thins.get(&bio.thin) else {
+                continue;
+            };
+            if bio.op == Op::Flush || bio.fills.is_some() {
+                continue;
+            }
+            let size = self.pool.block_sectors;
+            let look = |pool: &PoolMetadata| pool.find_block(thin.id(), bio.block(size));
+            let Ok(found) = self.pool.metadata.inspect(look) else {
+                continue;
+            };
+            assert_eq!(
+                found.map(|found| self.pool.remap(found.block, bio.sector)),
+                Some(*sector),
+                "I1: {bio:?} is issued to a block that is not mapped"
+            );
+            assert!(
+                bio.op == Op::Read || found.is_some_and(|found| !found.is_shared),
+                "I3: {bio:?} is issued to a shared block"
+            );
+        }
+    }
+
+    fn check_jobs(&self) {
+        let mut ranges = Vec::new();
+        for (_, job) in self.jobs.iter().take(FEW) {
+            match job {
+                Job::Mapping(mapping) => {
+                    let (block, data) = (mapping.block, mapping.data);
+                    let Some(thin) = self.thins.get(&mapping.thin) else {
+                        continue;
+                    };
+                    ranges.push((thin.id().0, block.0, block.0 + 1));
+                    let look = |pool: &PoolMetadata| pool.find_block(thin.id(), block);
+                    if let (Ok(Some(found)), Some(data)) = (self.pool.metadata.inspect(look), data)
+                    {
+                        assert_ne!(found.block, data, "I4: {mapping:?} is mapped already");
+                    }
+                }
+                Job::Run(run) => ranges.push(run.range()),
+                Job::Discard(_) | Job::Snapshot(_) | Job::Commit | Job::Drain => {}
+            }
+        }
+        ranges.sort_unstable();
+        for pair in ranges.windows(2) {
+            let (before, after) = (pair[0], pair[1]);
+            assert!(
+                before.0 != after.0 || before.2 <= after.1,
+                "I2: two operations on one block: {pair:?}"
+            );
+        }
+    }
+
+    /// Right after a commit.
+    fn check_counts(&mut self) {
+        if self.pool.metadata.inspect(PoolMetadata::is_changed) {
+            return;
+        }
+        let devices = &self.devices;
+        let is_open = |id: &u64| devices.get(id).is_some_and(|device| device.open > 0);
+        self.counted.0.retain(|id, _| is_open(id));
+        for id in devices.keys().copied().filter(is_open).take(4) {
+            let counts = |pool: &PoolMetadata| counts(pool, ThinId(id));
+            let Some((said, counted)) = self.pool.metadata.inspect(counts) else {
+                continue;
+            };
+            let was_right = self.counted.0.entry(id).or_insert(said == counted);
+            assert!(
+                !*was_right || said == counted,
+                "I9: device {id} has {counted} mappings and says {said}"
+            );
+        }
+    }
+
+    fn check_bios(&self, effects: &[Effect]) {
+        let traffic = &self.pool.traffic;
+        let is_out = |effect: &&Effect| match effect {
+            Effect::Issue { bio, .. } => bio.fills.is_none(),
+            Effect::ReadOrigin { .. } | Effect::End { .. } => true,
+            _ => false,
+        };
+        traffic.leave(effects.iter().filter(is_out).count() as u64);
+        let begun = traffic.begun.load(Ordering::SeqCst);
+        if traffic.ended.load(Ordering::SeqCst) != begun {
+            return;
+        }
+        let waiters = self.commit.iter().flat_map(|commit| commit.waiters());
+        let waiters = waiters.chain(&self.waiters);
+        let of_waiters = waiters.filter(|w| matches!(w, Waiter::Issue(..) | Waiter::End(_)));
+        // A mapping always has a bio: it is the one that fills the block, or waits.
+        let of_jobs = self.jobs.iter().map(|(_, job)| job);
+        let of_jobs = of_jobs.filter(|job| matches!(job, Job::Mapping(_) | Job::Discard(_)));
+        let found = self.todo.len()
+            + self.retry.len()
+            + of_waiters.count()
+            + of_jobs.count()
+            + self.pool.prison.count_inmates()
+            + self.pool.count_waiting();
+        let inside = traffic.inside.load(Ordering::SeqCst);
+        // Nobody moved one meanwhile?
+        if traffic.begun.load(Ordering::SeqCst) == begun {
+            assert_eq!(
+                found as u64, inside,
+                "I12: a bio was lost, or is in two places"
+            );
+        }
+    }
+}
+
+/// How many mappings a device says it has, and how many it has, if they are few.
+fn counts(pool: &PoolMetadata, id: ThinId) -> Option<(u64, u64)> {
+    let said = pool.details(id).ok()?.mapped_blocks;
+    if said > FEW as u64 {
+        return None;
+    }
+    let (mut counted, mut from) = (0, 0);
+    while counted <= FEW as u64
+        && let Some((block, _)) = pool.next_block(id, ThinBlock(from)).ok()?
+    {
+        counted += 1;
+        from = block.0 + 1;
+    }
+    Some((said, counted))
+}
