@@ -94,8 +94,9 @@ fn t05_a_whole_write_that_fills_a_new_block_is_issued_once_and_others_wait_for_i
 /// again. The next try succeeds.
 #[test]
 fn t09_a_block_whose_data_could_not_be_put_in_place_is_free_again() {
-    let is_issued: fn(&Io) -> bool = |io| matches!(io, Io::Bio { .. });
-    let cases: [(bool, u64, fn(&Io) -> bool); 4] = [
+    type Is = fn(&Io) -> bool;
+    let is_issued: Is = |io| matches!(io, Io::Bio { .. });
+    let cases: [(bool, u64, Is); 4] = [
         (false, 8, is_zero),
         (false, BLOCK, is_issued),
         (true, 8, is_copy),

@@ -3,10 +3,10 @@
 use thintools::ErrorKind;
 use thintools::io::AlignedBuffer;
 use thintools::pool::{Op, PoolMode, Reason};
-use thintools::thin::Fields;
-use thintools::units::BLOCK_SIZE;
+use thintools::thin::{Fields, PoolMetadata};
+use thintools::units::{BLOCK_SIZE, ThinId};
 
-use super::rig::{BLOCK, Io, kind, settings};
+use super::rig::{BLOCK, Io, Rig, kind, settings};
 use super::scene::{is_bio, is_copy, is_discard, is_flush, is_zero, recorded, reopened};
 
 const BLOCKS: u64 = 16;
@@ -124,11 +124,7 @@ fn t08_a_snapshot_waits_for_the_io_of_its_origin_and_later_io_waits_for_the_snap
     // The last of what was under way decides.
     rig.end_one(is_zero, Ok(()));
     rig.end_one(is_bio(new), Ok(()));
-    assert!(
-        rig.worker
-            .open_thin(thintools::units::ThinId(1), None)
-            .is_err()
-    );
+    assert!(rig.worker.open_thin(ThinId(1), None).is_err());
     assert_eq!((rig.issued(late), rig.issued(late_new)), (0, 0));
     rig.end_one(is_bio(mapped), Ok(()));
     let snapshot = rig.open(1);
@@ -145,6 +141,42 @@ fn t08_a_snapshot_waits_for_the_io_of_its_origin_and_later_io_waits_for_the_snap
     assert_eq!(rig.content(&origin, 0)[..2], [late, mapped]);
     assert_eq!(rig.content(&origin, 1)[..2], [late_new, 0]);
     rig.assert_counts(&engine);
+}
+
+/// Nothing was issued for the origin, but a block is being zeroed or copied for it.
+#[test]
+fn t08_a_snapshot_waits_for_the_new_blocks_of_its_origin() {
+    for is_copied in [false, true] {
+        let (mut rig, engine) = recorded(BLOCKS, settings());
+        let origin = rig.thin(0);
+        if is_copied {
+            rig.write(&origin, 0, BLOCK).unwrap();
+            rig.message("create_snap 1 0").unwrap();
+        }
+        let write = rig.submit(&origin, Op::Write, 0, 8);
+        let tag = rig.send("create_snap 2 0");
+        assert_eq!(rig.pending.len(), 1);
+        rig.commit_now();
+        rig.end_one(is_flush, Ok(()));
+        let is_there = |rig: &Rig| {
+            let details = |pool: &PoolMetadata| pool.details(ThinId(2)).is_ok();
+            rig.pool.inspect(details)
+        };
+        assert!(!is_there(&rig));
+        rig.end_one(|io| is_zero(io) || is_copy(io), Ok(()));
+        assert!(!is_there(&rig), "the write itself is in flight");
+        rig.end_one(is_bio(write), Ok(()));
+        assert!(is_there(&rig));
+        rig.settle();
+        assert!(
+            rig.answers
+                .remove(&tag)
+                .is_some_and(|answer| answer.is_ok())
+        );
+        let snapshot = rig.open(2);
+        assert_eq!(rig.content(&snapshot, 0)[0], write);
+        rig.assert_counts(&engine);
+    }
 }
 
 /// A snapshot that is refused leaves the origin as it was, and its I/O goes on.

@@ -11,7 +11,7 @@ use thintools::pool::{BioError, Features, Notice, Op, PoolMode, Thin};
 use thintools::units::MetadataBlock;
 
 use super::disk::Disk;
-use super::rig::{BLOCK, Rig, kind, settings};
+use super::rig::{BLOCK, Rig, settings};
 use super::scene::{assert_sound, commits, image_of, is_flush, is_zero, recorded, reopened, with};
 use crate::crash::Recorder;
 use crate::support::{Image, Map};
