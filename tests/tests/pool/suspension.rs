@@ -149,3 +149,26 @@ fn t25_a_suspension_that_waits_finishes_what_was_accepted() {
     assert_eq!(rig.result(held_back), Some(Ok(())));
     rig.assert_counts(&engine);
 }
+
+/// What waited for space before the suspension began has to end, too: here a discard under way makes some.
+#[test]
+fn t25_a_suspension_that_waits_finishes_what_waits_for_space() {
+    let (mut rig, engine) = recorded(1, settings());
+    let thin = rig.thin(0);
+    rig.write(&thin, 0, BLOCK).unwrap();
+    rig.commit().unwrap();
+    let waits = rig.submit(&thin, Op::Write, BLOCK, BLOCK);
+    rig.settle();
+    rig.assert_mode(PoolMode::OutOfDataSpace);
+    rig.submit(&thin, Op::Discard, 0, BLOCK);
+    let tag = rig.suspend(false);
+    rig.settle();
+    assert!(!rig.answers.contains_key(&tag));
+    rig.pass(std::time::Duration::from_secs(1));
+    rig.settle();
+    assert_eq!(rig.result(waits), Some(Ok(())));
+    assert!(rig.answers.remove(&tag).expect("an answer").is_ok());
+    assert_eq!(rig.mappings(0).into_keys().collect::<Vec<_>>(), [1]);
+    rig.resume(None).unwrap();
+    rig.assert_counts(&engine);
+}
