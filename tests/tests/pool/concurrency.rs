@@ -1,6 +1,7 @@
 //! The engine on real threads: some that submit, one that is the worker, some that are the data device.
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex};
@@ -350,15 +351,19 @@ fn run(
         let machine = &machine;
         let worker = scope.spawn(move || machine.be_worker(worker, &inbox));
         let devices = [1, 2, 3].map(|seed| scope.spawn(move || machine.be_device(seed)));
-        manage_and_submit(machine, threads, &manage, &submit);
-        machine.commit();
-        assert!(machine.pool.is_idle(), "something is held or in flight");
+        // Who fails must not leave the others waiting.
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            manage_and_submit(machine, threads, &manage, &submit);
+            machine.commit();
+            assert!(machine.pool.is_idle(), "something is held or in flight");
+        }));
         machine.stops.store(true, Ordering::Relaxed);
         machine.tell(Told::Stop);
         drop(worker.join().expect("no panic"));
-        devices
-            .into_iter()
-            .for_each(|device| device.join().expect("no panic"));
+        for device in devices {
+            device.join().expect("no panic");
+        }
+        outcome.unwrap_or_else(|panic| resume_unwind(panic));
     });
     drop(machine);
     let mut image = thintools::io::AlignedBuffer::new(metadata_blocks);
