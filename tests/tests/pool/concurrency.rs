@@ -5,7 +5,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex};
-use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
@@ -15,8 +14,8 @@ use thintools::pdata::txn::LockScheme;
 use thintools::pool::{
     Bio, BioResult, Effect, Event, JobId, Mapped, Mapper, Op, Pool, Settings, Source, Thin, Worker,
 };
-use thintools::thin::{PoolMetadata, SharedMetadata};
-use thintools::units::{MetadataBlock, ThinBlock, ThinId};
+use thintools::thin::PoolMetadata;
+use thintools::units::ThinId;
 
 use super::disk::{CHUNK, Disk, Tag};
 use super::model::Model;
@@ -481,95 +480,5 @@ fn t26_lookups_across_commits_find_what_is_mapped_while_blocks_are_reused() {
                 .for_each(|thin| machine.tell(Told::Close(thin)));
         };
         run(settings, 160, 4 * SPREAD, 2, manage, submit);
-    }
-}
-
-/// Memory from which one thread cannot read for a while.
-struct Gated {
-    memory: RamEngine,
-    stopped: Mutex<Option<ThreadId>>,
-    changed: Condvar,
-    is_waiting: AtomicBool,
-}
-
-impl BlockEngine for Gated {
-    fn nr_blocks(&self) -> u64 {
-        self.memory.nr_blocks()
-    }
-
-    fn read(&self, start: MetadataBlock, buf: &mut [u8]) -> std::io::Result<()> {
-        let mut stopped = self.stopped.lock().expect("no panic");
-        while *stopped == Some(std::thread::current().id()) {
-            self.is_waiting.store(true, Ordering::Release);
-            stopped = self.changed.wait(stopped).expect("no panic");
-        }
-        drop(stopped);
-        self.memory.read(start, buf)
-    }
-
-    fn write(&self, start: MetadataBlock, buf: &[u8]) -> std::io::Result<()> {
-        self.memory.write(start, buf)
-    }
-
-    fn sync(&self) -> std::io::Result<()> {
-        self.memory.sync()
-    }
-
-    fn depth(&self) -> usize {
-        self.memory.depth()
-    }
-}
-
-/// A lookup that is stopped on its way, for as long as its blocks could be used again: the next transaction waits for it.
-#[test]
-fn t26_a_transaction_does_not_begin_while_a_lookup_is_in_the_one_before_the_last_commit() {
-    for scheme in [LockScheme::A, LockScheme::Optimistic] {
-        let engine = Arc::new(Gated {
-            memory: RamEngine::from_bytes(image_of(64, 100)),
-            stopped: Mutex::default(),
-            changed: Condvar::new(),
-            is_waiting: AtomicBool::new(false),
-        });
-        let mut metadata = PoolMetadata::open(Arc::clone(&engine) as _, 0).expect("opened");
-        metadata.create_thin(ThinId(0)).expect("made");
-        let data = metadata.alloc_data_block().expect("room").expect("a block");
-        metadata
-            .insert_block(ThinId(0), ThinBlock(0), data)
-            .expect("mapped");
-        metadata.commit().expect("committed");
-        drop(metadata);
-        // Nothing is in the cache.
-        let metadata = PoolMetadata::open(Arc::clone(&engine) as _, 1 << 20).expect("opened");
-        let shared = SharedMetadata::new(metadata, scheme);
-        let thin = shared.open_thin(ThinId(0)).expect("there");
-        let has_begun_next = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let (shared, engine, thin) = (&shared, &engine, &thin);
-            let looks = scope.spawn(move || {
-                *engine.stopped.lock().expect("no panic") = Some(std::thread::current().id());
-                shared.reader(false).find_block(thin, ThinBlock(0))
-            });
-            while !engine.is_waiting.load(Ordering::Acquire) {
-                std::thread::yield_now();
-            }
-            let changes = scope.spawn(|| {
-                shared
-                    .change(|pool| pool.set_transaction_id(0, 1))
-                    .expect("changed");
-                shared.commit().expect("committed");
-                shared
-                    .change(|pool| pool.set_transaction_id(1, 2))
-                    .expect("changed");
-                has_begun_next.store(true, Ordering::Release);
-            });
-            std::thread::sleep(Duration::from_millis(100));
-            let is_too_early = has_begun_next.load(Ordering::Acquire);
-            *engine.stopped.lock().expect("no panic") = None;
-            engine.changed.notify_all();
-            let found = looks.join().expect("no panic").expect("sound");
-            assert_eq!(found.map(|found| found.block), Some(data));
-            changes.join().expect("no panic");
-            assert!(!is_too_early, "{scheme}");
-        });
     }
 }

@@ -128,15 +128,16 @@ impl Worker {
         }
     }
 
-    /// Right after a commit.
+    /// After every commit, and when a device is seen for the first time.
     fn check_counts(&mut self) {
-        if self.pool.metadata.inspect(PoolMetadata::is_changed) {
-            return;
-        }
+        let is_changed = self.pool.metadata.inspect(PoolMetadata::is_changed);
         let devices = &self.devices;
         let is_open = |id: &u64| devices.get(id).is_some_and(|device| device.open > 0);
         self.counted.0.retain(|id, _| is_open(id));
         for id in devices.keys().copied().filter(is_open).take(4) {
+            if is_changed && self.counted.0.contains_key(&id) {
+                continue;
+            }
             let counts = |pool: &PoolMetadata| counts(pool, ThinId(id));
             let Some((said, counted)) = self.pool.metadata.inspect(counts) else {
                 continue;
