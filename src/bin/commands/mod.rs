@@ -11,6 +11,7 @@ pub(crate) mod man;
 pub(crate) mod repair;
 pub(crate) mod repair_in_place;
 mod repair_undelete;
+pub(crate) mod replay;
 pub(crate) mod restore;
 
 use std::ffi::OsStr;
@@ -116,6 +117,15 @@ pub(crate) static COMMANDS: &[Spec] = &[
         page: Some(&repair::PAGE),
         build: repair::build,
         run: |m| parsed(m, repair::run),
+    },
+    Spec {
+        name: replay::NAME,
+        short: "replay",
+        title: replay::TITLE,
+        hidden: false,
+        page: Some(&replay::PAGE),
+        build: replay::build,
+        run: |m| parsed(m, replay::run),
     },
     Spec {
         name: restore::NAME,

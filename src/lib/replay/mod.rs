@@ -6,6 +6,7 @@ mod device;
 mod event;
 mod player;
 mod report;
+mod run;
 mod trace;
 
 pub use control::Control;
@@ -14,4 +15,5 @@ pub use device::DeviceModel;
 pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
 pub use player::{Mark, PlayOptions, Player, Sample};
 pub use report::{Commits, Latency, Map, Report, SCHEMA, Setup, Space, bytes, seconds};
+pub use run::{SnapshotSchedule, play, side_events};
 pub use trace::{CsvSpec, Format, open};

@@ -9,8 +9,8 @@ use super::device::DeviceModel;
 use super::event::{ControlEvent, TraceIo, TraceOp};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{
-    Bio, BioError, BioResult, Effect, Event, JobId, Line, Mapped, Mapper, Notice, Op, Pool,
-    Settings, Source, Thin, Worker, pieces,
+    Bio, BioError, BioResult, Effect, Event, JobId, Line, Mapped, Mapper, Message, Notice, Op,
+    Pool, Settings, Source, Thin, Worker, pieces,
 };
 use crate::thin::PoolMetadata;
 use crate::units::ThinId;
@@ -32,8 +32,10 @@ pub struct PlayOptions {
     pub cpus: usize,
     /// How long the data device takes.
     pub device: DeviceModel,
-    /// Which thin device a device of the trace is, until a control event says something else.
+    /// Which thin device a device of the trace is, and its size, until a control event says something else.
     pub devices: BTreeMap<String, (ThinId, Option<u64>)>,
+    /// Devices of the trace that are none of these become new thin devices.
+    pub makes_devices: bool,
 }
 
 /// How things were at a mark.
@@ -76,6 +78,8 @@ struct Active {
     id: ThinId,
     sectors: Option<u64>,
     origin_sectors: Option<u64>,
+    /// The end of what was asked for so far.
+    seen: u64,
 }
 
 /// A request of the trace, whose bios have not all ended.
@@ -141,6 +145,7 @@ impl Player {
                 id,
                 sectors,
                 origin_sectors: None,
+                seen: 0,
             };
             (name.clone(), active)
         });
@@ -196,6 +201,14 @@ impl Player {
     /// How things were at the marks.
     pub fn marks(&self) -> &[Mark] {
         &self.marks
+    }
+
+    /// Ids of the thin devices that the trace's devices are now.
+    pub fn ids(&self) -> Vec<ThinId> {
+        let mut ids: Vec<ThinId> = self.active.values().map(|active| active.id).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids
     }
 
     /// How it went on.
@@ -327,6 +340,9 @@ impl Player {
 
     /// The thin device that a request goes to; none if it goes nowhere.
     fn thin_of(&mut self, device: &str, io: &TraceIo) -> Result<Option<Arc<Thin>>> {
+        if !self.active.contains_key(device) && self.options.makes_devices {
+            self.make_device(device)?;
+        }
         let Some(active) = self.active.get_mut(device) else {
             return Ok(None);
         };
@@ -335,6 +351,7 @@ impl Player {
         if end.is_none_or(|end| end > size) {
             return Ok(None);
         }
+        active.seen = active.seen.max(end.unwrap_or(0));
         if active.thin.is_none() {
             match self.worker.open_thin(active.id, active.origin_sectors) {
                 Ok(thin) => active.thin = Some(thin),
@@ -343,6 +360,41 @@ impl Player {
             }
         }
         Ok(active.thin.clone())
+    }
+
+    /// Makes a thin device, of the first id that is free, for a device of the trace.
+    fn make_device(&mut self, device: &str) -> Result<()> {
+        let taken = self.pool.inspect(PoolMetadata::devices)?;
+        let used: Vec<ThinId> = taken.into_iter().chain(self.ids()).collect();
+        let id = (0..).map(ThinId).find(|id| !used.contains(id));
+        let id = id.unwrap_or_default();
+        self.ask(|tag| Event::Message {
+            tag,
+            message: Message::CreateThin(id),
+        })?;
+        let active = Active {
+            thin: None,
+            id,
+            sectors: None,
+            origin_sectors: None,
+            seen: 0,
+        };
+        self.active.insert(device.into(), active);
+        Ok(())
+    }
+
+    /// Makes the thin devices that the trace's devices are to be, where they do not exist.
+    ///
+    /// # Errors
+    /// Those of the pool.
+    pub fn make_mapped_devices(&mut self) -> Result<()> {
+        for id in self.ids() {
+            if self.pool.inspect(|pool| pool.details(id).is_err()) {
+                let message = Message::CreateThin(id);
+                self.ask(|tag| Event::Message { tag, message })?;
+            }
+        }
+        Ok(())
     }
 
     /// Submits a request without its flush, cut into bios.
@@ -615,6 +667,7 @@ impl Player {
                     id,
                     sectors: Some(sectors),
                     origin_sectors,
+                    seen: 0,
                 };
                 self.active.insert(device, active);
                 Ok(())
@@ -675,7 +728,7 @@ impl Player {
         let thins = self.active.iter().filter_map(|(device, active)| {
             let thin = active.thin.as_ref()?;
             let words = self.worker.thin_status(thin);
-            let sectors = active.sectors.unwrap_or(0);
+            let sectors = active.sectors.unwrap_or(active.seen);
             Some((device.clone(), Line { sectors, words }.to_string()))
         });
         let thins = thins.collect();

@@ -251,6 +251,68 @@ impl Run {
 
     fn step(&mut self, step: Step) {
         self.now += 1;
+        match step {
+            Step::Io {
+                op,
+                thin,
+                quarter,
+                quarters,
+                is_fua,
+            } => {
+                self.submit(op, thin, quarter, quarters, is_fua);
+            }
+            Step::CarryOut { which, fails } => {
+                let pending = self.rig.pending.len();
+                if pending > 0 {
+                    self.may_leak |= fails;
+                    let result = if fails { Err(BioError::Io) } else { Ok(()) };
+                    self.rig.carry_out(which as usize % pending, result);
+                }
+            }
+            Step::Pass { millis } => {
+                self.rig.now += Duration::from_millis(millis);
+                self.rig.tell(thintools::pool::Event::Work);
+            }
+            Step::Create { id } => self.ask(step, &format!("create_thin {id}")),
+            Step::Snapshot { id, origin } => self.ask(step, &format!("create_snap {id} {origin}")),
+            Step::Delete { id } => {
+                let is_busy = self.submitted.values().any(|s| s.device == id)
+                    || self
+                        .asked
+                        .values()
+                        .any(|a| matches!(a.step, Step::Snapshot { origin, .. } if origin == id));
+                if let Some(device) = self.devices.get(&id)
+                    && !is_busy
+                {
+                    self.rig.worker.close_thin(&device.thin);
+                }
+                self.ask(step, &format!("delete {id}"));
+            }
+            Step::MetadataSnapshot { reserve: true } => self.ask(step, "reserve_metadata_snap"),
+            Step::MetadataSnapshot { reserve: false } => self.ask(step, "release_metadata_snap"),
+            Step::Suspend { is_noflush } => {
+                if self.suspension.is_none() {
+                    self.suspension = Some((self.rig.suspend(is_noflush), false));
+                }
+            }
+            Step::Resume => {
+                if let Some((_, true)) = self.suspension {
+                    self.suspension = None;
+                    // The metadata may be failing just now.
+                    self.rig.resume_later();
+                }
+            }
+            Step::Fault { after, is_sync } => {
+                let request = if is_sync {
+                    Request::Sync
+                } else {
+                    Request::Write
+                };
+                self.engine.set_faults(&[Fault::once(request, after)]);
+                self.may_leak = true;
+            }
+            Step::Crash { seed } => self.crash(seed),
+        }
         self.look();
     }
 

@@ -274,8 +274,8 @@ impl Worker {
     /// something to do.
     pub fn deadline(&self) -> Option<Duration> {
         let is_changed = self.pool.metadata.inspect(PoolMetadata::is_changed);
-        let commit = (is_changed && self.pool.mode().is_writable())
-            .then(|| self.last_commit.saturating_add(SECOND));
+        let is_due = is_changed && self.commit.is_none() && self.pool.mode().is_writable();
+        let commit = is_due.then(|| self.last_commit.saturating_add(SECOND));
         let timeout = self.out_of_space_since.zip(self.settings.no_space_timeout);
         let timeout = timeout.map(|(since, timeout)| since.saturating_add(timeout));
         commit.into_iter().chain(timeout).min()

@@ -1,0 +1,491 @@
+//! `thin_replay`: recorded block I/O through the pool engine.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use thintools::io::{Access, BlockEngine, RamEngine, open_read, write_new};
+use thintools::observer::Silent;
+use thintools::pdata::txn::LockScheme;
+use thintools::pool::{Features, PoolTable, Settings};
+use thintools::replay::{
+    DeviceModel, Format, PlayOptions, Player, Report, SnapshotSchedule, open, play, side_events,
+};
+use thintools::thin::{PoolMetadata, Superblock};
+use thintools::tools::check::{CheckOptions, Severity, check};
+use thintools::tools::event::Source;
+use thintools::tools::{MetadataSource, Selection, TextSink, Trees, text};
+use thintools::units::{BLOCK_SIZE, MAX_THIN_ID, MetadataBlock, ThinId};
+
+use super::Page;
+use crate::exit::Exit;
+use crate::output;
+use crate::session::Session;
+
+/// The name of the command.
+pub(crate) const NAME: &str = "thin_replay";
+
+/// What the command does, in one line.
+pub(crate) const TITLE: &str = "Play recorded block I/O through a thin pool in memory";
+
+/// The text of the manual page.
+pub(crate) const PAGE: Page = Page {
+    description: &[
+        "thin_replay plays a trace of block I/O through the thin pool engine and reports what \
+         became of it: how full the pool gets, what snapshots and discards do, how many requests \
+         leave the fast path and why, what the locks cost. The engine does what dm-thin does; no \
+         data is moved and no device is needed. Time is virtual: the data device is modelled, \
+         and the same trace gives the same report.",
+        "Traces are read as they were recorded, compressed with gzip, zstd, xz or bzip2 or not; \
+         the format is told from the contents: blktrace's files for each processor, or a dump \
+         that blkparse -d made of them; blkparse's text; fio's logs; CSV (msr, alibaba, tencent, \
+         spc, or columns that are described); block events of tracefs and perf; biosnoop; \
+         vscsiStats; blkreplay's loads; DiskSim; dm-log-writes. Of a blktrace one file is \
+         enough, the others are found beside it. - is standard input.",
+        "Control events change the pool on the way. They are messages in a blktrace that begin \
+         with ctl, or lines of the file of --events, with a time in seconds in front: create_thin \
+         ID, create_snap ID ORIGIN, delete ID, set_transaction_id OLD NEW, reserve_metadata_snap, \
+         release_metadata_snap, activate MAJ:MIN ID SECTORS ORIGIN_SECTORS, deactivate MAJ:MIN, \
+         resize SECTORS, suspend, resume, and phase-end NAME, a mark at which the report has the \
+         kernel's status lines. What is not known is counted.",
+        "Without --metadata the pool is a new one in memory. Metadata that is given is read into \
+         memory, as much as it takes, and the file is never changed.",
+    ],
+    sections: &[(
+        "SIZES AND TIMES",
+        &[
+            "Sizes are numbers with s for sectors of 512 bytes, k, m, g or t; without a letter, \
+             bytes. Times are numbers with s, m, h or d; without a letter, seconds.",
+        ],
+    )],
+    examples: &[
+        (
+            "Which locking scheme would hand the fewest requests to the worker?",
+            &["thin_replay --locks 2013,kernel,a,b,optimistic thin.blktrace.0"],
+        ),
+        (
+            "What would hourly snapshots cost, of which a day's worth is kept?",
+            &[
+                "thin_replay --snap-every 1h --snap-keep 24 --data-size 1t --format msr web_0.csv.gz",
+            ],
+        ),
+        (
+            "What do these hours of load do to the pool that is there?",
+            &[
+                "thin_replay --metadata meta.img --map 252:2=0:100g --json report.json thin.blktrace.0",
+            ],
+        ),
+    ],
+    files: &[],
+    see_also: &[("blktrace", "8"), ("blkparse", "1"), ("fio", "1")],
+};
+
+/// The command line.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The trace: a file, or several that were recorded at the same time.
+    #[arg(value_name = "TRACE", required = true)]
+    traces: Vec<PathBuf>,
+
+    /// The format of the trace, if it is not to be told from the contents: blktrace, blkparse, iolog, msr, alibaba, tencent, spc, load,
+    /// disksim, ftrace, biosnoop, vscsi, log-writes, or csv: and a description such as csv:dev=0,op=1,off=2:bytes,len=3:bytes,ts=4:us.
+    #[arg(long, value_name = "FORMAT", default_value = "auto")]
+    format: String,
+
+    /// Count what cannot be read instead of giving up.
+    #[arg(long)]
+    lenient: bool,
+
+    /// Begin with the pool that this metadata is of.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["block_size", "metadata_size"])]
+    metadata: Option<PathBuf>,
+
+    /// Size of a data block of a new pool.
+    #[arg(long, value_name = "SIZE", default_value = "64k", value_parser = sectors)]
+    block_size: u64,
+
+    /// Size of the data device; without it, that of the metadata given, or 1 TiB.
+    #[arg(long, value_name = "SIZE", value_parser = sectors)]
+    data_size: Option<u64>,
+
+    /// Size of the metadata device of a new pool.
+    #[arg(long, value_name = "SIZE", default_value = "128m", value_parser = sectors)]
+    metadata_size: u64,
+
+    /// A feature of the pool, by the kernel's word; may be repeated.
+    #[arg(long, value_name = "WORD")]
+    feature: Vec<String>,
+
+    /// Which thin device a device of the trace is, and how large: 252:3=0, or 252:3=0:10g; may be repeated. Without it every device of
+    /// the trace becomes one, in order, unless control events say what they are.
+    #[arg(long, value_name = "DEV=ID[:SIZE]", value_parser = mapping)]
+    map: Vec<(String, ThinId, Option<u64>)>,
+
+    /// Largest read or write that the thin device gets at once.
+    #[arg(long, value_name = "SECTORS")]
+    max_sectors: Option<u64>,
+
+    /// Control events: on each line a time in seconds and the event.
+    #[arg(long, value_name = "FILE")]
+    events: Option<PathBuf>,
+
+    /// Snapshot every device so often.
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    snap_every: Option<Duration>,
+
+    /// Keep so many snapshots of each device.
+    #[arg(long, value_name = "N", default_value_t = 24, requires = "snap_every")]
+    snap_keep: usize,
+
+    /// Locking schemes, with commas: 2013, kernel, a, b, optimistic. With more than one the trace is played by each, and the last
+    /// lines compare them.
+    #[arg(
+        long,
+        value_name = "SCHEMES",
+        default_value = "kernel",
+        value_delimiter = ','
+    )]
+    locks: Vec<LockScheme>,
+
+    /// Processors that submit.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    cpus: usize,
+
+    /// Keep the metadata of the pool at the end in this file, which must not exist.
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+
+    /// At each mark, dump the metadata as NAME.xml into this folder.
+    #[arg(long, value_name = "DIR")]
+    dump_at_marks: Option<PathBuf>,
+
+    /// Write the report as JSON to this file, which must not exist; - is standard output.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+
+    /// Print no progress and no warnings; errors and the report are printed.
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+/// Makes the parser of the command line.
+pub(crate) fn build() -> clap::Command {
+    let cmd = <Args as clap::Args>::augment_args(clap::Command::new(NAME));
+    super::tool(cmd, TITLE, &PAGE)
+}
+
+/// A number with a letter for what it is multiplied by.
+fn scaled(text: &str, letters: &[(char, u64)]) -> Result<u64, String> {
+    let scale = letters.iter().find(|(letter, _)| text.ends_with(*letter));
+    let (digits, scale) = match scale {
+        Some(&(letter, scale)) => (text.trim_end_matches(letter), scale),
+        None => (text, 1),
+    };
+    let number: u64 = digits.parse().map_err(|_| {
+        format!("{text:?} is not a number with one of the letters that it may have")
+    })?;
+    number
+        .checked_mul(scale)
+        .ok_or_else(|| format!("{text} is too large"))
+}
+
+/// A size in sectors of 512 bytes.
+fn sectors(text: &str) -> Result<u64, String> {
+    let letters = [
+        ('s', 512),
+        ('k', 1 << 10),
+        ('m', 1 << 20),
+        ('g', 1 << 30),
+        ('t', 1 << 40),
+    ];
+    let bytes = scaled(&text.to_ascii_lowercase(), &letters)?;
+    match bytes.is_multiple_of(512) {
+        true => Ok(bytes / 512),
+        false => Err(format!(
+            "{text} is not a whole number of sectors of 512 bytes"
+        )),
+    }
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    let letters = [('s', 1), ('m', 60), ('h', 3600), ('d', 86_400)];
+    match scaled(text, &letters)? {
+        0 => Err("a time of 0 is no interval".into()),
+        seconds => Ok(Duration::from_secs(seconds)),
+    }
+}
+
+/// `DEV=ID[:SIZE]`
+fn mapping(text: &str) -> Result<(String, ThinId, Option<u64>), String> {
+    let wrong = || format!("{text:?} is not DEV=ID or DEV=ID:SIZE");
+    let (device, thin) = text.rsplit_once('=').ok_or_else(wrong)?;
+    let (id, size) = match thin.split_once(':') {
+        Some((id, size)) => (id, Some(sectors(size)?)),
+        None => (thin, None),
+    };
+    match id.parse() {
+        Ok(id) if id <= MAX_THIN_ID => Ok((device.into(), ThinId(id), size)),
+        Ok(id) => Err(format!("thin device {id} is past the last, {MAX_THIN_ID}")),
+        Err(_) => Err(wrong()),
+    }
+}
+
+impl Args {
+    fn features(&self) -> anyhow::Result<Features> {
+        let mut features = Features::default();
+        for word in &self.feature {
+            match word.as_str() {
+                "skip_block_zeroing" => features.skip_block_zeroing = true,
+                "ignore_discard" => features.ignore_discard = true,
+                "no_discard_passdown" => features.no_discard_passdown = true,
+                "read_only" => features.read_only = true,
+                "error_if_no_space" => features.error_if_no_space = true,
+                _ => bail!("no feature of a pool is called {word:?}"),
+            }
+        }
+        Ok(features)
+    }
+
+    /// The pool before the trace begins.
+    fn start(&self) -> anyhow::Result<(Arc<RamEngine>, PoolMetadata)> {
+        let data_blocks = |size: u64| self.data_size.map(|sectors| sectors / size);
+        if let Some(path) = &self.metadata {
+            let shown = || path.display().to_string();
+            let engine = copy(&*open_read(path, Access::Exclusive)?).with_context(shown)?;
+            let metadata = open_metadata(&engine).with_context(shown)?;
+            return Ok((engine, metadata));
+        }
+        let size = u32::try_from(self.block_size).unwrap_or(u32::MAX);
+        let blocks = self.metadata_size / 8;
+        let engine = Arc::new(RamEngine::new(usize::try_from(blocks)?));
+        let mut metadata = PoolMetadata::format(Arc::clone(&engine) as _, size, cache(&*engine))?;
+        let blocks = data_blocks(self.block_size).unwrap_or((1 << 31) / self.block_size);
+        metadata.resize_data(blocks)?;
+        metadata.commit()?;
+        Ok((engine, metadata))
+    }
+
+    fn options(&self, metadata: &PoolMetadata, scheme: LockScheme) -> anyhow::Result<PlayOptions> {
+        let status = metadata.status()?;
+        let block_sectors = status.data_block_size;
+        let table = PoolTable {
+            metadata_device: "metadata".into(),
+            data_device: "data".into(),
+            block_sectors,
+            low_water_blocks: 0,
+            features: self.features()?,
+        };
+        let devices = self.map.iter().cloned();
+        Ok(PlayOptions {
+            settings: Settings {
+                scheme,
+                ..Settings::new(table)
+            },
+            data_blocks: match self.data_size {
+                Some(sectors) => sectors / u64::from(block_sectors),
+                None => status.data_blocks,
+            },
+            max_sectors: self.max_sectors,
+            cpus: self.cpus,
+            device: DeviceModel::default(),
+            devices: devices.map(|(name, id, size)| (name, (id, size))).collect(),
+            makes_devices: self.map.is_empty() && self.events.is_none(),
+        })
+    }
+}
+
+/// Enough that every block fits.
+fn cache(engine: &dyn BlockEngine) -> usize {
+    usize::try_from(engine.nr_blocks()).map_or(usize::MAX, |n| n.saturating_mul(BLOCK_SIZE + 16))
+}
+
+fn open_metadata(engine: &Arc<RamEngine>) -> thintools::Result<PoolMetadata> {
+    PoolMetadata::open(Arc::clone(engine) as _, cache(&**engine))
+}
+
+/// The blocks of `from`, in memory.
+fn copy(from: &dyn BlockEngine) -> anyhow::Result<Arc<RamEngine>> {
+    let blocks = usize::try_from(from.nr_blocks())?;
+    let mut bytes = vec![0; blocks * BLOCK_SIZE];
+    let mut at = 0;
+    for chunk in bytes.chunks_mut(256 * BLOCK_SIZE) {
+        let mut aligned = thintools::io::AlignedBuffer::new(chunk.len() / BLOCK_SIZE);
+        let buffer = aligned.blocks_mut(chunk.len() / BLOCK_SIZE);
+        from.read(MetadataBlock(at), buffer)?;
+        chunk.copy_from_slice(buffer);
+        at += (chunk.len() / BLOCK_SIZE) as u64;
+    }
+    Ok(Arc::new(RamEngine::from_bytes(bytes)))
+}
+
+/// Plays the trace.
+pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
+    let session = Session::new("Replaying", args.quiet)?;
+    let mut reports = Vec::new();
+    for &scheme in &args.locks {
+        let report = replay(&args, scheme, &session)?;
+        let is_complete = report.is_complete;
+        reports.push(report);
+        if !is_complete {
+            break;
+        }
+    }
+    if let Some(path) = &args.json {
+        let write = |out: &mut dyn Write| {
+            let cannot = |e| thintools::Error::io("cannot write the report", e);
+            let json = serde_json::to_string_pretty(&reports).map_err(|e| cannot(e.into()))?;
+            writeln!(out, "{json}").map_err(cannot)
+        };
+        match path.as_os_str() == "-" {
+            true => write(&mut std::io::stdout().lock())?,
+            false => write_new(path, &mut { write })?,
+        }
+    }
+    if args.json.as_deref() != Some(Path::new("-")) {
+        let mut text = String::new();
+        if let Some(last) = reports.last() {
+            text = last.to_string();
+        }
+        if reports.len() > 1 {
+            text.push_str(&compared(&reports));
+        }
+        output::stdout_line(text.trim_end())?;
+    }
+    Ok(match reports.iter().all(|r| r.is_complete) {
+        true => Exit::Ok,
+        false => Exit::Interrupted,
+    })
+}
+
+/// What locking schemes made of the same trace.
+fn compared(reports: &[Report]) -> String {
+    let mut text = String::from(
+        "\nlocks        deferred   would block: root      block      cache   acquisitions  read-modify-writes a lookup\n",
+    );
+    for report in reports {
+        let locks = &report.locks;
+        let deferred: u64 = report.map.deferred.values().sum();
+        let rmws = locks.atomic_rmws as f64 / locks.lookups.max(1) as f64;
+        text.push_str(&format!(
+            "{:<11} {deferred:>9} {:>19} {:>10} {:>10} {:>14} {rmws:>28.1}\n",
+            report.setup.locks,
+            locks.would_block_root,
+            locks.would_block_block,
+            locks.would_block_cache,
+            locks.acquisitions,
+        ));
+    }
+    text.push_str(
+        "One thread plays the trace in virtual time, so nobody contends for a lock here.\n",
+    );
+    text
+}
+
+fn replay(args: &Args, scheme: LockScheme, session: &Session) -> anyhow::Result<Report> {
+    let format = match args.format.as_str() {
+        "auto" => None,
+        name => Some(name.parse::<Format>()?),
+    };
+    let (format, mut reader) = open(&args.traces, format, args.lenient)?;
+    if args.format == "auto" {
+        session.say(&format!("{}: {}", format, format.evidence()));
+    }
+    let beside = match &args.events {
+        Some(path) => {
+            let shown = || path.display().to_string();
+            side_events(&fs::read_to_string(path).with_context(shown)?).with_context(shown)?
+        }
+        None => Vec::new(),
+    };
+    let (engine, metadata) = args.start()?;
+    let options = args.options(&metadata, scheme)?;
+    let mut player = Player::new(metadata, options.clone())?;
+    player.make_mapped_devices()?;
+    let schedule = args.snap_every.map(|every| SnapshotSchedule {
+        every,
+        keep: args.snap_keep,
+    });
+    let mut marks = 0;
+    let mut at_control = |player: &Player| {
+        let (Some(folder), Some(mark)) = (&args.dump_at_marks, player.marks().get(marks)) else {
+            return Ok(());
+        };
+        marks += 1;
+        dump(
+            &*engine,
+            &folder.join(format!("{}.xml", file_name(&mark.name))),
+        )
+    };
+    let is_complete = play(
+        &mut player,
+        &mut *reader,
+        beside,
+        schedule,
+        &mut at_control,
+        session,
+    )?;
+    let report = Report::new(&player, &options, reader.notes(), is_complete)?;
+    drop(player);
+    judge(&*engine)?;
+    if let Some(path) = &args.output {
+        keep(&*engine, path)?;
+    }
+    Ok(report)
+}
+
+/// A name of a mark as that of a file.
+fn file_name(mark: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    let plain = mark.chars().map(|c| if is_plain(c) { c } else { '_' });
+    plain.collect()
+}
+
+/// Whatever was played, the metadata is sound.
+fn judge(engine: &dyn BlockEngine) -> anyhow::Result<()> {
+    let report = check(engine, &CheckOptions::default(), &Silent)?.report;
+    let worst = report.damages.iter().find(|d| d.severity > Severity::Leak);
+    match worst {
+        Some(damage) => {
+            bail!("the metadata is damaged after the replay, which is a defect: {damage}")
+        }
+        None => Ok(()),
+    }
+}
+
+fn dump(engine: &dyn BlockEngine, path: &Path) -> thintools::Result<()> {
+    let superblock = Superblock::read(engine)?;
+    let source = MetadataSource {
+        engine,
+        trees: Trees::read(
+            engine,
+            &superblock,
+            superblock.data_space_map.nr_blocks,
+            &Silent,
+        )?,
+        selection: Selection::default(),
+        recovered: None,
+        observer: &Silent,
+    };
+    write_new(path, &mut |out| {
+        source.emit(&mut TextSink::new(out, &text::Xml))
+    })
+}
+
+/// Writes the metadata to a new file.
+fn keep(engine: &dyn BlockEngine, path: &Path) -> anyhow::Result<()> {
+    write_new(path, &mut |out| {
+        let mut block = vec![0; BLOCK_SIZE];
+        for number in 0..engine.nr_blocks() {
+            let cannot = |e| thintools::Error::io(format!("cannot write block {number}"), e);
+            engine
+                .read(MetadataBlock(number), &mut block)
+                .map_err(cannot)?;
+            out.write_all(&block).map_err(cannot)?;
+        }
+        Ok(())
+    })?;
+    Ok(())
+}

@@ -1,0 +1,173 @@
+//! A whole trace through a player, with what happens beside it.
+
+use super::event::{Batch, ControlEvent, TraceReader};
+use super::player::Player;
+use crate::error::{Error, ErrorKind, Result};
+use crate::observer::Observer;
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Snapshots that are taken whatever the trace says.
+#[derive(Clone, Copy, Debug)]
+pub struct SnapshotSchedule {
+    /// How much virtual time lies between them.
+    pub every: Duration,
+    /// How many of each device are kept.
+    pub keep: usize,
+}
+
+/// Reads control events from a side file: on each line a time in seconds from the start of the trace, and the words.
+///
+/// # Errors
+/// `InvalidDescription` with the line.
+pub fn side_events(text: &str) -> Result<Vec<ControlEvent>> {
+    let mut events = Vec::new();
+    for (number, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let event = line
+            .split_once(char::is_whitespace)
+            .and_then(|(time, text)| {
+                let seconds: f64 = time.parse().ok()?;
+                let time = Duration::try_from_secs_f64(seconds).ok()?;
+                Some(ControlEvent {
+                    time_ns: u64::try_from(time.as_nanos()).ok()?,
+                    text: text.trim().into(),
+                })
+            });
+        events.push(event.ok_or_else(|| {
+            Error::new(
+                ErrorKind::InvalidDescription,
+                format!(
+                    "line {}: {line:?} is not a time in seconds and an event",
+                    number + 1
+                ),
+            )
+        })?);
+    }
+    events.sort_by_key(|event| event.time_ns);
+    Ok(events)
+}
+
+/// Snapshots that are due, and those that are there already.
+struct Snapshots {
+    schedule: SnapshotSchedule,
+    due: Duration,
+    kept: VecDeque<Vec<u64>>,
+    next_id: u64,
+}
+
+/// The first id of a scheduled snapshot: behind those that people give.
+const FIRST_SNAPSHOT: u64 = 8_000_000;
+
+impl Snapshots {
+    fn new(schedule: SnapshotSchedule) -> Self {
+        Self {
+            schedule,
+            due: schedule.every,
+            kept: VecDeque::new(),
+            next_id: FIRST_SNAPSHOT,
+        }
+    }
+
+    /// Takes those that are due before `time`.
+    fn take(&mut self, player: &mut Player, time: Duration) -> Result<()> {
+        while self.due <= time && !self.schedule.every.is_zero() {
+            let at = |text| ControlEvent {
+                time_ns: self.due.as_nanos() as u64,
+                text,
+            };
+            let mut taken = Vec::new();
+            for origin in player.ids() {
+                player.control(&at(format!("create_snap {} {origin}", self.next_id)))?;
+                taken.push(self.next_id);
+                self.next_id += 1;
+            }
+            self.kept.push_back(taken);
+            if self.kept.len() > self.schedule.keep {
+                for id in self.kept.pop_front().unwrap_or_default() {
+                    player.control(&at(format!("delete {id}")))?;
+                }
+            }
+            self.due += self.schedule.every;
+        }
+        Ok(())
+    }
+}
+
+/// Plays everything that `reader` has, and ends it. `at_control` is told of each control event after it was carried out. False if
+/// the observer wished to stop.
+///
+/// # Errors
+/// Those of the reader and of the player.
+pub fn play(
+    player: &mut Player,
+    reader: &mut dyn TraceReader,
+    beside: Vec<ControlEvent>,
+    schedule: Option<SnapshotSchedule>,
+    at_control: &mut dyn FnMut(&Player) -> Result<()>,
+    observer: &dyn Observer,
+) -> Result<bool> {
+    let mut beside = VecDeque::from(beside);
+    let mut snapshots = schedule.map(Snapshots::new);
+    let mut batch = Batch::default();
+    let mut is_complete = true;
+    while is_complete && reader.read(&mut batch)? {
+        let mut controls = std::mem::take(&mut batch.controls).into_iter().peekable();
+        for io in &batch.ios {
+            if let Some(snapshots) = &mut snapshots {
+                snapshots.take(player, Duration::from_nanos(io.time_ns))?;
+            }
+            let is_due = |event: &ControlEvent| event.time_ns <= io.time_ns;
+            while let Some(event) = controls.next_if(is_due) {
+                player.control(&event)?;
+                at_control(player)?;
+            }
+            while beside.front().is_some_and(is_due) {
+                if let Some(event) = beside.pop_front() {
+                    player.control(&event)?;
+                    at_control(player)?;
+                }
+            }
+            let device = reader.devices().get(io.device as usize);
+            player.io(device.map_or("", |name| name), *io)?;
+        }
+        for event in controls {
+            player.control(&event)?;
+            at_control(player)?;
+        }
+        is_complete = !observer.is_cancelled();
+    }
+    if is_complete {
+        for event in beside {
+            player.control(&event)?;
+            at_control(player)?;
+        }
+    }
+    player.finish()?;
+    Ok(is_complete)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn side_events_come_in_order_of_time() {
+        let events = side_events("# snapshots\n\n2.5 delete 1\n 1  create_snap 1 0 \n").unwrap();
+        let found: Vec<(u64, &str)> = events.iter().map(|e| (e.time_ns, &*e.text)).collect();
+        assert_eq!(
+            found,
+            [
+                (1_000_000_000, "create_snap 1 0"),
+                (2_500_000_000, "delete 1")
+            ]
+        );
+        for bad in ["soon delete 1", "1", "-1 delete 1", "1e300 delete 1"] {
+            let error = side_events(bad).unwrap_err().to_string();
+            assert!(error.starts_with("line 1:"), "{error}");
+        }
+    }
+}
