@@ -18,6 +18,7 @@ mod repair;
 #[cfg(feature = "devtools")]
 mod repair_damage;
 mod repair_in_place;
+mod replay;
 mod replay_readers;
 mod shapes;
 mod support;
