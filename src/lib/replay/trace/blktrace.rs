@@ -1,7 +1,6 @@
 //! Binary blktrace: one file for each processor, read side by side, or a dump that blkparse made of them.
 
 use std::cmp::Reverse;
-use std::collections::binary_heap::PeekMut;
 use std::collections::{BinaryHeap, HashMap};
 
 use super::input::Input;
@@ -18,7 +17,9 @@ const SEQUENCES: usize = 1024;
 /// Files of one or more devices and their processors.
 pub(super) struct Blktrace {
     streams: Vec<Stream>,
-    heads: BinaryHeap<Reverse<(Key, usize)>>,
+    /// The stream whose record is next, and the next records of the others.
+    current: Option<usize>,
+    others: BinaryHeap<Reverse<(Key, usize)>>,
     shared: Shared,
     is_primed: bool,
 }
@@ -63,7 +64,8 @@ impl Blktrace {
     fn with(inputs: Vec<Input>, dump: Option<Dump>, is_lenient: bool) -> Self {
         Self {
             streams: inputs.into_iter().map(Stream::new).collect(),
-            heads: BinaryHeap::new(),
+            current: None,
+            others: BinaryHeap::new(),
             shared: Shared {
                 sink: Sink::new(),
                 sequences: vec![(u64::MAX, 0); SEQUENCES].into(),
@@ -87,21 +89,31 @@ impl Blktrace {
                 stream.is_big = record::is_big_endian(stream.input.data()).unwrap_or(false);
             }
             if let Some(key) = stream.advance(&mut self.shared)? {
-                self.heads.push(Reverse((key, index)));
+                self.others.push(Reverse((key, index)));
             }
         }
+        self.current = self.others.pop().map(|Reverse((_, first))| first);
         Ok(())
+    }
+
+    /// Which stream is next after the current one came to `key`. Requests of a processor often follow each other.
+    #[inline]
+    fn first(&mut self, key: Key, current: usize) -> usize {
+        match self.others.peek_mut() {
+            Some(mut other) if other.0 < (key, current) => {
+                std::mem::replace(&mut *other, Reverse((key, current))).0.1
+            }
+            _ => current,
+        }
     }
 
     fn fill_batch(&mut self) -> Result<()> {
         if !self.is_primed {
             self.prime()?;
         }
-        while !self.shared.sink.is_full() {
-            let Some(mut head) = self.heads.peek_mut() else {
-                break;
-            };
-            let index = head.0.1;
+        while let Some(index) = self.current
+            && !self.shared.sink.is_full()
+        {
             let stream = &mut self.streams[index];
             let batch = &mut self.shared.sink.batch;
             match stream.control.take() {
@@ -111,15 +123,13 @@ impl Blktrace {
                     batch.controls.push(ControlEvent { time_ns, text });
                 }
             }
-            match stream.advance(&mut self.shared)? {
-                Some(key) => *head = Reverse((key, index)),
-                None => {
-                    PeekMut::pop(head);
-                }
-            }
+            self.current = match stream.advance(&mut self.shared)? {
+                Some(key) => Some(self.first(key, index)),
+                None => self.others.pop().map(|Reverse((_, other))| other),
+            };
         }
         if let Some(dump) = &mut self.shared.dump {
-            dump.place(&mut self.shared.sink.batch, self.heads.is_empty());
+            dump.place(&mut self.shared.sink.batch, self.current.is_none());
         }
         Ok(())
     }

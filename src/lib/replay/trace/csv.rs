@@ -1,5 +1,7 @@
 //! Columns with commas between them, read in one pass over each line.
 
+use memchr::memchr;
+
 use super::csv_spec::{CsvSpec, TimeUnit};
 use super::devices::text;
 use super::lines::{Fault, Line, LineFormat, Sink, plain, sectors};
@@ -80,7 +82,10 @@ impl Csv {
                 Column::Offset => offset = number(&mut rest, self.offset_unit, "no offset")?,
                 Column::Length => length = number(&mut rest, self.length_unit, "no length")?,
                 Column::Time => {
-                    let read = self.time_unit.read(field(&mut rest)?.trim_ascii());
+                    let read = match plain_number(&mut rest) {
+                        Some(count) => self.time_unit.whole(count),
+                        None => self.time_unit.read(field(&mut rest)?.trim_ascii()),
+                    };
                     time = read.ok_or("no time")?;
                 }
             }
@@ -153,35 +158,49 @@ fn field<'a>(rest: &mut Option<&'a [u8]>) -> Result<&'a [u8], Fault> {
 #[inline]
 fn fields<'a>(rest: &mut Option<&'a [u8]>, more: usize) -> Result<&'a [u8], Fault> {
     let line = rest.ok_or("too few columns")?;
-    let mut commas = 0;
-    for (at, &byte) in line.iter().enumerate() {
-        if byte == b',' {
-            if commas == more {
-                *rest = Some(&line[at + 1..]);
-                return Ok(&line[..at]);
-            }
-            commas += 1;
-        }
+    let mut end = comma(line);
+    for _ in 0..more {
+        let at = end.ok_or("too few columns")? + 1;
+        end = comma(&line[at..]).map(|len| at + len);
     }
-    *rest = None;
-    if commas == more {
-        Ok(line)
+    *rest = end.map(|end| &line[end + 1..]);
+    Ok(&line[..end.unwrap_or(line.len())])
+}
+
+/// Where the first comma is; most fields are so short that a look at eight bytes is all it takes.
+#[inline]
+fn comma(text: &[u8]) -> Option<usize> {
+    let Some(chunk) = text.first_chunk() else {
+        return text.iter().position(|&b| b == b',');
+    };
+    let others = u64::from_le_bytes(*chunk) ^ 0x2c2c_2c2c_2c2c_2c2c;
+    let commas = others.wrapping_sub(0x0101_0101_0101_0101) & !others & 0x8080_8080_8080_8080;
+    if commas != 0 {
+        Some(commas.trailing_zeros() as usize / 8)
     } else {
-        Err("too few columns")
+        memchr(b',', &text[8..]).map(|at| at + 8)
     }
 }
 
 /// The next field, a number of `unit`s.
 #[inline]
 fn number(rest: &mut Option<&[u8]>, unit: u64, fault: Fault) -> Result<u64, Fault> {
-    let line = rest.ok_or("too few columns")?;
-    let value = match scan::digits(line) {
-        // The plain case costs one look at each digit.
-        Some((value, len)) if line.get(len) == Some(&b',') => {
-            *rest = Some(&line[len + 1..]);
-            value
-        }
-        _ => scan::number(field(rest)?.trim_ascii()).ok_or(fault)?,
+    let value = match plain_number(rest) {
+        Some(value) => value,
+        None => scan::number(field(rest)?.trim_ascii()).ok_or(fault)?,
     };
     value.checked_mul(unit).ok_or(fault)
+}
+
+/// The next field if it is nothing but digits.
+#[inline]
+fn plain_number(rest: &mut Option<&[u8]>) -> Option<u64> {
+    let line = (*rest)?;
+    let (value, len) = scan::digits(line)?;
+    *rest = match line.get(len) {
+        Some(b',') => Some(&line[len + 1..]),
+        Some(_) => return None,
+        None => None,
+    };
+    Some(value)
 }

@@ -42,15 +42,23 @@ pub(super) enum TimeUnit {
 }
 
 impl TimeUnit {
-    /// The time in nanoseconds.
+    /// The time that is so many units.
     #[inline]
-    pub(super) fn read(self, text: &[u8]) -> Option<u64> {
+    pub(super) fn whole(self, count: u64) -> Option<u64> {
         /// 1970 in units of 100 ns since 1601.
         const UNIX: u64 = 116_444_736_000_000_000;
         match self {
+            Self::Of(unit) => count.checked_mul(unit),
+            Self::WholeSeconds => count.checked_mul(1_000_000_000),
+            Self::Filetime => count.checked_sub(UNIX)?.checked_mul(100),
+        }
+    }
+
+    /// The same of a number that may have a fraction.
+    pub(super) fn read(self, text: &[u8]) -> Option<u64> {
+        match self {
             Self::Of(unit) => scan::time(text, unit),
-            Self::WholeSeconds => scan::time(text, 1_000_000_000),
-            Self::Filetime => scan::number(text)?.checked_sub(UNIX)?.checked_mul(100),
+            _ => self.whole(scan::number(text)?),
         }
     }
 }
