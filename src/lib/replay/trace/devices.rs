@@ -10,19 +10,17 @@ const SLOTS: usize = 4096;
 /// A table that only grows.
 pub(super) struct Devices {
     names: Vec<String>,
-    keys: Vec<Box<[u8]>>,
     by_key: HashMap<Box<[u8]>, u32>,
-    /// Indexes by a cheap hash of the key, right or not: what is found is compared.
-    slots: Vec<u32>,
+    /// Short keys that were met last, by a cheap hash, and their indexes.
+    slots: Vec<(u64, u32)>,
 }
 
 impl Devices {
     pub(super) fn new() -> Self {
         Self {
             names: Vec::new(),
-            keys: Vec::new(),
             by_key: HashMap::new(),
-            slots: vec![0; SLOTS],
+            slots: vec![(0, 0); SLOTS],
         }
     }
 
@@ -37,17 +35,19 @@ impl Devices {
         key: &[u8],
         name: impl FnOnce() -> String,
     ) -> Result<u32, &'static str> {
-        let slot = slot(key);
-        let index = self.slots[slot];
-        if self.keys.get(index as usize).is_some_and(|k| **k == *key) {
+        let Some(short) = short(key) else {
+            return self.find(key, name);
+        };
+        let slot = (short.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52) as usize;
+        let (known, index) = self.slots[slot];
+        if known == short {
             return Ok(index);
         }
         let index = self.find(key, name)?;
-        self.slots[slot] = index;
+        self.slots[slot] = (short, index);
         Ok(index)
     }
 
-    #[cold]
     fn find(&mut self, key: &[u8], name: impl FnOnce() -> String) -> Result<u32, &'static str> {
         if let Some(&index) = self.by_key.get(key) {
             return Ok(index);
@@ -60,7 +60,6 @@ impl Devices {
         }
         let index = self.names.len() as u32;
         self.names.push(name());
-        self.keys.push(key.into());
         self.by_key.insert(key.into(), index);
         Ok(index)
     }
@@ -80,16 +79,19 @@ pub(super) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// A key of up to seven bytes with its length, never 0.
 #[inline]
-fn slot(key: &[u8]) -> usize {
-    let mut hash = key.len() as u64;
-    let mut chunks = key.chunks_exact(8);
-    for chunk in &mut chunks {
-        let word = u64::from_le_bytes(chunk.try_into().expect("eight bytes"));
-        hash = (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-    for &byte in chunks.remainder() {
-        hash = hash << 8 ^ u64::from(byte) ^ hash >> 56;
-    }
-    (hash.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52) as usize
+fn short(key: &[u8]) -> Option<u64> {
+    let bytes = match *key {
+        [] => 0,
+        [a] => a.into(),
+        [a, b] => u64::from(u16::from_le_bytes([a, b])),
+        [a, b, c] => u64::from(u32::from_le_bytes([a, b, c, 0])),
+        [a, b, c, d] => u64::from(u32::from_le_bytes([a, b, c, d])),
+        [a, b, c, d, e] => u64::from_le_bytes([a, b, c, d, e, 0, 0, 0]),
+        [a, b, c, d, e, f] => u64::from_le_bytes([a, b, c, d, e, f, 0, 0]),
+        [a, b, c, d, e, f, g] => u64::from_le_bytes([a, b, c, d, e, f, g, 0]),
+        _ => return None,
+    };
+    Some(bytes | (key.len() as u64 + 1) << 56)
 }
