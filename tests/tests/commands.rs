@@ -23,6 +23,9 @@ const TOOLS: [(&str, &str); 5] = [
     ("thin_restore", "restore"),
 ];
 
+/// Commands that have a manual page and a link: these, and `thin_replay`, whose input is no metadata.
+const LINKED: usize = TOOLS.len() + 1;
+
 /// The version that `-V` prints.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -1116,7 +1119,7 @@ fn manual_pages_are_those_of_the_repository() {
         .run()
         .expect(0);
     let made = files(&made);
-    assert_eq!(made.len(), 1 + TOOLS.len());
+    assert_eq!(made.len(), 1 + LINKED);
     let kept = files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("man"));
     let names =
         |files: &[(OsString, Vec<u8>)]| files.iter().map(|f| f.0.clone()).collect::<Vec<_>>();
@@ -1161,7 +1164,7 @@ fn links_are_installed_and_foreign_files_kept() {
     };
     install(&[]).expect(0);
     let listed = files(&bin);
-    assert_eq!(listed.len(), TOOLS.len());
+    assert_eq!(listed.len(), LINKED);
     for (tool, _) in TOOLS {
         let link = bin.join(tool);
         assert!(link.is_symlink());
@@ -1209,7 +1212,7 @@ fn links_are_installed_and_foreign_files_kept() {
         assert_eq!(version.out(), format!("{VERSION}\n"));
     }
     let left = fs::read_dir(&bin).expect("readable").count();
-    assert_eq!(left, TOOLS.len(), "temporary links are left");
+    assert_eq!(left, LINKED, "temporary links are left");
 
     let missing = place.path().join("missing");
     thintools([OsStr::new("install-links"), missing.as_os_str()])

@@ -62,7 +62,7 @@ pub struct Bio {
     /// The new mapping whose block this write fills, which completes it.
     pub(super) fills: Option<JobId>,
     /// The virtual cell that the map half took for it, and one to spare.
-    pub(super) reserved: Option<(Held, Box<Cell>)>,
+    pub(super) reserved: Option<(Held, Option<Box<Cell>>)>,
     next: Option<Box<Bio>>,
 }
 

@@ -99,6 +99,9 @@ pub enum Notice {
     LowWater,
     /// Free metadata blocks have come down to the threshold.
     MetadataThreshold,
+    /// Every cell is held by somebody who waits for another one ([`AllocationOrder::OneByOne`](super::AllocationOrder)). One more cell
+    /// was lent, so that it goes on.
+    Deadlock(Vec<super::Wait>),
     /// The policy has changed by itself: what waited for space long enough fails.
     NoSpaceTimeout,
     /// An operation on the metadata failed, and what was not committed is lost.

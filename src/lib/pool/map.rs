@@ -8,6 +8,7 @@
 
 use super::PoolMode;
 use super::bio::{Bio, BioError, Op};
+use super::cells::{AllocationOrder, Starved};
 use super::pool::Pool;
 use super::prison::{Cell, Detained, Key};
 use super::thin::Thin;
@@ -138,18 +139,23 @@ pub struct Mapper {
 
 impl Drop for Mapper {
     fn drop(&mut self) {
-        self.pool.cells.shrink(self.cells.take());
+        if self.pool.order == AllocationOrder::Reserved {
+            self.pool.cells.shrink(self.cells.take());
+        }
     }
 }
 
 impl Mapper {
     /// One for each thread that submits bios; with `counting` its lookups are counted.
     pub fn new(pool: &Arc<Pool>, counting: bool) -> Self {
-        pool.cells.grow();
+        let is_reserved = pool.order == AllocationOrder::Reserved;
+        if is_reserved {
+            pool.cells.grow();
+        }
         Self {
             reader: Reader::new(Arc::clone(&pool.metadata), counting),
             pool: Arc::clone(pool),
-            cells: Some([Cell::spare(), Cell::spare()]),
+            cells: is_reserved.then(|| [Cell::spare(), Cell::spare()]),
             counts: MapCounts::default(),
         }
     }
@@ -199,7 +205,7 @@ impl Mapper {
             pool.submit(bio);
             return Mapped::Deferred(reason);
         }
-        let Some([first, second]) = self.cells.take().or_else(|| pool.cells.take_two()) else {
+        let Some((first, second)) = take_cells(pool, &mut self.cells) else {
             pool.submit(bio);
             return Mapped::Deferred(Reason::NoCells);
         };
@@ -208,27 +214,32 @@ impl Mapper {
         let (held, mut bio) = match pool.prison.detain(key, bio, first) {
             Detained::Free(held, bio) => (held, bio),
             Detained::Busy(first) => {
-                self.cells = Some([first, second]);
+                keep_cells(pool, &mut self.cells, first, second);
                 return Mapped::Deferred(Reason::CellHeld);
             }
         };
         let reason = match self.reader.try_find_block(&thin.metadata, block) {
             Ok(TryLookup::Mapped(found)) if !found.is_shared => {
                 let key = Key::of_data(thin.id(), found.block, DataBlock(found.block.0 + 1));
+                let Some(second) = second.or_else(|| pool.cells.take()) else {
+                    let wanted = key;
+                    pool.starve(Starved { bio, held, wanted });
+                    return Mapped::Deferred(Reason::NoCells);
+                };
                 let detained = pool.prison.detain(key, bio, second);
                 let (first, inmates) = pool.prison.release(held);
                 pool.submit_all(inmates);
                 let (held, mut bio) = match detained {
                     Detained::Free(held, bio) => (held, bio),
                     Detained::Busy(second) => {
-                        self.cells = Some([first, second]);
+                        keep_cells(pool, &mut self.cells, first, Some(second));
                         return Mapped::Deferred(Reason::CellHeld);
                     }
                 };
                 bio.all_io = Some(pool.all_io.enter());
                 let (second, inmates) = pool.prison.release(held);
                 pool.submit_all(inmates);
-                self.cells = Some([first, second]);
+                keep_cells(pool, &mut self.cells, first, Some(second));
                 if thin.is_gated() || pool.is_suspended() {
                     pool.leave(&mut bio);
                     pool.submit(bio);
@@ -240,13 +251,13 @@ impl Mapper {
             Ok(TryLookup::Unmapped) if bio.op == Op::Read && thin.origin_sectors.is_none() => {
                 let (first, inmates) = pool.prison.release(held);
                 pool.submit_all(inmates);
-                self.cells = Some([first, second]);
+                keep_cells(pool, &mut self.cells, first, second);
                 return Mapped::Zero(bio);
             }
             Err(_) => {
                 let (first, inmates) = pool.prison.release(held);
                 pool.submit_all(inmates);
-                self.cells = Some([first, second]);
+                keep_cells(pool, &mut self.cells, first, second);
                 return Mapped::Failed(bio, BioError::Io);
             }
             Ok(TryLookup::Mapped(_)) => Reason::Shared,
@@ -258,6 +269,33 @@ impl Mapper {
         bio.reserved = Some((held, second));
         pool.submit(bio);
         Mapped::Deferred(reason)
+    }
+}
+
+/// The cells that a bio needs, or the first of them where they are taken one by one.
+fn take_cells(
+    pool: &Pool,
+    kept: &mut Option<[Box<Cell>; 2]>,
+) -> Option<(Box<Cell>, Option<Box<Cell>>)> {
+    if pool.order == AllocationOrder::OneByOne {
+        return Some((pool.cells.take()?, None));
+    }
+    let [first, second] = kept.take().or_else(|| pool.cells.take_two())?;
+    Some((first, Some(second)))
+}
+
+fn keep_cells(
+    pool: &Pool,
+    kept: &mut Option<[Box<Cell>; 2]>,
+    first: Box<Cell>,
+    second: Option<Box<Cell>>,
+) {
+    match (pool.order, second) {
+        (AllocationOrder::Reserved, Some(second)) => *kept = Some([first, second]),
+        (_, second) => {
+            pool.cells.give(first);
+            second.into_iter().for_each(|cell| pool.cells.give(cell));
+        }
     }
 }
 

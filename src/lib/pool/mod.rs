@@ -22,6 +22,7 @@ mod thin;
 mod worker;
 
 pub use bio::{Bio, BioError, BioResult, DISCARD_BLOCKS, Op, pieces};
+pub use cells::{AllocationOrder, Wait};
 pub use effect::{Effect, Event, Notice, Source};
 pub use line::{Line, Words};
 pub use map::{MapCounts, Mapped, Mapper, Reason};

@@ -1,7 +1,7 @@
 //! What all threads share of a pool: the metadata to look up in, the prison, the deferred sets, and what waits for the worker.
 
 use super::bio::{Bio, BioResult};
-use super::cells::CellPool;
+use super::cells::{AllocationOrder, CellPool, Starved};
 use super::deferred_set::DeferredSet;
 use super::list::{Linked, List};
 use super::mode::{AtomicMode, PoolMode};
@@ -41,6 +41,8 @@ pub(super) struct Inbox {
     pub(super) held_back: List<Bio>,
     /// Writes that filled a new block, with what became of them.
     pub(super) filled: Vec<(Box<Bio>, BioResult)>,
+    /// Bios of the map half that wait for a second cell.
+    pub(super) starved: Vec<Starved>,
     /// Work that no longer has to wait.
     pub(super) ready: List<Waiting>,
     pub(super) is_suspended: bool,
@@ -57,6 +59,7 @@ pub struct Pool {
     pub(super) all_io: DeferredSet<Waiting>,
     pub(super) shared_read: DeferredSet<Waiting>,
     pub(super) cells: CellPool,
+    pub(super) order: AllocationOrder,
     pub(super) mode: AtomicMode,
     inbox: Mutex<Inbox>,
     is_suspended: AtomicBool,
@@ -78,7 +81,7 @@ impl Pool {
     pub(super) fn new(
         metadata: SharedMetadata,
         block_sectors: u64,
-        cells: usize,
+        (cells, order): (usize, AllocationOrder),
         mode: PoolMode,
     ) -> Self {
         Self {
@@ -88,6 +91,7 @@ impl Pool {
             all_io: DeferredSet::default(),
             shared_read: DeferredSet::default(),
             cells: CellPool::new(cells),
+            order,
             mode: AtomicMode::new(mode),
             inbox: Mutex::default(),
             is_suspended: AtomicBool::new(false),
@@ -181,7 +185,13 @@ impl Pool {
     /// Bios that wait for the worker, but for those that it knows by the block they fill.
     pub(super) fn count_waiting(&self) -> usize {
         let inbox = self.inbox();
-        inbox.bios.len() + inbox.held_back.len()
+        inbox.bios.len() + inbox.held_back.len() + inbox.starved.len()
+    }
+
+    /// Leaves a bio to the worker that holds a cell and waits for another one.
+    pub(super) fn starve(&self, starved: Starved) {
+        self.inbox().starved.push(starved);
+        self.wake();
     }
 
     /// Lets bios go on that came while the pool was suspended.

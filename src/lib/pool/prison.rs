@@ -11,6 +11,7 @@ use super::bio::{Bio, DISCARD_BLOCKS};
 use super::list::{List, Taken};
 use crate::sync::{Mutex, MutexGuard};
 use crate::units::{DataBlock, ThinBlock, ThinId};
+use std::fmt;
 use std::sync::PoisonError;
 
 /// Which blocks of which device.
@@ -59,6 +60,17 @@ impl Key {
     }
 }
 
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = if self.is_virtual { "virtual" } else { "data" };
+        write!(f, "{kind} block {} of device {}", self.begin, self.device)?;
+        match self.end - self.begin {
+            1 => Ok(()),
+            n => write!(f, " and {} behind it", n - 1),
+        }
+    }
+}
+
 const SHARDS: usize = 256;
 
 /// The memory of a cell.
@@ -89,6 +101,12 @@ impl Cell {
 #[derive(Debug)]
 #[must_use]
 pub struct Held(Key);
+
+impl Held {
+    pub(super) fn key(&self) -> Key {
+        self.0
+    }
+}
 
 /// What came of the wish to hold a cell.
 #[derive(Debug)]

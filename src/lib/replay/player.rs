@@ -560,6 +560,10 @@ impl Player {
                     Notice::LowWater => "free data blocks are down to the low-water mark".into(),
                     // It comes again and again while metadata is low.
                     Notice::MetadataThreshold => return,
+                    Notice::Deadlock(waits) => {
+                        let waits: Vec<String> = waits.iter().map(ToString::to_string).collect();
+                        format!("a deadlock of cells: {}", waits.join("; "))
+                    }
                     Notice::NoSpaceTimeout => "writes waited for space too long and fail".into(),
                     Notice::MetadataFailed(e) => format!("the metadata failed: {e}"),
                 };

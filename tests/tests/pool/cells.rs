@@ -1,8 +1,11 @@
 //! Operations that need more cells and jobs than there are.
 
+use std::sync::Arc;
+
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
-use thintools::pool::{Op, Reason, Settings};
+use thintools::io::RamEngine;
+use thintools::pool::{AllocationOrder, Bio, Notice, Op, Reason, Settings};
 
 use super::rig::{BLOCK, Rig, settings};
 use super::scene::{recorded, reopened};
@@ -86,4 +89,54 @@ fn t21_a_discard_of_many_runs_goes_on_with_one_cell() {
     assert!(rig.mappings(0).is_empty());
     rig.assert_counts(&engine);
     assert_eq!(rig.used(), 0);
+}
+
+/// Two writes to shared blocks that are under way at once. Returns the deadlocks that were told.
+fn two_writes_of_shared_blocks(
+    cells: usize,
+    allocation_order: AllocationOrder,
+) -> Vec<Vec<String>> {
+    let settings = Settings {
+        cells,
+        allocation_order,
+        ..settings()
+    };
+    let mut rig = Rig::new(Arc::new(RamEngine::new(256)), 16, settings);
+    let thin = rig.thin(0);
+    for block in 0..2 {
+        rig.write(&thin, block * BLOCK, BLOCK).unwrap();
+    }
+    rig.message("create_snap 1 0").unwrap();
+    // Both get their virtual cell before the worker looks at either.
+    for block in 0..2 {
+        rig.map(
+            &thin,
+            Bio::new(1_000_000 + block, Op::Write, block * BLOCK, 8),
+        );
+    }
+    rig.wake();
+    rig.settle();
+    for block in 0..2 {
+        assert_eq!(rig.done[&(1_000_000 + block)].result, Ok(()));
+    }
+    assert!(rig.pool.is_idle());
+    let deadlocks = rig.notices.iter().filter_map(|notice| match notice {
+        Notice::Deadlock(waits) => Some(waits.iter().map(ToString::to_string).collect()),
+        _ => None,
+    });
+    deadlocks.collect()
+}
+
+#[test]
+fn t21_cells_taken_one_by_one_end_in_a_deadlock_that_is_told() {
+    let told = two_writes_of_shared_blocks(2, AllocationOrder::OneByOne);
+    assert_eq!(
+        told,
+        [[
+            "bio 1000000 holds virtual block 0 of device 0 and waits for a cell for data block 0 of device 0",
+            "bio 1000001 holds virtual block 1 of device 0 and waits for a cell for data block 1 of device 0",
+        ]]
+    );
+    assert!(two_writes_of_shared_blocks(3, AllocationOrder::OneByOne).is_empty());
+    assert!(two_writes_of_shared_blocks(0, AllocationOrder::Reserved).is_empty());
 }

@@ -75,15 +75,16 @@ impl Worker {
         if begin == end_block || !self.pool.mode().is_writable() {
             return end(bio, Ok(()), effects);
         }
-        let Some([first, second]) = self.cells.take() else {
+        // The experiment is about the cells of reads and writes; a discard takes both in any order.
+        let both = self.cells.take().or_else(|| self.pool.cells.take_two());
+        let Some([first, second]) = both else {
             return self.todo.push_front(bio);
         };
         let key = Key::of_virtual(thin.id(), ThinBlock(begin), ThinBlock(end_block));
         let (held, bio) = match self.pool.prison.detain(key, bio, first) {
             Detained::Free(held, bio) => (held, bio),
             Detained::Busy(first) => {
-                self.cells = Some([first, second]);
-                return;
+                return self.return_cells(first, Some(second));
             }
         };
         self.device(thin.id()).jobs += 1;

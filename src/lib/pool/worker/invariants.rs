@@ -169,6 +169,7 @@ impl Worker {
         let of_jobs = self.jobs.iter().map(|(_, job)| job);
         let of_jobs = of_jobs.filter(|job| matches!(job, Job::Mapping(_) | Job::Discard(_)));
         let found = self.todo.len()
+            + self.starved.len()
             + self.retry.len()
             + of_waiters.count()
             + of_jobs.count()

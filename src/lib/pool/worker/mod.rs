@@ -16,6 +16,7 @@ mod provision;
 mod suspend;
 
 use super::bio::{Bio, BioError, BioResult};
+use super::cells::{AllocationOrder, Starved};
 use super::effect::{Effect, Event, Notice};
 use super::mode::PoolMode;
 use super::pool::{Pool, Waiting};
@@ -52,6 +53,8 @@ pub struct Settings {
     pub scheme: LockScheme,
     /// Cells beside the two of each [`Mapper`](super::Mapper) and of the worker.
     pub cells: usize,
+    /// When cells are taken.
+    pub allocation_order: AllocationOrder,
     /// Operations under way at once, at least 2.
     pub jobs: usize,
     /// For how long writes wait for space before they fail; none is for ever.
@@ -67,6 +70,7 @@ impl Settings {
             table,
             scheme: LockScheme::Kernel,
             cells: 1024,
+            allocation_order: AllocationOrder::Reserved,
             jobs: 1024,
             no_space_timeout: Some(Duration::from_secs(60)),
             can_discard_data: true,
@@ -105,6 +109,8 @@ pub struct Worker {
     ready: VecDeque<JobId>,
     todo: VecDeque<Box<Bio>>,
     cells: Option<[Box<Cell>; 2]>,
+    /// Bios that hold a cell and wait for another one.
+    starved: VecDeque<Starved>,
     waiters: Vec<Waiter>,
     commit: Option<Commit>,
     /// A commit is due, whoever waits for it.
@@ -152,8 +158,17 @@ impl Worker {
         metadata.set_read_only(!mode.is_writable());
         let shared = SharedMetadata::new(metadata, settings.scheme);
         let block_sectors = u64::from(table.block_sectors);
-        let pool = Arc::new(Pool::new(shared, block_sectors, settings.cells, mode));
-        pool.cells.grow();
+        let cells = match settings.allocation_order {
+            AllocationOrder::Reserved => settings.cells,
+            // A discard takes two.
+            AllocationOrder::OneByOne => settings.cells.max(2),
+        };
+        let cells = (cells, settings.allocation_order);
+        let pool = Arc::new(Pool::new(shared, block_sectors, cells, mode));
+        let is_reserved = settings.allocation_order == AllocationOrder::Reserved;
+        if is_reserved {
+            pool.cells.grow();
+        }
         Ok(Self {
             reader: Reader::new(Arc::clone(&pool.metadata), false),
             pool,
@@ -165,7 +180,8 @@ impl Worker {
             prepared: VecDeque::new(),
             ready: VecDeque::new(),
             todo: VecDeque::new(),
-            cells: Some([Cell::spare(), Cell::spare()]),
+            cells: is_reserved.then(|| [Cell::spare(), Cell::spare()]),
+            starved: VecDeque::new(),
             waiters: Vec::new(),
             commit: None,
             wants_commit: false,
@@ -319,10 +335,12 @@ impl Worker {
             self.insert_prepared(job, effects);
         }
         self.start_snapshots(effects);
+        self.feed(effects);
         self.pool.metadata.read_missed();
         let is_stuck = self.process_todo(effects);
         let has_more = !is_stuck && !self.todo.is_empty()
             || self.pool.has_work()
+            || self.can_feed()
             || !self.ready.is_empty()
             || !self.prepared.is_empty();
         self.throttle(has_more);
@@ -346,6 +364,7 @@ impl Worker {
         let mut inbox = self.pool.open_inbox();
         let (bios, ready) = (inbox.bios.take(), inbox.ready.take());
         let filled = std::mem::take(&mut inbox.filled);
+        self.starved.extend(std::mem::take(&mut inbox.starved));
         drop(inbox);
         self.ready.extend(ready.map(|work| work.job));
         let had = self.todo.len();
@@ -391,10 +410,51 @@ impl Worker {
     }
 
     fn reserve_cells(&mut self) -> bool {
-        if self.cells.is_none() {
+        if self.cells.is_none() && self.pool.order == AllocationOrder::Reserved {
             self.cells = self.pool.cells.take_two();
         }
         self.cells.is_some()
+    }
+
+    /// The cells to begin an operation with: both, or the first where they are taken one by one.
+    fn take_cells(&mut self) -> Option<(Box<Cell>, Option<Box<Cell>>)> {
+        if self.pool.order == AllocationOrder::OneByOne {
+            return Some((self.pool.cells.take()?, None));
+        }
+        let [first, second] = self.cells.take()?;
+        Some((first, Some(second)))
+    }
+
+    /// Takes back cells that an operation did not need.
+    fn return_cells(&mut self, first: Box<Cell>, second: Option<Box<Cell>>) {
+        self.keep_cell(first);
+        second.into_iter().for_each(|cell| self.keep_cell(cell));
+    }
+
+    fn can_feed(&self) -> bool {
+        let cells = &self.pool.cells;
+        !self.starved.is_empty() && (cells.free() > 0 || self.starved.len() >= cells.total())
+    }
+
+    /// Lets bios go on that waited for a second cell. If all cells are held by those that wait, nobody would ever go on: that is told,
+    /// and one more cell is lent.
+    fn feed(&mut self, effects: &mut Effects) {
+        while !self.starved.is_empty() {
+            let is_deadlock = self.starved.len() >= self.pool.cells.total();
+            let cell = match self.pool.cells.take() {
+                Some(cell) => cell,
+                None if is_deadlock => {
+                    let waits = self.starved.iter().map(Starved::wait).collect();
+                    effects.push(Effect::Notice(Notice::Deadlock(waits)));
+                    self.pool.cells.lend()
+                }
+                None => return,
+            };
+            if let Some(Starved { mut bio, held, .. }) = self.starved.pop_front() {
+                bio.reserved = Some((held, Some(cell)));
+                self.todo.push_front(bio);
+            }
+        }
     }
 
     /// Releases a cell; its inmates are submitted again.

@@ -3,6 +3,7 @@
 use super::commit::Waiter;
 use super::{BATCH, Effects, Worker, end};
 use crate::pool::bio::{Bio, BioError, BioResult, Op};
+use crate::pool::cells::{AllocationOrder, Starved};
 use crate::pool::effect::Effect;
 use crate::pool::list::List;
 use crate::pool::mode::PoolMode;
@@ -34,7 +35,7 @@ impl Worker {
                 later.push(bio);
                 continue;
             }
-            if !self.jobs.has_room(2) || bio.reserved.is_none() && !self.reserve_cells() {
+            if !self.jobs.has_room(2) || bio.reserved.is_none() && !self.has_cells(&bio) {
                 later.push(bio);
                 is_stuck = true;
                 break;
@@ -48,11 +49,20 @@ impl Worker {
         is_stuck || is_all_gated || self.is_quiet_now()
     }
 
+    fn has_cells(&mut self, bio: &Bio) -> bool {
+        match self.pool.order {
+            AllocationOrder::Reserved => self.reserve_cells(),
+            AllocationOrder::OneByOne => {
+                self.pool.cells.free() > usize::from(bio.op == Op::Discard)
+            }
+        }
+    }
+
     /// Ends a bio that will not be looked at, and lets those go on that wait for it.
     pub(super) fn give_up(&mut self, mut bio: Box<Bio>, error: BioError, effects: &mut Effects) {
         if let Some((held, spare)) = bio.reserved.take() {
             self.release(held);
-            self.keep_cell(spare);
+            spare.into_iter().for_each(|cell| self.keep_cell(cell));
         }
         end(bio, Err(error), effects);
     }
@@ -69,14 +79,13 @@ impl Worker {
                 let (held, spare) = match bio.reserved.take() {
                     Some(reserved) => reserved,
                     None => {
-                        let Some([first, second]) = self.cells.take() else {
+                        let Some((first, second)) = self.take_cells() else {
                             return self.todo.push_front(bio);
                         };
                         let key = Key::of_virtual(thin.id(), block, ThinBlock(block.0 + 1));
                         match self.pool.prison.detain(key, bio, first) {
                             Detained::Busy(first) => {
-                                self.cells = Some([first, second]);
-                                return;
+                                return self.return_cells(first, second);
                             }
                             Detained::Free(held, found) => {
                                 bio = found;
@@ -97,30 +106,30 @@ impl Worker {
         block: ThinBlock,
         bio: Box<Bio>,
         held: Held,
-        spare: Box<Cell>,
+        spare: Option<Box<Cell>>,
         effects: &mut Effects,
     ) {
         let Ok(found) = self.reader.find_block(&thin.metadata, block) else {
-            self.keep_cell(spare);
+            spare.into_iter().for_each(|cell| self.keep_cell(cell));
             return self.fail_cell(held, bio, BioError::Io, effects);
         };
         let is_write = bio.op == Op::Write;
         match found {
             Some(found) if !found.is_shared => {
-                self.keep_cell(spare);
+                spare.into_iter().for_each(|cell| self.keep_cell(cell));
                 self.enter_and_issue(thin, bio, found.block, effects);
                 self.issue_inmates(thin, held, found.block, effects);
             }
             Some(found) => self.process_shared(thin, block, found, bio, (held, spare), effects),
             None if is_write && self.pool.mode() != PoolMode::Write => {
-                self.keep_cell(spare);
+                spare.into_iter().for_each(|cell| self.keep_cell(cell));
                 self.cannot_serve(held, bio, effects);
             }
             None if is_write => {
                 self.provision(thin, block, bio, held, spare, effects);
             }
             None => {
-                self.keep_cell(spare);
+                spare.into_iter().for_each(|cell| self.keep_cell(cell));
                 self.read_unmapped(thin, bio, effects);
                 self.release(held);
             }
@@ -133,14 +142,18 @@ impl Worker {
         block: ThinBlock,
         found: Lookup,
         bio: Box<Bio>,
-        (held, spare): (Held, Box<Cell>),
+        (held, spare): (Held, Option<Box<Cell>>),
         effects: &mut Effects,
     ) {
         if bio.op == Op::Write && self.pool.mode() != PoolMode::Write {
-            self.keep_cell(spare);
+            spare.into_iter().for_each(|cell| self.keep_cell(cell));
             return self.cannot_serve(held, bio, effects);
         }
         let key = Key::of_data(thin.id(), found.block, DataBlock(found.block.0 + 1));
+        let Some(spare) = spare.or_else(|| self.pool.cells.take()) else {
+            let wanted = key;
+            return self.starved.push_back(Starved { bio, held, wanted });
+        };
         let (data_held, bio) = match self.pool.prison.detain(key, bio, spare) {
             // The sharing is being broken: it waits there.
             Detained::Busy(spare) => {

@@ -86,7 +86,7 @@ impl Worker {
         block: ThinBlock,
         mut bio: Box<Bio>,
         held: Held,
-        spare: Box<Cell>,
+        spare: Option<Box<Cell>>,
         effects: &mut Effects,
     ) {
         let data = match self.allocate(effects) {
@@ -96,15 +96,15 @@ impl Worker {
                 return self.todo.push_front(bio);
             }
             Allocated::No => {
-                self.keep_cell(spare);
+                spare.into_iter().for_each(|cell| self.keep_cell(cell));
                 return self.cannot_serve(held, bio, effects);
             }
             Allocated::Failed => {
-                self.keep_cell(spare);
+                spare.into_iter().for_each(|cell| self.keep_cell(cell));
                 return self.fail_cell(held, bio, BioError::Io, effects);
             }
         };
-        self.keep_cell(spare);
+        spare.into_iter().for_each(|cell| self.keep_cell(cell));
         let size = self.pool.block_sectors;
         let begin = block.0 * size;
         let of_origin = thin.origin_sectors.unwrap_or(0).saturating_sub(begin);
@@ -128,7 +128,7 @@ impl Worker {
             Allocated::AfterCommit => {
                 let (cell, inmates) = self.pool.prison.release(data_held);
                 self.pool.submit_all(inmates);
-                bio.reserved = Some((held, cell));
+                bio.reserved = Some((held, Some(cell)));
                 return self.todo.push_front(bio);
             }
             Allocated::No => {

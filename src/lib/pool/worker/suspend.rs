@@ -67,6 +67,7 @@ impl Worker {
         let is_idle = self.jobs.len() == 0
             && self.todo.is_empty()
             && self.retry.is_empty()
+            && self.starved.is_empty()
             && !self.pool.has_work();
         if !is_idle {
             return;
