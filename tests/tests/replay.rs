@@ -1,6 +1,7 @@
 //! Traces of the kernel's own pools, played through the engine: it ends where the kernel ended.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use thintools::thin::PoolMetadata;
 use thintools::tools::check::{CheckOptions, check};
 use thintools::units::{ThinBlock, ThinId};
 
-use crate::support::{Image, testdata};
+use crate::support::{Image, folder, testdata, thintools};
 
 /// Beside the metadata.
 const ORACLE: &str = "../traces/oracle";
@@ -156,5 +157,92 @@ fn a_recorded_pool_ends_where_the_kernel_ended() {
 fn a_recorded_pool_ends_where_the_kernel_ended_in_every_scheme() {
     for scheme in LockScheme::ALL {
         plays_as_the_kernel("thin.blktrace.1.zst", scheme);
+    }
+}
+
+#[test]
+fn the_same_trace_gives_the_same_report() {
+    let trace = testdata().join(ORACLE).join("thin.blktrace.0.zst");
+    let place = folder();
+    let made = place.path().join("made");
+    let reports = [0, 1].map(|_| {
+        let args: [&OsStr; 10] = [
+            "thin_replay".as_ref(),
+            "-q".as_ref(),
+            "--map".as_ref(),
+            "254:1=0:2g".as_ref(),
+            "--locks".as_ref(),
+            "a,optimistic".as_ref(),
+            "--json".as_ref(),
+            "-".as_ref(),
+            trace.as_ref(),
+            "--lenient".as_ref(),
+        ];
+        thintools(args).run().expect(0).out()
+    });
+    assert_eq!(reports[0], reports[1]);
+    let json: serde_json::Value = serde_json::from_str(&reports[0]).expect("JSON");
+    assert_eq!(json[0]["work"]["copies"], 871);
+    assert_eq!(json[1]["setup"]["locks"], "optimistic");
+    // What is kept is a pool that the other commands take, and it is kept once.
+    let keep = || {
+        let args: [&OsStr; 6] = [
+            "thin_replay".as_ref(),
+            "--map".as_ref(),
+            "254:1=0:2g".as_ref(),
+            "-o".as_ref(),
+            made.as_ref(),
+            trace.as_ref(),
+        ];
+        thintools(args).run()
+    };
+    keep().expect(0);
+    assert_eq!(crate::support::check(&[], &made).code, Some(0));
+    keep()
+        .expect(1)
+        .expect_stderr(&["exists, and is not overwritten"]);
+}
+
+#[test]
+fn what_cannot_be_played_is_an_error() {
+    let place = folder();
+    let file = |name: &str, bytes: &[u8]| {
+        let path = place.path().join(name);
+        std::fs::write(&path, bytes).expect("written");
+        path
+    };
+    let trace = testdata().join(ORACLE).join("thin.blktrace.0.zst");
+    let events = file("events", b"1.0 activate here\n");
+    for (args, path, code, text) in [
+        (vec![], file("empty", b""), 1, "is empty"),
+        (vec![], file("noise", &[0xa5; 5000]), 1, "name its format"),
+        (vec![], place.path().join("none"), 1, "cannot open"),
+        (
+            vec!["--metadata-size", "1t"],
+            trace.clone(),
+            1,
+            "of metadata at most",
+        ),
+        (
+            vec!["--block-size", "65k"],
+            trace.clone(),
+            1,
+            "data blocks of 130 sectors",
+        ),
+        (vec!["--feature", "magic"], trace.clone(), 1, "no feature"),
+        (vec!["--map", "1=x"], trace.clone(), 2, "DEV=ID"),
+        (vec!["--cpus", "0"], trace.clone(), 2, "1..=1024"),
+        (vec!["--locks", "c"], trace.clone(), 2, "locking scheme"),
+        (
+            vec!["--events", events.to_str().expect("plain")],
+            trace.clone(),
+            5,
+            "activate here",
+        ),
+    ] {
+        let mut all: Vec<&OsStr> = vec!["thin_replay".as_ref(), "-q".as_ref()];
+        all.extend(args.iter().map(OsStr::new));
+        all.push(path.as_ref());
+        thintools(all).run().expect(code).expect_stderr(&[text]);
     }
 }

@@ -18,7 +18,7 @@ use thintools::thin::{PoolMetadata, Superblock};
 use thintools::tools::check::{CheckOptions, Severity, check};
 use thintools::tools::event::Source;
 use thintools::tools::{MetadataSource, Selection, TextSink, Trees, text};
-use thintools::units::{BLOCK_SIZE, MAX_THIN_ID, MetadataBlock, ThinId};
+use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MAX_THIN_ID, MetadataBlock, ThinId};
 
 use super::Page;
 use crate::exit::Exit;
@@ -125,7 +125,7 @@ pub(crate) struct Args {
     map: Vec<(String, ThinId, Option<u64>)>,
 
     /// Largest read or write that the thin device gets at once.
-    #[arg(long, value_name = "SECTORS")]
+    #[arg(long, value_name = "SECTORS", value_parser = clap::value_parser!(u64).range(1..))]
     max_sectors: Option<u64>,
 
     /// Control events: on each line a time in seconds and the event.
@@ -151,8 +151,8 @@ pub(crate) struct Args {
     locks: Vec<LockScheme>,
 
     /// Processors that submit.
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    cpus: usize,
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    cpus: u16,
 
     /// Keep the metadata of the pool at the end in this file, which must not exist.
     #[arg(short, long, value_name = "FILE")]
@@ -260,6 +260,11 @@ impl Args {
         }
         let size = u32::try_from(self.block_size).unwrap_or(u32::MAX);
         let blocks = self.metadata_size / 8;
+        if blocks > MAX_METADATA_BLOCKS {
+            bail!(
+                "a pool uses {MAX_METADATA_BLOCKS} blocks of 4 KiB of metadata at most, not {blocks}"
+            );
+        }
         let engine = Arc::new(RamEngine::new(usize::try_from(blocks)?));
         let mut metadata = PoolMetadata::format(Arc::clone(&engine) as _, size, cache(&*engine))?;
         let blocks = data_blocks(self.block_size).unwrap_or((1 << 31) / self.block_size);
@@ -289,7 +294,7 @@ impl Args {
                 None => status.data_blocks,
             },
             max_sectors: self.max_sectors,
-            cpus: self.cpus,
+            cpus: usize::from(self.cpus),
             device: DeviceModel::default(),
             devices: devices.map(|(name, id, size)| (name, (id, size))).collect(),
             makes_devices: self.map.is_empty() && self.events.is_none(),
@@ -324,6 +329,18 @@ fn copy(from: &dyn BlockEngine) -> anyhow::Result<Arc<RamEngine>> {
 /// Plays the trace.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let session = Session::new("Replaying", args.quiet)?;
+    if args.locks.len() > 1 && (args.output.is_some() || args.dump_at_marks.is_some()) {
+        bail!("-o and --dump-at-marks are for one locking scheme");
+    }
+    // Better now than when everything is done.
+    for path in args.json.iter().chain(&args.output) {
+        if path.as_os_str() != "-" && path.exists() {
+            bail!(
+                "{} exists, and is not overwritten; give another name",
+                path.display()
+            );
+        }
+    }
     let mut reports = Vec::new();
     for &scheme in &args.locks {
         let report = replay(&args, scheme, &session)?;
@@ -427,6 +444,14 @@ fn replay(args: &Args, scheme: LockScheme, session: &Session) -> anyhow::Result<
         &mut at_control,
         session,
     )?;
+    for (name, ..) in &args.map {
+        if !reader.devices().contains(name) {
+            let known = reader.devices().join(", ");
+            session.say(&format!(
+                "warning: the trace has no device {name}; it has {known}"
+            ));
+        }
+    }
     let report = Report::new(&player, &options, reader.notes(), is_complete)?;
     drop(player);
     judge(&*engine)?;

@@ -142,9 +142,9 @@ impl Pool {
         self.metadata.inspect(look)
     }
 
-    /// Commits so far, and nanoseconds that they waited for lookups.
-    pub fn barrier_waits(&self) -> (u64, u64) {
-        self.metadata.barrier_waits()
+    /// Commits so far.
+    pub fn commits(&self) -> u64 {
+        self.metadata.barrier_waits().0
     }
 
     /// The mode it is in.

@@ -14,6 +14,6 @@ pub use counts::{InputCounts, Latencies, WorkCounts};
 pub use device::DeviceModel;
 pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
 pub use player::{Mark, PlayOptions, Player, Sample};
-pub use report::{Commits, Latency, Map, Report, SCHEMA, Setup, Space, bytes, seconds};
+pub use report::{Latency, Map, Report, SCHEMA, Setup, Space, bytes, seconds};
 pub use run::{SnapshotSchedule, play, side_events};
 pub use trace::{CsvSpec, Format, open};

@@ -37,8 +37,8 @@ pub struct Report {
     pub locks: LookupCounts,
     /// What the worker did.
     pub work: WorkCounts,
-    /// Commits, and nanoseconds of wall time that they waited for lookups.
-    pub commits: Commits,
+    /// Commits.
+    pub commits: u64,
     /// What is in use at the end.
     pub space: Space,
     /// Nanoseconds of virtual time from submission to completion.
@@ -83,15 +83,6 @@ pub struct Map {
     pub failed: u64,
     /// Left to the worker, by reason.
     pub deferred: BTreeMap<String, u64>,
-}
-
-/// Commits.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Commits {
-    /// How many.
-    pub commits: u64,
-    /// Nanoseconds of wall time that they waited for lookups.
-    pub barrier_wait_ns: u64,
 }
 
 /// What is in use at the end.
@@ -162,7 +153,6 @@ impl Report {
             .iter()
             .map(|&reason| (reason.to_string(), counts.deferred[reason as usize]));
         let (mapped, deferred_latency) = player.latencies();
-        let (commits, barrier_wait_ns) = player.pool().barrier_waits();
         let mut report = Self {
             schema: SCHEMA,
             is_complete,
@@ -188,10 +178,7 @@ impl Report {
             },
             locks,
             work: player.work().clone(),
-            commits: Commits {
-                commits,
-                barrier_wait_ns,
-            },
+            commits: player.pool().commits(),
             space: Space {
                 used_data_blocks: status.used_data_blocks,
                 allocated_metadata_blocks: status.allocated_metadata_blocks,
@@ -419,7 +406,7 @@ impl fmt::Display for Report {
         writeln!(
             f,
             "metadata  {} commits; {} of {} blocks in use; {} devices",
-            self.commits.commits,
+            self.commits,
             self.space.allocated_metadata_blocks,
             self.space.metadata_blocks,
             self.space.devices
