@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -21,6 +21,7 @@ use super::disk::{CHUNK, Disk, Tag};
 use super::model::Model;
 use super::rig::{BLOCK, settings};
 use super::scene::{assert_sound, image_of};
+use super::simulation::ios_of;
 
 /// What the worker's thread is told.
 enum Told {
@@ -417,6 +418,39 @@ fn t01_threads_that_write_and_discard_the_same_blocks_find_the_last_write_or_zer
         };
         // Both devices together have six blocks, so every block has another owner soon.
         run(settings, 128, 7, 3, |_| {}, submit);
+    }
+}
+
+/// The I/O of the random histories, taken by three threads as they come to it, while transactions end all the time.
+#[test]
+fn random_histories_on_threads_find_what_they_may_find() {
+    for seed in 0..30 {
+        let (scheme, ios) = ios_of(seed);
+        let settings = Settings {
+            scheme,
+            // Now and then there is no cell to spare.
+            cells: if seed % 4 == 0 { 0 } else { 64 },
+            ..settings()
+        };
+        let next = AtomicUsize::new(0);
+        let submit = |machine: &Machine, mapper: &mut Mapper, _: &mut SmallRng| {
+            let thins = [machine.open(0), machine.open(1)];
+            while let Some(&(op, device, sector, sectors)) =
+                ios.get(next.fetch_add(1, Ordering::Relaxed))
+            {
+                let thin = &thins[device as usize % 2];
+                machine.do_io(mapper, thin, op, sector, sectors);
+            }
+            thins
+                .into_iter()
+                .for_each(|thin| machine.tell(Told::Close(thin)));
+        };
+        let manage = |machine: &Machine| {
+            while next.load(Ordering::Relaxed) < ios.len() {
+                machine.commit();
+            }
+        };
+        run(settings, 128, 64, 3, manage, submit);
     }
 }
 

@@ -114,6 +114,22 @@ fn generate(seed: u64) -> History {
     History { setup, steps }
 }
 
+/// The scheme of a history and its I/O alone: what, to which device, sector and sectors.
+pub(crate) fn ios_of(seed: u64) -> (LockScheme, Vec<(Op, u64, u64, u64)>) {
+    let history = generate(seed);
+    let ios = history.steps.iter().filter_map(|step| match *step {
+        Step::Io {
+            op,
+            thin,
+            quarter,
+            quarters,
+            ..
+        } => Some((op, thin, quarter * QUARTER, quarters * QUARTER)),
+        _ => None,
+    });
+    (history.setup.scheme, ios.collect())
+}
+
 fn step(rng: &mut SmallRng, has_faults: bool) -> Step {
     let id = rng.random_range(0..THINS);
     match rng.random_range(0..200) {
