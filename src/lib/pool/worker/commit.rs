@@ -30,6 +30,8 @@ pub(super) enum Waiter {
 #[derive(Debug)]
 pub(super) struct Commit {
     waiters: Vec<Waiter>,
+    /// It began with a flush of the data device.
+    was_flushed: bool,
 }
 
 impl Commit {
@@ -58,7 +60,10 @@ impl Worker {
             // What is not changed is committed already.
             return self.tell(waiters, !is_changed, refused, effects);
         }
-        self.commit = Some(Commit { waiters });
+        self.commit = Some(Commit {
+            waiters,
+            was_flushed: is_changed,
+        });
         if !is_changed {
             return self.data_is_flushed(Ok(()), effects);
         }
@@ -73,6 +78,11 @@ impl Worker {
         };
         let flushed = result
             .map_err(|e| Error::with_source(ErrorKind::Io, "cannot flush the data device", e));
+        // I5: whatever the metadata leads to is durable first.
+        debug_assert!(
+            commit.was_flushed || !self.pool.metadata.inspect(PoolMetadata::is_changed),
+            "I5: a commit without a flush of the data"
+        );
         let committed = flushed.and_then(|()| self.pool.metadata.commit());
         self.last_commit = self.now;
         let is_done = self.metadata_ok(committed, effects);
@@ -104,6 +114,10 @@ impl Worker {
             false => Err(BioError::Io),
         };
         for waiter in waiters {
+            debug_assert!(
+                !is_done || !self.is_waiter_ahead(&waiter),
+                "I6: something durable ends before its commit"
+            );
             match waiter {
                 Waiter::Issue(bio, sector) if is_done && bio.sectors > 0 => {
                     effects.push(Effect::Issue { bio, sector });
@@ -123,6 +137,16 @@ impl Worker {
                 Waiter::Suspended(tag) => self.suspended(tag, effects),
             }
         }
+    }
+
+    /// True if a bio that asked for a commit would end before what it asked for is committed.
+    fn is_waiter_ahead(&self, waiter: &Waiter) -> bool {
+        let (Waiter::Issue(bio, _) | Waiter::End(bio)) = waiter else {
+            return false;
+        };
+        let device = self.thins.get(&bio.thin_number()).map(|thin| thin.id().0);
+        let device = device.and_then(|id| self.devices.get(&id));
+        device.is_some_and(|device| device.is_changed)
     }
 
     /// After a commit it is known what space there is.

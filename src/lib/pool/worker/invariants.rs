@@ -4,6 +4,10 @@
 //! 2. One operation at a time works on a virtual block (I2), and what it maps is not mapped before its data is in place (I4).
 //! 3. A device has as many mappings as it says (I9).
 //! 4. A bio that the map half let in is in one place, until it is issued or ended (I12).
+//!
+//! That the data is flushed before a commit (I5), and that nothing durable ends before its commit (I6), is asserted where commits are
+//! made. What only contents and crashes show (I7, I8, I10, I11) the random histories of the tests assert at every read, at every crash
+//! and at their ends.
 
 use super::commit::Waiter;
 use super::jobs::Job;
