@@ -1,5 +1,6 @@
 //! Suspensions: bios are finished or given back, each once.
 
+use thintools::ErrorKind;
 use thintools::pool::{BioError, Op, PoolMode, Reason};
 
 use super::rig::{BLOCK, settings};
@@ -171,4 +172,21 @@ fn t25_a_suspension_that_waits_finishes_what_waits_for_space() {
     assert_eq!(rig.mappings(0).into_keys().collect::<Vec<_>>(), [1]);
     rig.resume(None).unwrap();
     rig.assert_counts(&engine);
+}
+
+#[test]
+fn a_pool_that_is_being_suspended_is_resumed_only_afterwards() {
+    let (mut rig, _) = recorded(16, settings());
+    let thin = rig.thin(0);
+    let write = rig.submit(&thin, Op::Write, 0, 8);
+    let suspension = rig.suspend(false);
+    let resumption = rig.resume_later();
+    let refused = rig.answers.remove(&resumption).expect("an answer at once");
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Busy);
+    assert!(!rig.answers.contains_key(&suspension));
+    rig.settle();
+    assert_eq!(rig.done[&write].result, Ok(()));
+    rig.answers.remove(&suspension).expect("suspended").unwrap();
+    rig.resume(None).unwrap();
+    rig.write(&thin, BLOCK, 8).unwrap();
 }

@@ -98,6 +98,15 @@ impl Worker {
         data_blocks: u64,
         effects: &mut Effects,
     ) {
+        if !matches!(self.suspension, Suspension::None | Suspension::Done) {
+            return effects.push(Effect::Answer {
+                tag,
+                result: Err(Error::new(
+                    ErrorKind::Busy,
+                    "the pool is being suspended; resume it when that has ended",
+                )),
+            });
+        }
         if let Err(e) = self.prepare_to_resume(table, data_blocks, effects) {
             return effects.push(Effect::Answer {
                 tag,
