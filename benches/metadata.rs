@@ -379,12 +379,7 @@ fn beside(
         counted.written += other.join().expect("the other thread is done");
         counted.spent += spent;
         counted.answered += answered;
-        let sum = &mut counted.lookups;
-        sum.lookups += counts.lookups;
-        sum.would_block_root += counts.would_block_root;
-        sum.would_block_block += counts.would_block_block;
-        sum.retries += counts.retries;
-        sum.atomic_rmws += counts.atomic_rmws;
+        counted.lookups.add(&counts);
         spent.as_secs_f64() / answered.max(1) as f64
     })
 }

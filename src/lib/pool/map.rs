@@ -227,8 +227,7 @@ impl Mapper {
                     return Mapped::Deferred(Reason::NoCells);
                 };
                 let detained = pool.prison.detain(key, bio, second);
-                let (first, inmates) = pool.prison.release(held);
-                pool.submit_all(inmates);
+                let first = pool.release(held);
                 let (held, mut bio) = match detained {
                     Detained::Free(held, bio) => (held, bio),
                     Detained::Busy(second) => {
@@ -237,8 +236,7 @@ impl Mapper {
                     }
                 };
                 bio.all_io = Some(pool.all_io.enter());
-                let (second, inmates) = pool.prison.release(held);
-                pool.submit_all(inmates);
+                let second = pool.release(held);
                 keep_cells(pool, &mut self.cells, first, Some(second));
                 if thin.is_gated() || pool.is_suspended() {
                     pool.leave(&mut bio);
@@ -249,14 +247,12 @@ impl Mapper {
                 return Mapped::Remapped { bio, sector };
             }
             Ok(TryLookup::Unmapped) if bio.op == Op::Read && thin.origin_sectors.is_none() => {
-                let (first, inmates) = pool.prison.release(held);
-                pool.submit_all(inmates);
+                let first = pool.release(held);
                 keep_cells(pool, &mut self.cells, first, second);
                 return Mapped::Zero(bio);
             }
             Err(_) => {
-                let (first, inmates) = pool.prison.release(held);
-                pool.submit_all(inmates);
+                let first = pool.release(held);
                 keep_cells(pool, &mut self.cells, first, second);
                 return Mapped::Failed(bio, BioError::Io);
             }

@@ -5,7 +5,7 @@ use super::cells::{AllocationOrder, CellPool, Starved};
 use super::deferred_set::DeferredSet;
 use super::list::{Linked, List};
 use super::mode::{AtomicMode, PoolMode};
-use super::prison::Prison;
+use super::prison::{Cell, Held, Prison};
 use super::worker::{JobId, Traffic};
 use crate::thin::{PoolMetadata, SharedMetadata};
 use crate::units::DataBlock;
@@ -209,6 +209,13 @@ impl Pool {
             drop(inbox);
             self.wake();
         }
+    }
+
+    /// Gives a cell up; bios that waited in it are left to the worker.
+    pub(super) fn release(&self, held: Held) -> Box<Cell> {
+        let (cell, inmates) = self.prison.release(held);
+        self.submit_all(inmates);
+        cell
     }
 
     /// The sector of the data device that has `sector` of a thin device whose block is `block`.

@@ -52,8 +52,8 @@ pub struct WorkCounts {
     pub passed_down: u64,
     /// Bytes discarded on the data device.
     pub bytes_passed_down: u64,
-    /// Flushes of the data device for commits.
-    pub commits: u64,
+    /// Flushes of the data device that commits began with.
+    pub data_flushes: u64,
     /// Bios that failed, no space included.
     pub failed: u64,
     /// Bios that failed for want of space.

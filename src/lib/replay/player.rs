@@ -548,7 +548,7 @@ impl Player {
                 self.start(Io::Job(job), device.discard);
             }
             Effect::Flush { job } => {
-                self.work.commits += 1;
+                self.work.data_flushes += 1;
                 self.start(Io::Job(job), device.flush);
             }
             Effect::Answer { tag, result } => {

@@ -84,7 +84,7 @@ impl Worker {
         let (held, bio) = match self.pool.prison.detain(key, bio, first) {
             Detained::Free(held, bio) => (held, bio),
             Detained::Busy(first) => {
-                return self.return_cells(first, Some(second));
+                return self.keep_cells([first, second]);
             }
         };
         self.device(thin.id()).jobs += 1;
@@ -182,7 +182,7 @@ impl Worker {
         end(discard.bio, discard.result, effects);
         self.release(discard.held);
         if let Some(spare) = discard.spare {
-            self.keep_cell(spare);
+            self.keep_cells([spare]);
         }
     }
 
@@ -270,14 +270,13 @@ impl Worker {
         let Some(Job::Run(run)) = self.jobs.remove(job) else {
             return;
         };
-        let (cell, inmates) = self.pool.prison.release(run.held);
-        self.pool.submit_all(inmates);
+        let cell = self.pool.release(run.held);
         if let Some(Job::Discard(discard)) = self.jobs.get_mut(run.discard) {
             discard.runs -= 1;
             discard.result = discard.result.and(result);
             match &discard.spare {
                 None => discard.spare = Some(cell),
-                Some(_) => self.keep_cell(cell),
+                Some(_) => self.keep_cells([cell]),
             }
         }
         self.discard_goes_on(run.discard, effects);

@@ -106,7 +106,7 @@ impl Worker {
     }
 
     /// Snapshots whose origin has no operation under way wait for what was issued.
-    pub(super) fn start_snapshots(&mut self, _: &mut Effects) {
+    pub(super) fn start_snapshots(&mut self) {
         let waiting: Vec<(JobId, ThinId)> = self
             .jobs
             .iter()

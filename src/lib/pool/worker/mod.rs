@@ -279,8 +279,8 @@ impl Worker {
         });
         match found {
             Ok((details, highest)) => ThinStatus::Mapped {
-                sectors: details.mapped_blocks * size,
-                highest: highest.map(|block| (block.0 + 1) * size - 1),
+                sectors: details.mapped_blocks.saturating_mul(size),
+                highest: highest.map(|block| block.0.saturating_add(1).saturating_mul(size) - 1),
             },
             Err(_) => ThinStatus::Error,
         }
@@ -334,7 +334,7 @@ impl Worker {
         while let Some(job) = self.prepared.pop_front() {
             self.insert_prepared(job, effects);
         }
-        self.start_snapshots(effects);
+        self.start_snapshots();
         self.feed(effects);
         self.pool.metadata.read_missed();
         let is_stuck = self.process_todo(effects);
@@ -403,9 +403,11 @@ impl Worker {
         self.thin(bio.thin)
     }
 
-    /// Takes back a cell's memory, for its own next operation first.
-    fn keep_cell(&mut self, cell: Box<Cell>) {
-        self.pool.cells.give(cell);
+    /// Takes back the memory of cells, for its own next operation first.
+    fn keep_cells(&mut self, cells: impl IntoIterator<Item = Box<Cell>>) {
+        for cell in cells {
+            self.pool.cells.give(cell);
+        }
         self.reserve_cells();
     }
 
@@ -423,12 +425,6 @@ impl Worker {
         }
         let [first, second] = self.cells.take()?;
         Some((first, Some(second)))
-    }
-
-    /// Takes back cells that an operation did not need.
-    fn return_cells(&mut self, first: Box<Cell>, second: Option<Box<Cell>>) {
-        self.keep_cell(first);
-        second.into_iter().for_each(|cell| self.keep_cell(cell));
     }
 
     fn can_feed(&self) -> bool {
@@ -459,9 +455,8 @@ impl Worker {
 
     /// Releases a cell; its inmates are submitted again.
     fn release(&mut self, held: Held) {
-        let (cell, inmates) = self.pool.prison.release(held);
-        self.pool.submit_all(inmates);
-        self.keep_cell(cell);
+        let cell = self.pool.release(held);
+        self.keep_cells([cell]);
     }
 
     /// Ends a bio, and those that wait in its cell, with an error.
@@ -469,7 +464,7 @@ impl Worker {
         end(bio, Err(error), effects);
         let (cell, inmates) = self.pool.prison.release(held);
         inmates.for_each(|bio| end(bio, Err(error), effects));
-        self.keep_cell(cell);
+        self.keep_cells([cell]);
     }
 
     /// Runs `job` once nothing is in flight that is now; [`done`](Self::done) is told then.

@@ -62,7 +62,7 @@ impl Worker {
     pub(super) fn give_up(&mut self, mut bio: Box<Bio>, error: BioError, effects: &mut Effects) {
         if let Some((held, spare)) = bio.reserved.take() {
             self.release(held);
-            spare.into_iter().for_each(|cell| self.keep_cell(cell));
+            self.keep_cells(spare);
         }
         end(bio, Err(error), effects);
     }
@@ -85,7 +85,7 @@ impl Worker {
                         let key = Key::of_virtual(thin.id(), block, ThinBlock(block.0 + 1));
                         match self.pool.prison.detain(key, bio, first) {
                             Detained::Busy(first) => {
-                                return self.return_cells(first, second);
+                                return self.keep_cells([first].into_iter().chain(second));
                             }
                             Detained::Free(held, found) => {
                                 bio = found;
@@ -110,26 +110,26 @@ impl Worker {
         effects: &mut Effects,
     ) {
         let Ok(found) = self.reader.find_block(&thin.metadata, block) else {
-            spare.into_iter().for_each(|cell| self.keep_cell(cell));
+            self.keep_cells(spare);
             return self.fail_cell(held, bio, BioError::Io, effects);
         };
         let is_write = bio.op == Op::Write;
         match found {
             Some(found) if !found.is_shared => {
-                spare.into_iter().for_each(|cell| self.keep_cell(cell));
+                self.keep_cells(spare);
                 self.enter_and_issue(thin, bio, found.block, effects);
                 self.issue_inmates(thin, held, found.block, effects);
             }
             Some(found) => self.process_shared(thin, block, found, bio, (held, spare), effects),
             None if is_write && self.pool.mode() != PoolMode::Write => {
-                spare.into_iter().for_each(|cell| self.keep_cell(cell));
+                self.keep_cells(spare);
                 self.cannot_serve(held, bio, effects);
             }
             None if is_write => {
                 self.provision(thin, block, bio, held, spare, effects);
             }
             None => {
-                spare.into_iter().for_each(|cell| self.keep_cell(cell));
+                self.keep_cells(spare);
                 self.read_unmapped(thin, bio, effects);
                 self.release(held);
             }
@@ -146,7 +146,7 @@ impl Worker {
         effects: &mut Effects,
     ) {
         if bio.op == Op::Write && self.pool.mode() != PoolMode::Write {
-            spare.into_iter().for_each(|cell| self.keep_cell(cell));
+            self.keep_cells(spare);
             return self.cannot_serve(held, bio, effects);
         }
         let key = Key::of_data(thin.id(), found.block, DataBlock(found.block.0 + 1));
@@ -157,7 +157,7 @@ impl Worker {
         let (data_held, bio) = match self.pool.prison.detain(key, bio, spare) {
             // The sharing is being broken: it waits there.
             Detained::Busy(spare) => {
-                self.keep_cell(spare);
+                self.keep_cells([spare]);
                 return self.release(held);
             }
             Detained::Free(data_held, bio) => (data_held, bio),
@@ -199,7 +199,7 @@ impl Worker {
             effects.push(Effect::Issue { bio, sector });
         }
         self.pool.submit_all(others.take());
-        self.keep_cell(cell);
+        self.keep_cells([cell]);
     }
 
     /// Releases a cell of a block that is the device's own: those that waited for it go on to it, but for discards.
@@ -228,7 +228,7 @@ impl Worker {
             self.issue(thin, bio, sector, effects);
         }
         self.pool.submit_all(others.take());
-        self.keep_cell(cell);
+        self.keep_cells([cell]);
     }
 
     /// Issues a bio to a block whose virtual cell is held.

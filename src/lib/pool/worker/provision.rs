@@ -96,15 +96,15 @@ impl Worker {
                 return self.todo.push_front(bio);
             }
             Allocated::No => {
-                spare.into_iter().for_each(|cell| self.keep_cell(cell));
+                self.keep_cells(spare);
                 return self.cannot_serve(held, bio, effects);
             }
             Allocated::Failed => {
-                spare.into_iter().for_each(|cell| self.keep_cell(cell));
+                self.keep_cells(spare);
                 return self.fail_cell(held, bio, BioError::Io, effects);
             }
         };
-        spare.into_iter().for_each(|cell| self.keep_cell(cell));
+        self.keep_cells(spare);
         let size = self.pool.block_sectors;
         let begin = block.0 * size;
         let of_origin = thin.origin_sectors.unwrap_or(0).saturating_sub(begin);
@@ -126,8 +126,7 @@ impl Worker {
         let data = match self.allocate(effects) {
             Allocated::Block(data) => data,
             Allocated::AfterCommit => {
-                let (cell, inmates) = self.pool.prison.release(data_held);
-                self.pool.submit_all(inmates);
+                let cell = self.pool.release(data_held);
                 bio.reserved = Some((held, Some(cell)));
                 return self.todo.push_front(bio);
             }
@@ -304,7 +303,7 @@ impl Worker {
                 let (cell, inmates) = self.pool.prison.release(held);
                 self.retry.push(bio);
                 self.retry.extend(inmates);
-                return self.keep_cell(cell);
+                return self.keep_cells([cell]);
             }
             _ => BioError::Io,
         };
