@@ -8,7 +8,7 @@ use anyhow::Context;
 use serde_json::json;
 use thintools::io::{Access, BlockEngine, open_read, open_write};
 use thintools::observer::Observer;
-use thintools::pool::{Features, PoolMode, PoolState};
+use thintools::pool::{Features, Message as PoolMessage, PoolMode, PoolState};
 use thintools::thin::{DEFAULT_CACHE, PoolMetadata, PoolStatus, Superblock};
 use thintools::tools::check::{CheckOptions, Code, Severity, check};
 use thintools::units::{MAX_METADATA_BLOCKS, MAX_THIN_ID, ThinId};
@@ -226,29 +226,27 @@ pub(crate) fn build() -> clap::Command {
 /// A message that changes something, with its arguments.
 #[derive(Clone, Copy, Debug)]
 enum Change {
-    CreateThin(ThinId),
-    CreateSnap(ThinId, ThinId),
-    Delete(ThinId),
-    SetTransactionId(u64, u64),
-    ReserveMetadataSnap,
-    ReleaseMetadataSnap,
+    Message(PoolMessage),
     Resize(Option<u64>, Option<u64>),
 }
 
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            Self::CreateThin(id) => write!(f, "{} {id}", Message::CreateThin.word()),
-            Self::CreateSnap(id, origin) => {
+        let message = match self {
+            Self::Message(message) => message,
+            Self::Resize(..) => return f.write_str(Message::Resize.word()),
+        };
+        match message {
+            PoolMessage::CreateThin(id) => write!(f, "{} {id}", Message::CreateThin.word()),
+            PoolMessage::CreateSnap { id, origin } => {
                 write!(f, "{} {id} {origin}", Message::CreateSnap.word())
             }
-            Self::Delete(id) => write!(f, "{} {id}", Message::Delete.word()),
-            Self::SetTransactionId(old, new) => {
+            PoolMessage::Delete(id) => write!(f, "{} {id}", Message::Delete.word()),
+            PoolMessage::SetTransactionId { old, new } => {
                 write!(f, "{} {old} {new}", Message::SetTransactionId.word())
             }
-            Self::ReserveMetadataSnap => f.write_str(Message::ReserveMetadataSnap.word()),
-            Self::ReleaseMetadataSnap => f.write_str(Message::ReleaseMetadataSnap.word()),
-            Self::Resize(..) => f.write_str(Message::Resize.word()),
+            PoolMessage::ReserveMetadataSnap => f.write_str(Message::ReserveMetadataSnap.word()),
+            PoolMessage::ReleaseMetadataSnap => f.write_str(Message::ReleaseMetadataSnap.word()),
         }
     }
 }
@@ -279,18 +277,22 @@ impl Args {
         }
         let first = || self.argument(0, u64::MAX);
         let id = |at| self.argument(at, MAX_THIN_ID).map(ThinId);
-        Ok(Some(match self.message {
-            Message::CreateThin => Change::CreateThin(id(0)?),
-            Message::CreateSnap => Change::CreateSnap(id(0)?, id(1)?),
-            Message::Delete => Change::Delete(id(0)?),
-            Message::SetTransactionId => {
-                Change::SetTransactionId(first()?, self.argument(1, u64::MAX)?)
-            }
-            Message::ReserveMetadataSnap => Change::ReserveMetadataSnap,
-            Message::ReleaseMetadataSnap => Change::ReleaseMetadataSnap,
-            Message::Resize => Change::Resize(self.data, self.metadata),
+        Ok(Some(Change::Message(match self.message {
+            Message::CreateThin => PoolMessage::CreateThin(id(0)?),
+            Message::CreateSnap => PoolMessage::CreateSnap {
+                id: id(0)?,
+                origin: id(1)?,
+            },
+            Message::Delete => PoolMessage::Delete(id(0)?),
+            Message::SetTransactionId => PoolMessage::SetTransactionId {
+                old: first()?,
+                new: self.argument(1, u64::MAX)?,
+            },
+            Message::ReserveMetadataSnap => PoolMessage::ReserveMetadataSnap,
+            Message::ReleaseMetadataSnap => PoolMessage::ReleaseMetadataSnap,
+            Message::Resize => return Ok(Some(Change::Resize(self.data, self.metadata))),
             Message::Status => return Ok(None),
-        }))
+        })))
     }
 
     /// The argument at a place, a number up to `most`.
@@ -423,12 +425,7 @@ fn refuse_damage(
 /// Makes one change, on a device of `device_blocks` blocks. Only the commit that follows makes it last.
 fn apply(pool: &mut PoolMetadata, change: Change, device_blocks: u64) -> thintools::Result<()> {
     match change {
-        Change::CreateThin(id) => pool.create_thin(id),
-        Change::CreateSnap(id, origin) => pool.create_snap(id, origin),
-        Change::Delete(id) => pool.delete_device(id),
-        Change::SetTransactionId(old, new) => pool.set_transaction_id(old, new),
-        Change::ReserveMetadataSnap => pool.reserve_metadata_snap().map(drop),
-        Change::ReleaseMetadataSnap => pool.release_metadata_snap(),
+        Change::Message(message) => message.apply(pool),
         Change::Resize(data, metadata) => {
             // Metadata first: the new bitmaps of the data may need the room.
             pool.resize_metadata(metadata.unwrap_or(device_blocks.min(MAX_METADATA_BLOCKS)))?;

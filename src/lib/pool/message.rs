@@ -1,6 +1,7 @@
 //! The messages of dmsetup to a pool.
 
 use crate::error::{Error, ErrorKind};
+use crate::thin::PoolMetadata;
 use crate::units::{MAX_THIN_ID, ThinId};
 use std::str::FromStr;
 
@@ -46,6 +47,23 @@ fn id(word: &str) -> Result<ThinId, Error> {
         id => Err(refused(format!(
             "device id {id} is past the last, {MAX_THIN_ID}"
         ))),
+    }
+}
+
+impl Message {
+    /// Does what it says. Only the commit that follows makes it last.
+    ///
+    /// # Errors
+    /// Those of the method of [`PoolMetadata`] that it names.
+    pub fn apply(self, pool: &mut PoolMetadata) -> crate::Result<()> {
+        match self {
+            Self::CreateThin(id) => pool.create_thin(id),
+            Self::CreateSnap { id, origin } => pool.create_snap(id, origin),
+            Self::Delete(id) => pool.delete_device(id),
+            Self::SetTransactionId { old, new } => pool.set_transaction_id(old, new),
+            Self::ReserveMetadataSnap => pool.reserve_metadata_snap().map(drop),
+            Self::ReleaseMetadataSnap => pool.release_metadata_snap(),
+        }
     }
 }
 

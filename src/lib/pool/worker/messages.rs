@@ -91,14 +91,7 @@ impl Worker {
                 format!("thin device {id} is in use"),
             ));
         }
-        self.pool.metadata.change(|pool| match message {
-            Message::CreateThin(id) => pool.create_thin(id),
-            Message::CreateSnap { id, origin } => pool.create_snap(id, origin),
-            Message::Delete(id) => pool.delete_device(id),
-            Message::SetTransactionId { old, new } => pool.set_transaction_id(old, new),
-            Message::ReserveMetadataSnap => pool.reserve_metadata_snap().map(|_| ()),
-            Message::ReleaseMetadataSnap => pool.release_metadata_snap(),
-        })?;
+        self.pool.metadata.change(|pool| message.apply(pool))?;
         if let Message::CreateSnap { origin, .. } = message {
             self.device(origin).is_changed = true;
         }
