@@ -6,6 +6,7 @@
 //! 4. Between the flush of the data device that begins a commit and its end, the worker does nothing.
 
 mod commit;
+mod committed;
 mod discard;
 mod invariants;
 mod jobs;
@@ -29,7 +30,7 @@ use crate::pdata::txn::LockScheme;
 use crate::thin::{PoolMetadata, Reader, SharedMetadata};
 use crate::units::ThinId;
 use commit::{Commit, Waiter};
-use invariants::Counted;
+use invariants::Before;
 pub(super) use invariants::Traffic;
 pub use jobs::JobId;
 use jobs::{Job, Jobs};
@@ -122,7 +123,7 @@ pub struct Worker {
     was_low_told: bool,
     is_metadata_low: Arc<AtomicBool>,
     suspension: Suspension,
-    counted: Counted,
+    before: Before,
     busy_since: Option<Duration>,
     now: Duration,
 }
@@ -191,7 +192,7 @@ impl Worker {
             was_low_told: false,
             is_metadata_low,
             suspension: Suspension::None,
-            counted: Counted::default(),
+            before: Before::default(),
             busy_since: None,
             now: Duration::ZERO,
             settings,
