@@ -389,10 +389,7 @@ impl Worker {
                 self.now
             }
         };
-        let is_throttled = self.now - since > SECOND;
-        self.pool
-            .is_throttled
-            .store(is_throttled, Ordering::Relaxed);
+        self.pool.set_throttled(self.now - since > SECOND);
     }
 
     fn device(&mut self, id: ThinId) -> &mut Device {
