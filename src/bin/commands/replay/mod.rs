@@ -1,6 +1,10 @@
 //! `thin_replay`: recorded block I/O through the pool engine.
 
+mod compare;
+mod merge_reports;
+mod outputs;
 mod play;
+mod saved;
 
 use super::Page;
 use crate::exit::Exit;
@@ -66,17 +70,34 @@ pub(crate) const PAGE: Page = Page {
 /// Makes the parser of the command line.
 pub(crate) fn build() -> clap::Command {
     let cmd = <Args as clap::Args>::augment_args(clap::Command::new(NAME));
-    super::tool(cmd, TITLE, &PAGE)
+    super::tool(cmd, TITLE, &PAGE).disable_help_subcommand(true)
 }
 
 /// The command line.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(crate) struct Args {
+    #[command(subcommand)]
+    beside: Option<Beside>,
+
     #[command(flatten)]
     play: play::Args,
 }
 
-/// Plays a trace.
+/// What it does beside playing a trace.
+#[derive(Debug, clap::Subcommand)]
+enum Beside {
+    /// Compare reports of the same trace: what differs, and which is better by what
+    Compare(compare::Args),
+    /// Merge reports of parts that each had a pool of its own, without loss
+    MergeReports(merge_reports::Args),
+}
+
+/// Plays a trace, or does what was asked for beside.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
-    play::run(args.play)
+    match &args.beside {
+        Some(Beside::Compare(args)) => compare::run(args),
+        Some(Beside::MergeReports(args)) => merge_reports::run(args),
+        None => play::run(args.play),
+    }
 }

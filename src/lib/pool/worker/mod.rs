@@ -7,6 +7,7 @@
 
 mod commit;
 mod committed;
+mod counts;
 mod discard;
 mod invariants;
 mod jobs;
@@ -31,6 +32,8 @@ use crate::thin::{PoolMetadata, Reader, SharedMetadata};
 use crate::units::ThinId;
 use commit::{Commit, Waiter};
 use invariants::Before;
+pub use counts::{CommitCounts, WorkerCounts};
+use invariants::Counted;
 pub(super) use invariants::Traffic;
 pub use jobs::JobId;
 use jobs::{Job, Jobs};
@@ -125,6 +128,7 @@ pub struct Worker {
     suspension: Suspension,
     before: Before,
     busy_since: Option<Duration>,
+    counts: WorkerCounts,
     now: Duration,
 }
 
@@ -194,6 +198,7 @@ impl Worker {
             suspension: Suspension::None,
             before: Before::default(),
             busy_since: None,
+            counts: WorkerCounts::default(),
             now: Duration::ZERO,
             settings,
         })
