@@ -16,4 +16,4 @@ pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
 pub use player::{Mark, PlayOptions, Player, Sample};
 pub use report::{Latency, Map, Report, SCHEMA, Setup, Space, bytes, seconds};
 pub use run::{SnapshotSchedule, play, side_events};
-pub use trace::{CsvSpec, Format, open};
+pub use trace::{CsvSpec, Format, Window, open};

@@ -1,6 +1,8 @@
 //! `thin_replay`: recorded block I/O through the pool engine.
 
+mod dry_run;
 mod play;
+mod trace;
 
 use super::Page;
 use crate::exit::Exit;
