@@ -23,4 +23,4 @@ pub use report::{
     best_block_size, bytes, compare, csv, html, jsonl, merge, seconds,
 };
 pub use run::{SnapshotSchedule, play, side_events};
-pub use trace::{CsvSpec, Format, open};
+pub use trace::{CsvSpec, Format, Window, open};

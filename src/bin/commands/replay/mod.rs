@@ -1,10 +1,13 @@
 //! `thin_replay`: recorded block I/O through the pool engine.
 
 mod compare;
+mod dry_run;
 mod merge_reports;
 mod outputs;
 mod play;
+mod play;
 mod saved;
+mod trace;
 
 use super::Page;
 use crate::exit::Exit;

@@ -11,7 +11,7 @@ use thintools::observer::Silent;
 use thintools::pdata::txn::LockScheme;
 use thintools::pool::{Features, PoolTable, Settings};
 use thintools::replay::{
-    DeviceModel, Format, PlayOptions, Player, Report, SnapshotSchedule, open, play, side_events,
+    DeviceModel, PlayOptions, Player, Report, SnapshotSchedule, play, side_events,
 };
 use thintools::thin::{PoolMetadata, Superblock};
 use thintools::tools::check::{CheckOptions, Severity, check};
@@ -19,25 +19,21 @@ use thintools::tools::event::Source;
 use thintools::tools::{MetadataSource, Selection, TextSink, Trees, text};
 use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MAX_THIN_ID, MetadataBlock, ThinId};
 
+use super::dry_run;
 use super::outputs::{Outputs, refuse_existing};
+use super::trace::TraceArgs;
 use crate::exit::Exit;
 use crate::session::Session;
 
 /// The command line.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The trace: a file, or several that were recorded at the same time.
-    #[arg(value_name = "TRACE", required = true)]
-    traces: Vec<PathBuf>,
+    #[command(flatten)]
+    trace: TraceArgs,
 
-    /// The format of the trace, if it is not to be told from the contents: blktrace, blkparse, iolog, msr, alibaba, tencent, spc, load,
-    /// disksim, ftrace, biosnoop, vscsi, log-writes, or csv: and a description such as csv:dev=0,op=1,off=2:bytes,len=3:bytes,ts=4:us.
-    #[arg(long, value_name = "FORMAT", default_value = "auto")]
-    format: String,
-
-    /// Count what cannot be read instead of giving up.
-    #[arg(long)]
-    lenient: bool,
+    /// Read the trace, say what is in it, and play nothing.
+    #[arg(long, conflicts_with_all = ["json", "output", "dump_at_marks"])]
+    dry_run: bool,
 
     /// Begin with the pool that this metadata is of.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["block_size", "metadata_size"])]
@@ -147,7 +143,7 @@ fn sectors(text: &str) -> Result<u64, String> {
     }
 }
 
-fn time(text: &str) -> Result<Duration, String> {
+pub(super) fn time(text: &str) -> Result<Duration, String> {
     let letters = [('s', 1), ('m', 60), ('h', 3600), ('d', 86_400)];
     match scaled(text, &letters)? {
         0 => Err("a time of 0 is no interval".into()),
@@ -266,6 +262,9 @@ fn copy(from: &dyn BlockEngine) -> anyhow::Result<Arc<RamEngine>> {
 /// Plays the trace.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let session = Session::new("Replaying", args.quiet)?;
+    if args.dry_run {
+        return dry_run::run(&args.trace, &session);
+    }
     if args.locks.len() > 1 && (args.output.is_some() || args.dump_at_marks.is_some()) {
         bail!("-o and --dump-at-marks are for one locking scheme");
     }
@@ -328,14 +327,7 @@ fn compared(reports: &[Report]) -> String {
 }
 
 fn replay(args: &Args, scheme: LockScheme, session: &Session) -> anyhow::Result<Report> {
-    let format = match args.format.as_str() {
-        "auto" => None,
-        name => Some(name.parse::<Format>()?),
-    };
-    let (format, mut reader) = open(&args.traces, format, args.lenient)?;
-    if args.format == "auto" {
-        session.say(&format!("{}: {}", format, format.evidence()));
-    }
+    let (_, mut reader) = args.trace.open(session)?;
     let beside = match &args.events {
         Some(path) => {
             let shown = || path.display().to_string();
