@@ -64,9 +64,9 @@ impl Worker {
                 self.give_up(bio, BioError::Requeue, effects);
             }
         }
+        // What waits for space does so until the resumption, which may bring some.
         let is_idle = self.jobs.len() == 0
             && self.todo.is_empty()
-            && self.retry.is_empty()
             && self.starved.is_empty()
             && !self.pool.has_work();
         if !is_idle {
@@ -85,6 +85,7 @@ impl Worker {
     /// The last commit is over.
     pub(super) fn suspended(&mut self, tag: u64, effects: &mut Effects) {
         self.suspension = Suspension::Done;
+        self.out_of_space_since = None;
         effects.push(Effect::Answer {
             tag,
             result: Ok(()),
@@ -116,6 +117,9 @@ impl Worker {
         self.pool.suspend(false);
         self.suspension = Suspension::None;
         self.was_low_told = false;
+        if self.pool.mode() == PoolMode::OutOfDataSpace && !self.features.error_if_no_space {
+            self.out_of_space_since = Some(self.now);
+        }
         self.retry_all();
         self.pool.resubmit_held_back();
         self.waiters.push(Waiter::Answer(tag));
@@ -137,6 +141,7 @@ impl Worker {
                 "pool target ({data_blocks} blocks) too small: expected {data}"
             ));
         }
+        let has_table = table.is_some();
         if let Some(table) = table {
             if table.features.ignore_discard && !self.settings.table.features.ignore_discard {
                 return refuse("discard support cannot be disabled once enabled".into());
@@ -146,7 +151,10 @@ impl Worker {
                 block_sectors: self.settings.table.block_sectors,
                 ..table
             };
-            self.features = in_force(&self.settings);
+        }
+        // Whoever gave up waiting for space waits again.
+        self.features = in_force(&self.settings);
+        if has_table {
             let wanted = match self.features.read_only {
                 true => PoolMode::ReadOnly,
                 false => PoolMode::Write,
