@@ -8,6 +8,7 @@ use crate::pool::bio::BioError;
 use crate::pool::effect::Effect;
 use crate::pool::mode::PoolMode;
 use crate::pool::table::PoolTable;
+use crate::thin::PoolMetadata;
 
 /// How far a suspension has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,12 +65,16 @@ impl Worker {
                 self.give_up(bio, BioError::Requeue, effects);
             }
         }
-        // What waits for space does so until the resumption, which may bring some.
         let is_idle = self.jobs.len() == 0
             && self.todo.is_empty()
             && self.starved.is_empty()
             && !self.pool.has_work();
         if !is_idle {
+            return;
+        }
+        // A commit may find space for those who wait for it. If not, they wait for the resumption, as the pool may have grown then.
+        if !self.retry.is_empty() && self.pool.metadata.inspect(PoolMetadata::is_changed) {
+            self.wants_commit = true;
             return;
         }
         if !self.pool.all_io.is_quiet() && self.waiters.is_empty() {
