@@ -4,9 +4,11 @@ mod control;
 mod counts;
 mod device;
 mod event;
+mod expect;
 mod heat;
 mod latencies;
 mod player;
+mod prefill;
 mod report;
 mod run;
 mod trace;
@@ -15,9 +17,13 @@ pub use control::Control;
 pub use counts::{ByReason, InputCounts, Moments, WorkCounts};
 pub use device::DeviceModel;
 pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
+pub use expect::{
+    Difference, METADATA_TOLERANCE, MappedRun, Mappings, compare_mappings, compare_status,
+};
 pub use heat::HeatMap;
 pub use latencies::{Latencies, LatencyClasses};
 pub use player::{Mark, PlayOptions, Player, Sample};
+pub use prefill::{Prefill, Prefilled};
 pub use report::{
     Clock, Fill, Forecast, Map, Metadata, Noticed, Report, SCHEMA, Setup, Space, Topic, Verdict,
     best_block_size, bytes, compare, csv, html, jsonl, merge, seconds,

@@ -33,7 +33,6 @@ use crate::units::ThinId;
 use commit::{Commit, Waiter};
 pub use counts::{CommitCounts, WorkerCounts};
 use invariants::Before;
-use invariants::Counted;
 pub(super) use invariants::Traffic;
 pub use jobs::JobId;
 use jobs::{Job, Jobs};
