@@ -16,7 +16,7 @@ use crate::pool::{
 };
 use crate::thin::PoolMetadata;
 use crate::units::ThinId;
-use std::cmp::Reverse;
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -129,6 +129,50 @@ enum Io {
     Job(JobId),
 }
 
+/// When it ends. The number keeps things of one time in order.
+#[derive(Debug)]
+struct End {
+    at: Duration,
+    number: u64,
+    io: Io,
+}
+
+impl End {
+    fn key(&self) -> (Duration, u64) {
+        (self.at, self.number)
+    }
+}
+
+impl PartialEq for End {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for End {}
+
+impl PartialOrd for End {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for End {
+    /// The first to end is the greatest.
+    fn cmp(&self, other: &Self) -> Ordering {
+        other.key().cmp(&self.key())
+    }
+}
+
+/// A device of the trace as the requests to it need it; until the next control event.
+#[derive(Debug)]
+struct Target {
+    thin: Arc<Thin>,
+    sectors: u64,
+    /// The end of what was asked for so far.
+    seen: u64,
+}
+
 /// A trace that is being played.
 #[derive(Debug)]
 pub struct Player {
@@ -137,11 +181,18 @@ pub struct Player {
     pool: Arc<Pool>,
     mappers: Vec<Mapper>,
     now: Duration,
-    /// What ends when; the second number keeps things of one time in order.
-    ends: BinaryHeap<Reverse<(Duration, u64)>>,
-    ios: HashMap<u64, Io>,
-    requests: HashMap<u64, Request>,
+    ends: BinaryHeap<End>,
+    /// By the number that their bios have, and numbers that are free.
+    requests: (Vec<Option<Request>>, Vec<u64>),
     active: BTreeMap<String, Active>,
+    /// Those of them that were asked for something, by the trace's number for them.
+    targets: Vec<Option<Target>>,
+    /// What the worker said last.
+    deadline: Option<Duration>,
+    /// Memory for the next bios.
+    #[expect(clippy::vec_box, reason = "they come and go in boxes")]
+    spare: Vec<Box<Bio>>,
+    parts: Vec<(u64, u64)>,
     next: u64,
     effects: Vec<Effect>,
     answers: HashMap<u64, Result<()>>,
@@ -190,8 +241,11 @@ impl Player {
             pool,
             now: Duration::ZERO,
             ends: BinaryHeap::new(),
-            ios: HashMap::new(),
-            requests: HashMap::new(),
+            requests: Default::default(),
+            targets: Vec::new(),
+            deadline: None,
+            spare: Vec::new(),
+            parts: Vec::new(),
             next: 0,
             effects: Vec::new(),
             answers: HashMap::new(),
@@ -317,7 +371,7 @@ impl Player {
             TraceOp::Discard => self.input.discards += 1,
             TraceOp::Flush => {}
         }
-        let Some(thin) = self.thin_of(device, &io)? else {
+        let Some(thin) = self.target_of(device, &io)? else {
             self.input.out_of_range += 1;
             return Ok(());
         };
@@ -333,16 +387,12 @@ impl Player {
             is_preflush: false,
             ..io
         });
-        let request = self.number();
-        self.requests.insert(
-            request,
-            Request {
-                submitted: self.now,
-                left: 1,
-                then,
-                deferred: Some(Reason::Flush),
-            },
-        );
+        let request = self.begin(Request {
+            submitted: self.now,
+            left: 1,
+            then,
+            deferred: Some(Reason::Flush),
+        });
         self.map(&thin, Bio::flush(request), io.cpu);
         Ok(())
     }
@@ -395,7 +445,66 @@ impl Player {
         Ok(())
     }
 
+    fn begin(&mut self, request: Request) -> u64 {
+        let (requests, free) = &mut self.requests;
+        let number = free.pop().unwrap_or(requests.len() as u64);
+        match requests.get_mut(number as usize) {
+            Some(slot) => *slot = Some(request),
+            None => requests.push(Some(request)),
+        }
+        number
+    }
+
+    fn request(&mut self, number: u64) -> Option<&mut Request> {
+        self.requests.0.get_mut(number as usize)?.as_mut()
+    }
+
     /// The thin device that a request goes to; none if it goes nowhere.
+    fn target_of(&mut self, device: &str, io: &TraceIo) -> Result<Option<Arc<Thin>>> {
+        let number = io.device as usize;
+        if let Some(Some(target)) = self.targets.get_mut(number) {
+            let end = io.sector.checked_add(io.sectors);
+            let Some(end) = end.filter(|&end| end <= target.sectors) else {
+                return Ok(None);
+            };
+            target.seen = target.seen.max(end);
+            return Ok(Some(Arc::clone(&target.thin)));
+        }
+        let thin = self.thin_of(device, io)?;
+        if let (Some(thin), Some(active)) = (&thin, self.active.get(device)) {
+            if self.targets.len() <= number {
+                self.targets.resize_with(number + 1, || None);
+            }
+            self.targets[number] = Some(Target {
+                thin: Arc::clone(thin),
+                sectors: active.sectors.unwrap_or(u64::MAX),
+                seen: active.seen,
+            });
+        }
+        Ok(thin)
+    }
+
+    /// Forgets what the requests so far were to: that may change.
+    fn forget_targets(&mut self) {
+        for target in self.targets.drain(..).flatten() {
+            let number = target.thin.number();
+            let is_it = |active: &&mut Active| {
+                active
+                    .thin
+                    .as_ref()
+                    .is_some_and(|thin| thin.number() == number)
+            };
+            for active in self
+                .active
+                .values_mut()
+                .filter_map(|a| Some(a).filter(is_it))
+            {
+                active.seen = active.seen.max(target.seen);
+            }
+        }
+    }
+
+    /// The thin device that a device of the trace is; none if a request to it goes nowhere.
     fn thin_of(&mut self, device: &str, io: &TraceIo) -> Result<Option<Arc<Thin>>> {
         if !self.active.contains_key(device) && self.options.makes_devices {
             self.make_device(device)?;
@@ -461,9 +570,8 @@ impl Player {
         }
         let max = self.options.max_sectors.filter(|_| op != Op::Discard);
         let max = max.unwrap_or(u64::MAX).max(1);
-        let request = self.number();
-        let (mut bios, mut at) = (Vec::new(), io.sector);
-        let end = io.sector + io.sectors;
+        let mut bios = std::mem::take(&mut self.parts);
+        let (mut at, end) = (io.sector, io.sector + io.sectors);
         while at < end {
             let part = max.min(end - at);
             bios.extend(pieces(op, at, part, size));
@@ -475,18 +583,16 @@ impl Player {
         };
         let left = bios.len() as u32;
         if left == 0 {
+            self.parts = bios;
             return;
         }
-        self.requests.insert(
-            request,
-            Request {
-                submitted,
-                left,
-                then: None,
-                deferred,
-            },
-        );
-        for (sector, sectors) in bios {
+        let request = self.begin(Request {
+            submitted,
+            left,
+            then: None,
+            deferred,
+        });
+        for (sector, sectors) in bios.drain(..) {
             let bio = Bio::new(request, op, sector, sectors);
             let bio = if io.is_fua && op == Op::Write {
                 bio.with_fua()
@@ -495,17 +601,25 @@ impl Player {
             };
             self.map(thin, bio, io.cpu);
         }
+        self.parts = bios;
     }
 
     fn map(&mut self, thin: &Thin, bio: Bio, cpu: u16) {
         let id = bio.id;
         let mapper = usize::from(cpu) % self.mappers.len();
-        match self.mappers[mapper].map(thin, Box::new(bio)) {
+        let bio = match self.spare.pop() {
+            Some(mut memory) => {
+                *memory = bio;
+                memory
+            }
+            None => Box::new(bio),
+        };
+        match self.mappers[mapper].map(thin, bio) {
             Mapped::Remapped { bio, .. } => self.issue(bio),
-            Mapped::Zero(bio) => self.end(&bio, Ok(())),
-            Mapped::Failed(bio, error) => self.end(&bio, Err(error)),
+            Mapped::Zero(bio) => self.end(bio, Ok(())),
+            Mapped::Failed(bio, error) => self.end(bio, Err(error)),
             Mapped::Deferred(reason) => {
-                if let Some(request) = self.requests.get_mut(&id) {
+                if let Some(request) = self.request(id) {
                     request.deferred.get_or_insert(reason);
                 }
             }
@@ -522,29 +636,30 @@ impl Player {
 
     fn start(&mut self, io: Io, takes: Duration) {
         let number = self.number();
-        self.ends.push(Reverse((self.now + takes, number)));
-        self.ios.insert(number, io);
+        let at = self.now + takes;
+        self.ends.push(End { at, number, io });
     }
 
     /// A bio is done; so may be its request.
-    fn end(&mut self, bio: &Bio, result: BioResult) {
+    fn end(&mut self, bio: Box<Bio>, result: BioResult) {
         if let Err(error) = result {
             self.work.failed += 1;
             self.work.no_space += u64::from(error == BioError::NoSpace);
         }
-        let Some(request) = self.requests.get_mut(&bio.id) else {
-            return;
-        };
-        request.left -= 1;
-        if request.left > 0 {
-            return;
+        let (number, thin) = (bio.id, bio.thin_number());
+        self.spare.push(bio);
+        match self.request(number) {
+            Some(request) if request.left > 1 => return request.left -= 1,
+            _ => {}
         }
-        let Some(request) = self.requests.remove(&bio.id) else {
+        let ended = self.requests.0.get_mut(number as usize);
+        let Some(request) = ended.and_then(Option::take) else {
             return;
         };
+        self.requests.1.push(number);
         if let Some(io) = request.then
             && result.is_ok()
-            && let Some(thin) = self.worker.thin(bio.thin_number())
+            && let Some(thin) = self.worker.thin(thin)
         {
             return self.submit(&thin, io, request.submitted, request.deferred);
         }
@@ -566,6 +681,8 @@ impl Player {
             has_more = self.worker.apply(self.now, Event::Work, &mut effects);
         }
         self.effects = effects;
+        // Only the worker changes what it goes by.
+        self.deadline = self.worker.deadline();
     }
 
     fn carry_out(&mut self, effect: Effect) {
@@ -576,7 +693,7 @@ impl Player {
                 self.issue(bio);
             }
             Effect::ReadOrigin { bio, .. } => self.issue(bio),
-            Effect::End { bio, result, .. } => self.end(&bio, result),
+            Effect::End { bio, result, .. } => self.end(bio, result),
             Effect::Zero { job, sectors, .. } => {
                 // Behind what was copied it is no block of its own.
                 self.work.zeroed += u64::from(sectors == self.pool.block_sectors());
@@ -635,15 +752,14 @@ impl Player {
 
     /// When the next thing happens by itself.
     fn next_end(&self) -> Option<Duration> {
-        self.ends.peek().map(|end| end.0.0)
+        self.ends.peek().map(|end| end.at)
     }
 
     /// Lets everything happen that happens until `time`.
     fn run_until(&mut self, time: Duration) {
         loop {
             let end = self.next_end();
-            let deadline = self.worker.deadline();
-            let next = end.into_iter().chain(deadline).min();
+            let next = end.into_iter().chain(self.deadline).min();
             let Some(next) = next.filter(|&next| next <= time) else {
                 break;
             };
@@ -657,13 +773,10 @@ impl Player {
         if end != Some(next) {
             return self.tell(Event::Work);
         }
-        let Some(Reverse((_, number))) = self.ends.pop() else {
-            return;
-        };
-        match self.ios.remove(&number) {
+        match self.ends.pop().map(|end| end.io) {
             Some(Io::Bio(bio)) => {
                 if let Some((bio, result)) = self.pool.end_io(bio, Ok(())) {
-                    self.end(&bio, result);
+                    self.end(bio, result);
                 }
                 if self.pool.has_work() {
                     self.tell(Event::Work);
@@ -717,6 +830,7 @@ impl Player {
     pub fn control(&mut self, event: &ControlEvent) -> Result<()> {
         self.run_until(Duration::from_nanos(event.time_ns));
         self.settle()?;
+        self.forget_targets();
         self.input.controls += 1;
         let refused = match event.text.parse::<Control>()? {
             Control::Message(message) => {
@@ -804,6 +918,7 @@ impl Player {
         let size = self.pool.block_sectors();
         let sectors = self.options.data_blocks * size;
         let words = self.worker.pool_status();
+        self.forget_targets();
         for active in self.active.values_mut() {
             // In a pool that has failed none can be opened.
             active.open(&mut self.worker).ok();

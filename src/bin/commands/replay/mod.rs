@@ -5,7 +5,6 @@ mod dry_run;
 mod merge_reports;
 mod outputs;
 mod play;
-mod play;
 mod saved;
 mod trace;
 
