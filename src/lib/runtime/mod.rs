@@ -1,0 +1,20 @@
+//! The thin pool on real devices, for clients that come over a socket.
+//!
+//! [`Runtime`] is a pool: a metadata device, a data device, the worker on a thread of its own, and threads that carry out what it
+//! wants done. A client's requests are cut into bios ([`cut`]) and mapped on the thread of its connection, which reads and writes what
+//! is mapped itself ([`submitter`]); what the worker has of a request is kept as [`transfer`].
+
+pub mod control;
+mod cut;
+mod data_device;
+mod driver;
+mod event_log;
+#[expect(clippy::module_inception, reason = "the runtime of the pool")]
+mod runtime;
+mod submitter;
+mod thin_export;
+mod transfer;
+
+pub use data_device::DataDevice;
+pub use event_log::{EventLog, PoolEvent};
+pub use runtime::{Activation, Options, Runtime};
