@@ -5,6 +5,7 @@ mod counts;
 mod device;
 mod event;
 mod expect;
+mod fan;
 mod heat;
 mod latencies;
 mod player;
@@ -20,6 +21,7 @@ pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
 pub use expect::{
     Difference, METADATA_TOLERANCE, MappedRun, Mappings, compare_mappings, compare_status,
 };
+pub use fan::{Fan, Share};
 pub use heat::HeatMap;
 pub use latencies::{Latencies, LatencyClasses};
 pub use player::{Mark, PlayOptions, Player, Sample};

@@ -121,6 +121,9 @@ pub struct Setup {
     pub cpus: usize,
     /// The data device.
     pub device: DeviceModel,
+    /// Snapshots that were taken whatever the trace says: seconds between them, and how many of each device were kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshots: Option<(u64, u64)>,
 }
 
 /// What the map half did.
