@@ -28,7 +28,7 @@ pub use player::{Mark, PlayOptions, Player, Sample};
 pub use prefill::{Prefill, Prefilled};
 pub use report::{
     Clock, Fill, Forecast, Map, Metadata, Noticed, Report, SCHEMA, Setup, Space, Topic, Verdict,
-    best_block_size, bytes, compare, csv, html, jsonl, merge, seconds,
+    best_block_size, bytes, compare, csv, html, jsonl, merge, seconds, ways,
 };
 pub use run::{SnapshotSchedule, play, side_events};
 pub use trace::{CsvSpec, Format, Window, open};

@@ -11,8 +11,8 @@ use thintools::observer::Silent;
 use thintools::pdata::txn::LockScheme;
 use thintools::pool::{Features, PoolTable, Settings};
 use thintools::replay::{
-    DeviceModel, Fan, PlayOptions, Player, Report, SnapshotSchedule, TraceReader, bytes, compare,
-    play, seconds, side_events,
+    DeviceModel, Fan, PlayOptions, Player, Report, SnapshotSchedule, TraceReader, bytes, play,
+    seconds, side_events, ways as table_of_ways,
 };
 use thintools::thin::{PoolMetadata, Superblock};
 use thintools::tools::check::{CheckOptions, Severity, check};
@@ -381,7 +381,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         reports => {
             let names = ways.iter().map(|(name, _)| name.clone());
             let named: Vec<_> = names.zip(reports.iter().cloned()).collect();
-            let mut text = compare(&named);
+            let mut text = table_of_ways(&named);
             if args.locks.len() > 1 {
                 text.push_str(&compared(reports));
             }

@@ -20,7 +20,7 @@ use super::latencies::Latencies;
 use super::player::{Mark, Sample};
 use crate::pdata::txn::LookupCounts;
 use crate::pool::WorkerCounts;
-pub use compare::{best_block_size, compare};
+pub use compare::{best_block_size, compare, ways};
 pub use forecast::{Fill, Forecast};
 pub use html::html;
 pub use merge::merge;

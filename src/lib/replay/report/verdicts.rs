@@ -286,9 +286,14 @@ impl Report {
         let locks = &self.locks;
         let gave_up = locks
             .would_block_root
-            .saturating_add(locks.would_block_block);
+            .saturating_add(locks.would_block_block)
+            .max(self.map.deferred.0[Reason::RootBusy as usize]);
         let waited = match self.setup.clock {
-            Clock::Virtual => "; one thread plays, so nobody contended for one".into(),
+            Clock::Virtual => format!(
+                "; {} slept until a commit was over, {} in all",
+                self.work.root_waits,
+                seconds(self.work.root_wait_ns)
+            ),
             Clock::Threads => format!(
                 "; {} had to be waited for, {} in all",
                 locks.contended,
