@@ -142,24 +142,30 @@ impl<'de> Deserialize<'de> for Latencies {
 #[derive(Clone, Debug, Default)]
 pub struct LatencyClasses {
     mapped: Latencies,
+    zero: Latencies,
     deferred: [Latencies; Reason::ALL.len()],
 }
 
 impl LatencyClasses {
-    pub(super) fn record(&mut self, deferred: Option<Reason>, nanos: u64) {
+    /// `is_zero` if it read what was never written.
+    pub(super) fn record(&mut self, deferred: Option<Reason>, is_zero: bool, nanos: u64) {
         match deferred {
+            None if is_zero => self.zero.record(nanos),
             None => self.mapped.record(nanos),
             Some(reason) => self.deferred[reason as usize].record(nanos),
         }
     }
 
-    /// Those that there are, by name: `mapped`, or that of the reason.
+    /// Those that there are, by name: `mapped`, `zero`, or that of the reason.
     pub fn by_name(&self) -> BTreeMap<String, Latencies> {
         let deferred = Reason::ALL.iter().map(|&reason| {
             let latencies = &self.deferred[reason as usize];
             (reason.to_string(), latencies)
         });
-        std::iter::once((MAPPED.into(), &self.mapped))
+        let at_once = [(MAPPED, &self.mapped), (ZERO, &self.zero)];
+        at_once
+            .map(|(name, latencies)| (name.into(), latencies))
+            .into_iter()
             .chain(deferred)
             .filter(|(_, latencies)| !latencies.is_empty())
             .map(|(name, latencies)| (name, latencies.clone()))
@@ -169,6 +175,13 @@ impl LatencyClasses {
 
 /// The class of the requests that were issued at once.
 pub(super) const MAPPED: &str = "mapped";
+/// The class of those that read what was never written, and were answered at once.
+pub(super) const ZERO: &str = "zero";
+
+/// True if this is the class of requests that stayed on the fast path.
+pub(super) fn is_fast(class: &str) -> bool {
+    class == MAPPED || class == ZERO
+}
 
 #[cfg(test)]
 mod tests {

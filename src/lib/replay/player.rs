@@ -106,6 +106,7 @@ struct Request {
     then: Option<TraceIo>,
     /// Why the map half left it, or its flush, to the worker first.
     deferred: Option<Reason>,
+    is_zero: bool,
 }
 
 /// Something that ends on the data device.
@@ -324,6 +325,7 @@ impl Player {
                 left: 1,
                 then,
                 deferred: Some(Reason::Flush),
+                is_zero: false,
             },
         );
         self.map(&thin, Bio::flush(request), io.cpu);
@@ -473,6 +475,7 @@ impl Player {
                 left,
                 then: None,
                 deferred,
+                is_zero: false,
             },
         );
         for (sector, sectors) in bios {
@@ -491,7 +494,12 @@ impl Player {
         let mapper = usize::from(cpu) % self.mappers.len();
         match self.mappers[mapper].map(thin, Box::new(bio)) {
             Mapped::Remapped { bio, .. } => self.issue(bio),
-            Mapped::Zero(bio) => self.end(&bio, Ok(())),
+            Mapped::Zero(bio) => {
+                if let Some(request) = self.requests.get_mut(&id) {
+                    request.is_zero = true;
+                }
+                self.end(&bio, Ok(()));
+            }
             Mapped::Failed(bio, error) => self.end(&bio, Err(error)),
             Mapped::Deferred(reason) => {
                 if let Some(request) = self.requests.get_mut(&id) {
@@ -538,7 +546,8 @@ impl Player {
             return self.submit(&thin, io, request.submitted, request.deferred);
         }
         let nanos = (self.now - request.submitted).as_nanos() as u64;
-        self.latencies.record(request.deferred, nanos);
+        self.latencies
+            .record(request.deferred, request.is_zero, nanos);
     }
 
     /// Tells the worker, and begins what it wants done.

@@ -70,7 +70,10 @@ pub(crate) const PAGE: Page = Page {
 /// Makes the parser of the command line.
 pub(crate) fn build() -> clap::Command {
     let cmd = <Args as clap::Args>::augment_args(clap::Command::new(NAME));
-    super::tool(cmd, TITLE, &PAGE).disable_help_subcommand(true)
+    // What tools share is not given to subcommands.
+    super::tool(cmd, TITLE, &PAGE)
+        .disable_help_subcommand(true)
+        .mut_arg("help", |help| help.global(true))
 }
 
 /// The command line.
