@@ -138,6 +138,9 @@ pub fn play(
             player.control(&event)?;
             at_control(player)?;
         }
+        if let Some((done, total)) = reader.progress() {
+            observer.progress("", done, total);
+        }
         is_complete = !observer.is_cancelled();
     }
     if is_complete {

@@ -265,7 +265,7 @@ fn copy(from: &dyn BlockEngine) -> anyhow::Result<Arc<RamEngine>> {
 
 /// Plays the trace.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
-    let session = Session::new("Replaying", args.quiet)?;
+    let session = Session::new("Replaying", args.quiet)?.heard_out();
     if args.locks.len() > 1 && (args.output.is_some() || args.dump_at_marks.is_some()) {
         bail!("-o and --dump-at-marks are for one locking scheme");
     }

@@ -176,7 +176,7 @@ impl Report {
             .saturating_sub(self.space.mapped_blocks);
         format!(
             "{} taken, {} devices deleted; {} blocks copied because a snapshot had them ({}, {} for each byte asked for); snapshots alone \
-             hold {} at the end; metadata in use changed by {} blocks, whatever for",
+             hold {} at the end; metadata in use changed by {} blocks in all",
             input.snapshots,
             input.deletions,
             work.copies,
@@ -335,9 +335,15 @@ impl Report {
             true => String::new(),
             false => format!(" ({})", causes.join(", ")),
         };
+        let flushes = match commits.flush {
+            0 => String::new(),
+            n => format!(
+                "; {:.1} flushes and durable writes to one that is for them",
+                per(self.worker.flushes_committed, n)
+            ),
+        };
         format!(
-            "{total}{why}; {:.1} flushes and durable writes to one that is for them, {:.1} metadata blocks written by each",
-            per(self.worker.flushes_committed, commits.flush),
+            "{total}{why}{flushes}; {:.1} metadata blocks written by each",
             per(self.metadata.blocks_written, total)
         )
     }

@@ -3,7 +3,7 @@
 use std::fmt::{Display, Write};
 
 pub(super) const WIDTH: f64 = 820.0;
-const LEFT: f64 = 78.0;
+const LEFT: f64 = 96.0;
 const RIGHT: f64 = 24.0;
 const TOP: f64 = 14.0;
 const BOTTOM: f64 = 46.0;

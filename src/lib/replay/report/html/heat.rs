@@ -81,12 +81,8 @@ fn map(report: &Report, number: usize, kind: usize) -> String {
     for (shade, d) in paths.iter().enumerate().filter(|(_, d)| !d.is_empty()) {
         chart.add(format_args!("<path class=\"h h{shade}\" d=\"{d}\"/>"));
     }
-    let devices = match report.space.pools > 1 || report.space.devices > 1 {
-        true => " All devices lie on top of each other.",
-        false => "",
-    };
     let description = format!(
-        "The darker, the more; {most} in a cell at most, of {} and {}.{devices}",
+        "The stronger the colour, the more; {most} in a cell at most, of {} and {}. Devices, if there are several, lie on top of each other.",
         bytes(heat.cell_sectors().saturating_mul(512)),
         seconds(heat.cell_ns())
     );
