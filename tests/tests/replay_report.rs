@@ -233,7 +233,7 @@ fn the_page_is_xml_that_refers_to_nothing() {
             match reader.read_event().expect("XML") {
                 Event::Eof => break,
                 Event::Start(tag) | Event::Empty(tag) => {
-                    let name = String::from_utf8_lossy(tag.name().as_ref()).into_owned();
+                    let name = String::from(tag.name().as_ref() as &str);
                     assert!(
                         !["script", "link", "img", "iframe", "object"].contains(&&*name),
                         "{name}"
@@ -243,7 +243,7 @@ fn the_page_is_xml_that_refers_to_nothing() {
                     for attribute in tag.attributes() {
                         let attribute = attribute.expect("well-formed");
                         let key = attribute.key.as_ref();
-                        assert!(!key.ends_with(b"href") && key != b"src", "{name}");
+                        assert!(!key.ends_with("href") && key != "src", "{name}");
                     }
                 }
                 _ => {}

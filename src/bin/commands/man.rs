@@ -234,7 +234,8 @@ fn command_list(roff: &mut Roff) {
 
 /// Appends a subcommand of `name` with its options.
 fn subcommand(roff: &mut Roff, name: &str, sub: Command) {
-    let mut sub = sub.bin_name(format!("{name} {}", sub.get_name()));
+    let called = format!("{name} {}", sub.get_name());
+    let mut sub = sub.bin_name(called);
     let usage = sub.render_usage().to_string();
     let about = sub.get_about().map(ToString::to_string).unwrap_or_default();
     item(
@@ -243,7 +244,7 @@ fn subcommand(roff: &mut Roff, name: &str, sub: Command) {
         &format!("{about}."),
     );
     roff.control("RS", []);
-    for arg in sub.get_arguments() {
+    for arg in sub.get_arguments().filter(|arg| arg.get_id() != "help") {
         let value = arg.get_value_names().and_then(|names| names.first());
         let value = value.map(|value| format!("<{value}>")).unwrap_or_default();
         let term = match arg.get_long() {
