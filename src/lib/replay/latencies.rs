@@ -15,6 +15,8 @@ use std::io::Read;
 
 /// Digits that a histogram keeps.
 const DIGITS: u8 = 3;
+/// 146 years. At the very end of the range a histogram does not come back as it was.
+const LONGEST: u64 = 1 << 62;
 /// Bytes in front of the counts of an encoded histogram, and in front of what is compressed.
 const HEADER: usize = 40;
 const COMPRESSED_HEADER: usize = 8;
@@ -37,7 +39,7 @@ impl Default for Latencies {
 impl Latencies {
     pub(super) fn record(&mut self, nanos: u64) {
         // It grows with what it is told.
-        self.0.record(nanos).ok();
+        self.0.record(nanos.min(LONGEST)).ok();
     }
 
     /// How many.
@@ -199,7 +201,7 @@ mod tests {
         let (mut first, second) = (of((0..4000).map(value)), of((4000..9000).map(value)));
         let second = Latencies::decoded(&second.encoded().unwrap()).unwrap();
         first.add(&second);
-        assert_eq!(first, of((0..9000).map(value)));
+        assert!(first == of((0..9000).map(value)));
         let none = Latencies::decoded(&Latencies::default().encoded().unwrap()).unwrap();
         assert!(none.is_empty());
     }
@@ -208,7 +210,7 @@ mod tests {
     fn any_latency_comes_back() {
         let all = of([0, 1, 1000, u64::MAX / 3, u64::MAX]);
         let mut again = Latencies::decoded(&all.encoded().unwrap()).unwrap();
-        assert_eq!(again, all);
+        assert!(again == all);
         again.add(&all);
         assert_eq!(again.len(), 10);
     }

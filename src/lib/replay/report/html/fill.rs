@@ -47,7 +47,8 @@ pub(super) fn figure(report: &Report, number: usize) -> String {
         (&ticks(y_high), "in use, %"),
     );
     let mut legend = Vec::new();
-    let kinds: [(&str, &Fill, fn(&Sample) -> u64); 2] = [
+    type Used = fn(&Sample) -> u64;
+    let kinds: [(&str, &Fill, Used); 2] = [
         ("data", data, |sample| sample.used_data_blocks),
         ("metadata", metadata, |sample| sample.used_metadata_blocks),
     ];
