@@ -4,6 +4,7 @@
 
 use super::event::{Batch, TraceNotes, TraceReader};
 use crate::error::Result;
+use crate::observer::Observer;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
@@ -45,7 +46,7 @@ impl Fan {
     ///
     /// # Errors
     /// Those of the reader; for the players the trace ends there.
-    pub fn hand_out(mut self, reader: &mut dyn TraceReader) -> Result<()> {
+    pub fn hand_out(mut self, reader: &mut dyn TraceReader, observer: &dyn Observer) -> Result<()> {
         let mut devices: Arc<[String]> = Arc::default();
         let mut has_more = true;
         while has_more && !self.0.is_empty() {
@@ -59,6 +60,9 @@ impl Fan {
                 devices: Arc::clone(&devices),
                 notes: reader.notes().clone(),
             });
+            if let Some((done, total)) = reader.progress() {
+                observer.progress("", done, total);
+            }
             // One that has failed, or was told to stop, takes no more.
             self.0
                 .retain(|sender| sender.send(Arc::clone(&part)).is_ok());
@@ -92,6 +96,7 @@ impl TraceReader for Share {
 mod tests {
     use super::*;
     use crate::error::{Error, ErrorKind};
+    use crate::observer::Silent;
     use crate::replay::{TraceIo, TraceOp};
 
     /// Ten batches of one request each; then it ends, or fails.
@@ -155,7 +160,7 @@ mod tests {
                 fails,
                 ..Ten::default()
             };
-            let read = fan.hand_out(&mut ten);
+            let read = fan.hand_out(&mut ten, &Silent);
             let played = players.into_iter().map(|player| player.join().unwrap());
             (read, played.collect())
         })

@@ -121,6 +121,7 @@ struct Request {
     then: Option<TraceIo>,
     /// Why the map half left it, or its flush, to the worker first.
     deferred: Option<Reason>,
+    is_zero: bool,
 }
 
 /// Something that ends on the data device.
@@ -411,6 +412,7 @@ impl Player {
             left: 1,
             then,
             deferred: Some(Reason::Flush),
+            is_zero: false,
         });
         self.map(&thin, Bio::flush(request), io.cpu);
         Ok(())
@@ -616,6 +618,7 @@ impl Player {
             left,
             then: None,
             deferred,
+            is_zero: false,
         });
         for (sector, sectors) in bios.drain(..) {
             let bio = Bio::new(request, op, sector, sectors);
@@ -658,7 +661,12 @@ impl Player {
         }
         match self.mappers[mapper].map_beside(thin, bio, busy) {
             Mapped::Remapped { bio, .. } => self.issue(bio),
-            Mapped::Zero(bio) => self.end(bio, Ok(())),
+            Mapped::Zero(bio) => {
+                if let Some(request) = self.request(id) {
+                    request.is_zero = true;
+                }
+                self.end(bio, Ok(()));
+            }
             Mapped::Failed(bio, error) => self.end(bio, Err(error)),
             Mapped::Deferred(reason) => {
                 if let Some(request) = self.request(id) {
@@ -712,7 +720,8 @@ impl Player {
             return self.submit(&thin, io, request.submitted, request.deferred);
         }
         let nanos = (self.now - request.submitted).as_nanos() as u64;
-        self.latencies.record(request.deferred, nanos);
+        self.latencies
+            .record(request.deferred, request.is_zero, nanos);
     }
 
     /// Tells the worker, as soon as it has time.

@@ -338,7 +338,7 @@ fn copy(from: &dyn BlockEngine) -> anyhow::Result<Arc<RamEngine>> {
 
 /// Plays the trace.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
-    let session = Session::new("Replaying", args.quiet)?;
+    let session = Session::new("Replaying", args.quiet)?.heard_out();
     if args.dry_run {
         return dry_run::run(&args.trace, &session);
     }
@@ -413,7 +413,7 @@ fn sweep(
             let player = std::thread::Builder::new().spawn_scoped(scope, play)?;
             players.push((name, player));
         }
-        let read = fan.hand_out(reader);
+        let read = fan.hand_out(reader, session);
         let mut reports = Vec::new();
         for (name, player) in players {
             match player.join() {

@@ -3,7 +3,7 @@
 use super::text::{bytes, seconds};
 use super::{Clock, Report, Topic, Verdict};
 use crate::pool::Reason;
-use crate::replay::latencies::{Latencies, MAPPED};
+use crate::replay::latencies::{Latencies, MAPPED, is_fast};
 use std::fmt::Write;
 
 /// Something that a report says, of which less is better.
@@ -55,7 +55,7 @@ fn written(report: &Report) -> u64 {
 
 fn slow(report: &Report, percent: f64) -> u64 {
     let mut all = Latencies::default();
-    let deferred = report.latency.iter().filter(|(class, _)| *class != MAPPED);
+    let deferred = report.latency.iter().filter(|(class, _)| !is_fast(class));
     deferred.for_each(|(_, latencies)| all.add(latencies));
     all.percentile(percent)
 }
