@@ -10,6 +10,7 @@ use super::event::{ControlEvent, TraceIo, TraceOp};
 use super::heat::HeatMap;
 use super::latencies::LatencyClasses;
 use crate::error::{Error, ErrorKind, Result};
+use crate::pdata::txn::{LockScheme, WouldBlock};
 use crate::pool::{
     Bio, BioError, BioResult, Effect, Event, JobId, Line, MapCounts, Mapped, Mapper, Message,
     Notice, Op, Pool, PoolMode, Reason, Settings, Source, Thin, Worker, pieces,
@@ -17,7 +18,7 @@ use crate::pool::{
 use crate::thin::PoolMetadata;
 use crate::units::ThinId;
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -120,6 +121,7 @@ struct Request {
     then: Option<TraceIo>,
     /// Why the map half left it, or its flush, to the worker first.
     deferred: Option<Reason>,
+    is_zero: bool,
 }
 
 /// Something that ends on the data device.
@@ -127,6 +129,12 @@ struct Request {
 enum Io {
     Bio(Box<Bio>),
     Job(JobId),
+    /// A bio that the worker has ended.
+    Ended(Box<Bio>, BioResult),
+    /// A bio whose submitter slept, and its processor.
+    Map(Arc<Thin>, Box<Bio>, u16),
+    /// The worker has time again.
+    Worker,
 }
 
 /// When it ends. The number keeps things of one time in order.
@@ -189,6 +197,14 @@ pub struct Player {
     targets: Vec<Option<Target>>,
     /// What the worker said last.
     deadline: Option<Duration>,
+    /// The worker is busy until then, with what it was told last.
+    free_at: Duration,
+    /// A commit holds the root until then.
+    root_until: Duration,
+    /// What the worker is told when it has time.
+    told: VecDeque<Event>,
+    /// It will be looked after when it has.
+    is_awaited: bool,
     /// Memory for the next bios.
     #[expect(clippy::vec_box, reason = "they come and go in boxes")]
     spare: Vec<Box<Bio>>,
@@ -244,6 +260,10 @@ impl Player {
             requests: Default::default(),
             targets: Vec::new(),
             deadline: None,
+            free_at: Duration::ZERO,
+            root_until: Duration::ZERO,
+            told: VecDeque::new(),
+            is_awaited: false,
             spare: Vec::new(),
             parts: Vec::new(),
             next: 0,
@@ -392,6 +412,7 @@ impl Player {
             left: 1,
             then,
             deferred: Some(Reason::Flush),
+            is_zero: false,
         });
         self.map(&thin, Bio::flush(request), io.cpu);
         Ok(())
@@ -558,7 +579,13 @@ impl Player {
     }
 
     /// Submits a request without its flush, cut into bios.
-    fn submit(&mut self, thin: &Thin, io: TraceIo, submitted: Duration, deferred: Option<Reason>) {
+    fn submit(
+        &mut self,
+        thin: &Arc<Thin>,
+        io: TraceIo,
+        submitted: Duration,
+        deferred: Option<Reason>,
+    ) {
         let op = match io.op {
             TraceOp::Read => Op::Read,
             TraceOp::Discard => Op::Discard,
@@ -591,6 +618,7 @@ impl Player {
             left,
             then: None,
             deferred,
+            is_zero: false,
         });
         for (sector, sectors) in bios.drain(..) {
             let bio = Bio::new(request, op, sector, sectors);
@@ -604,9 +632,7 @@ impl Player {
         self.parts = bios;
     }
 
-    fn map(&mut self, thin: &Thin, bio: Bio, cpu: u16) {
-        let id = bio.id;
-        let mapper = usize::from(cpu) % self.mappers.len();
+    fn map(&mut self, thin: &Arc<Thin>, bio: Bio, cpu: u16) {
         let bio = match self.spare.pop() {
             Some(mut memory) => {
                 *memory = bio;
@@ -614,9 +640,33 @@ impl Player {
             }
             None => Box::new(bio),
         };
-        match self.mappers[mapper].map(thin, bio) {
+        self.map_boxed(thin, bio, cpu);
+    }
+
+    fn map_boxed(&mut self, thin: &Arc<Thin>, bio: Box<Bio>, cpu: u16) {
+        let id = bio.id;
+        let mapper = usize::from(cpu) % self.mappers.len();
+        let mut busy = None;
+        if self.now < self.root_until {
+            match self.options.settings.scheme {
+                LockScheme::Kernel if bio.op != Op::Flush => {
+                    self.work.root_waits += 1;
+                    let sleeps = self.root_until - self.now;
+                    self.work.root_wait_ns += sleeps.as_nanos() as u64;
+                    return self.start(Io::Map(Arc::clone(thin), bio, cpu), sleeps);
+                }
+                LockScheme::V2013 | LockScheme::B => busy = Some(WouldBlock::Root),
+                _ => {}
+            }
+        }
+        match self.mappers[mapper].map_beside(thin, bio, busy) {
             Mapped::Remapped { bio, .. } => self.issue(bio),
-            Mapped::Zero(bio) => self.end(bio, Ok(())),
+            Mapped::Zero(bio) => {
+                if let Some(request) = self.request(id) {
+                    request.is_zero = true;
+                }
+                self.end(bio, Ok(()));
+            }
             Mapped::Failed(bio, error) => self.end(bio, Err(error)),
             Mapped::Deferred(reason) => {
                 if let Some(request) = self.request(id) {
@@ -638,6 +688,12 @@ impl Player {
         let number = self.number();
         let at = self.now + takes;
         self.ends.push(End { at, number, io });
+    }
+
+    /// Begins what the worker wants done, once it is through with wanting it.
+    fn start_at_free(&mut self, io: Io, takes: Duration) {
+        let waits = self.free_at.saturating_sub(self.now);
+        self.start(io, waits + takes);
     }
 
     /// A bio is done; so may be its request.
@@ -664,25 +720,63 @@ impl Player {
             return self.submit(&thin, io, request.submitted, request.deferred);
         }
         let nanos = (self.now - request.submitted).as_nanos() as u64;
-        self.latencies.record(request.deferred, nanos);
+        self.latencies
+            .record(request.deferred, request.is_zero, nanos);
     }
 
-    /// Tells the worker, and begins what it wants done.
+    /// Tells the worker, as soon as it has time.
     fn tell(&mut self, event: Event) {
-        let mut effects = std::mem::take(&mut self.effects);
-        let mut has_more = self.worker.apply(self.now, event, &mut effects);
-        loop {
-            for effect in effects.drain(..) {
-                self.carry_out(effect);
+        if self.now < self.free_at {
+            // It looks at its inbox whatever it is told.
+            if !matches!(event, Event::Work) {
+                self.told.push_back(event);
             }
-            if !has_more {
-                break;
-            }
-            has_more = self.worker.apply(self.now, Event::Work, &mut effects);
+            return self.look_after_worker();
         }
-        self.effects = effects;
+        let mut event = Some(event);
+        while let Some(told) = event.take() {
+            let has_more = self.work_on(told);
+            if has_more || !self.told.is_empty() {
+                if self.now < self.free_at {
+                    self.look_after_worker();
+                    break;
+                }
+                event = Some(self.told.pop_front().unwrap_or(Event::Work));
+            }
+        }
         // Only the worker changes what it goes by.
         self.deadline = self.worker.deadline();
+    }
+
+    fn look_after_worker(&mut self) {
+        if !std::mem::replace(&mut self.is_awaited, true) {
+            self.start(Io::Worker, self.free_at - self.now);
+        }
+    }
+
+    /// The worker takes an event, and the time for it; then begins what it wants done. True if it has more to do.
+    fn work_on(&mut self, event: Event) -> bool {
+        let mut effects = std::mem::take(&mut self.effects);
+        let counts = |pool: &Pool| (pool.inspect(PoolMetadata::block_io), pool.commits());
+        let (io, commits) = counts(&self.pool);
+        let has_more = self.worker.apply(self.now, event, &mut effects);
+        let (io_after, commits_after) = counts(&self.pool);
+        let device = &self.options.device;
+        let steps = u32::try_from(effects.len()).unwrap_or(u32::MAX);
+        let commit = match commits_after - commits {
+            0 => Duration::ZERO,
+            n => device.commits(n, io_after.written - io.written),
+        };
+        let reads = device.metadata_reads(io_after.read - io.read);
+        self.free_at = self.now + reads + commit + device.worker_step * steps;
+        if !commit.is_zero() {
+            self.root_until = self.now + commit;
+        }
+        for effect in effects.drain(..) {
+            self.carry_out(effect);
+        }
+        self.effects = effects;
+        has_more
     }
 
     fn carry_out(&mut self, effect: Effect) {
@@ -690,15 +784,21 @@ impl Player {
         match effect {
             Effect::Issue { bio, .. } => {
                 self.work.overwritten += u64::from(bio.fills_a_new_block());
-                self.issue(bio);
+                let takes = device.bio(bio.op, bio.sectors, bio.is_fua);
+                self.start_at_free(Io::Bio(bio), takes);
             }
-            Effect::ReadOrigin { bio, .. } => self.issue(bio),
-            Effect::End { bio, result, .. } => self.end(bio, result),
+            Effect::ReadOrigin { bio, .. } => {
+                let takes = device.bio(bio.op, bio.sectors, bio.is_fua);
+                self.start_at_free(Io::Bio(bio), takes);
+            }
+            Effect::End { bio, result, .. } => {
+                self.start_at_free(Io::Ended(bio, result), Duration::ZERO)
+            }
             Effect::Zero { job, sectors, .. } => {
                 // Behind what was copied it is no block of its own.
                 self.work.zeroed += u64::from(sectors == self.pool.block_sectors());
                 self.work.bytes_zeroed += sectors * 512;
-                self.start(Io::Job(job), device.zero(sectors));
+                self.start_at_free(Io::Job(job), device.zero(sectors));
             }
             Effect::Copy {
                 job, from, sectors, ..
@@ -708,16 +808,16 @@ impl Player {
                     Source::Origin(_) => self.work.origin_copies += 1,
                 }
                 self.work.bytes_copied += sectors * 512;
-                self.start(Io::Job(job), device.copy(sectors));
+                self.start_at_free(Io::Job(job), device.copy(sectors));
             }
             Effect::Discard { job, sectors, .. } => {
                 self.work.passed_down += 1;
                 self.work.bytes_passed_down += sectors * 512;
-                self.start(Io::Job(job), device.discard);
+                self.start_at_free(Io::Job(job), device.discard);
             }
             Effect::Flush { job } => {
                 self.work.data_flushes += 1;
-                self.start(Io::Job(job), device.flush);
+                self.start_at_free(Io::Job(job), device.flush);
             }
             Effect::Answer { tag, result } => {
                 self.answers.insert(tag, result);
@@ -759,7 +859,8 @@ impl Player {
     fn run_until(&mut self, time: Duration) {
         loop {
             let end = self.next_end();
-            let next = end.into_iter().chain(self.deadline).min();
+            let deadline = self.deadline.map(|at| at.max(self.free_at));
+            let next = end.into_iter().chain(deadline).min();
             let Some(next) = next.filter(|&next| next <= time) else {
                 break;
             };
@@ -786,6 +887,13 @@ impl Player {
                 job,
                 result: Ok(()),
             }),
+            Some(Io::Ended(bio, result)) => self.end(bio, result),
+            Some(Io::Map(thin, bio, cpu)) => self.map_boxed(&thin, bio, cpu),
+            Some(Io::Worker) => {
+                self.is_awaited = false;
+                let event = self.told.pop_front().unwrap_or(Event::Work);
+                self.tell(event);
+            }
             None => {}
         }
     }

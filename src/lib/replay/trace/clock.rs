@@ -1,11 +1,13 @@
 //! The last step of every reader: time starts at the first event and never goes back.
 
+use super::input::Progress;
 use crate::Result;
 use crate::replay::event::{Batch, TraceNotes, TraceReader};
 
 /// A reader whose times are those that the trace has.
 pub(super) struct Clock {
     from: Box<dyn TraceReader>,
+    inputs: Vec<Option<Progress>>,
     notes: TraceNotes,
     events: u64,
     regressed: u64,
@@ -14,9 +16,10 @@ pub(super) struct Clock {
 }
 
 impl Clock {
-    pub(super) fn new(from: Box<dyn TraceReader>) -> Self {
+    pub(super) fn new(from: Box<dyn TraceReader>, inputs: Vec<Option<Progress>>) -> Self {
         Self {
             from,
+            inputs,
             notes: TraceNotes::default(),
             events: 0,
             regressed: 0,
@@ -64,5 +67,9 @@ impl TraceReader for Clock {
 
     fn notes(&self) -> &TraceNotes {
         &self.notes
+    }
+
+    fn progress(&self) -> Option<(u64, u64)> {
+        Progress::sum(&self.inputs)
     }
 }
