@@ -19,6 +19,8 @@ pub(crate) enum Exit {
     Fatal,
     /// A signal ended the command early.
     Interrupted,
+    /// The status of a command that was run.
+    Command(u8),
 }
 
 impl Exit {
@@ -32,6 +34,7 @@ impl Exit {
             Self::Repairable => 4,
             Self::Fatal => 5,
             Self::Interrupted => 130,
+            Self::Command(status) => status,
         }
     }
 }

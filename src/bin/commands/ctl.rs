@@ -364,7 +364,7 @@ fn send(input: &Path, change: Change, session: &Session) -> anyhow::Result<Exit>
 }
 
 /// Refuses metadata in which a change could make damage worse. Leaks do no harm.
-fn refuse_damage(
+pub(super) fn refuse_damage(
     engine: &dyn BlockEngine,
     input: &Path,
     session: &Session,

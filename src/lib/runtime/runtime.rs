@@ -27,7 +27,7 @@ pub struct Options {
     pub data: PathBuf,
     /// Nothing is written anywhere; what can be read is served, however damaged the rest is.
     pub is_read_only: bool,
-    /// If the metadata begins with zeros, as that of a new pool in the kernel: make a pool with data blocks of so many sectors.
+    /// Make a pool with data blocks of so many sectors if the metadata begins with zeros, as the kernel does.
     pub create: Option<u32>,
     /// Free data blocks at which whoever manages the pool is told.
     pub low_water_blocks: u64,
@@ -432,17 +432,27 @@ fn open_metadata(
     let read = engine.read(MetadataBlock(0), block.blocks_mut(1));
     read.map_err(|e| Error::io(format!("cannot read the superblock of {shown}"), e))?;
     let is_blank = block.blocks(1).iter().all(|&byte| byte == 0);
+    let superblock = Superblock::read(&*engine);
+    if superblock.is_err() && is_superblock(data, engine.nr_blocks()) {
+        return Err(Error::new(
+            ErrorKind::Unsuitable,
+            format!(
+                "{shown} has no superblock, and {} has one: the metadata and the data are given the wrong way round",
+                data.path().display()
+            ),
+        ));
+    }
     match options.create {
         Some(block_sectors) if is_blank => {
             return PoolMetadata::format(engine, block_sectors, options.cache_bytes)
                 .map_err(|e| e.context(format!("cannot make a pool on {shown}")));
         }
-        Some(_) => {
+        Some(_) if superblock.is_err() => {
             return Err(Error::new(
                 ErrorKind::Unsuitable,
                 format!(
-                    "{shown} does not begin with zeros, and is not overwritten; serve it without --create, \
-                     or clear its first 4096 bytes if nothing in it is needed"
+                    "{shown} has no superblock and does not begin with zeros either, and is not overwritten; \
+                     clear its first 4096 bytes if nothing in it is needed"
                 ),
             ));
         }
@@ -452,18 +462,11 @@ fn open_metadata(
                 format!("{shown} begins with zeros: there is no pool yet; --create makes one"),
             ));
         }
-        None => {}
+        // What is there already need not be made.
+        _ => {}
     }
-    let superblock = Superblock::read(&*engine).map_err(|e| match is_superblock(data, engine.nr_blocks()) {
-        true => Error::new(
-            ErrorKind::Unsuitable,
-            format!(
-                "{shown} has no superblock, and {} has one: the metadata and the data are given the wrong way round",
-                data.path().display()
-            ),
-        ),
-        false => e.context(format!("cannot use the metadata {shown}")),
-    })?;
+    let superblock =
+        superblock.map_err(|e| e.context(format!("cannot use the metadata {shown}")))?;
     if superblock.needs_check() && !options.is_read_only {
         return Err(Error::new(
             ErrorKind::ReadOnly,

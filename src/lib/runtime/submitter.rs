@@ -522,12 +522,18 @@ mod tests {
         scene.runtime.stop().unwrap();
         let Scene { folder, runtime } = scene;
         drop(runtime);
-        refused(
-            &Options {
-                create: Some(128),
-                ..good.clone()
-            },
-            "not overwritten",
+        // A pool that is there is not made again.
+        let again = Runtime::open(&Options {
+            create: Some(256),
+            ..good.clone()
+        });
+        assert!(
+            again
+                .unwrap()
+                .table()
+                .unwrap()
+                .to_string()
+                .contains(" 128 0 ")
         );
         refused(&Options::new(&good.data, &good.metadata), "wrong way round");
         File::options()

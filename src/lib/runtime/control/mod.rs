@@ -8,4 +8,4 @@ mod request;
 mod server;
 
 pub use request::Request;
-pub use server::Control;
+pub use server::{Control, bind_socket};

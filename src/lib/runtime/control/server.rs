@@ -32,7 +32,7 @@ impl Control {
     /// # Errors
     /// `Busy` if somebody serves it, `Unsuitable` if there is something else of that name, `Io`.
     pub fn serve(path: &Path, runtime: Arc<Runtime>) -> Result<Self> {
-        let listener = bind(path)?;
+        let listener = bind_socket(path)?;
         let is_over = Arc::new(AtomicBool::new(false));
         let this = Self {
             path: path.to_owned(),
@@ -78,7 +78,11 @@ impl Drop for Control {
     }
 }
 
-fn bind(path: &Path) -> Result<UnixListener> {
+/// Makes a socket that only its owner may use. One there that nobody serves any more is replaced.
+///
+/// # Errors
+/// `Busy` if somebody serves it, `Unsuitable` if there is something else of that name, `Io`.
+pub fn bind_socket(path: &Path) -> Result<UnixListener> {
     let shown = path.display();
     if let Ok(meta) = std::fs::symlink_metadata(path) {
         if !meta.file_type().is_socket() {
