@@ -23,8 +23,8 @@ const TOOLS: [(&str, &str); 5] = [
     ("thin_restore", "restore"),
 ];
 
-/// Commands that have a manual page and a link: these, and `thin_replay`, whose input is no metadata.
-const LINKED: usize = TOOLS.len() + 1;
+/// Commands that have a manual page and a link: these, `thin_replay`, whose input is no metadata, and `thin_serve`, which does not end.
+const LINKED: usize = TOOLS.len() + 2;
 
 /// The version that `-V` prints.
 const VERSION: &str = env!("CARGO_PKG_VERSION");

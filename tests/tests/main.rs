@@ -21,6 +21,7 @@ mod repair_in_place;
 mod replay;
 mod replay_readers;
 mod replay_report;
+mod serve;
 mod shapes;
 mod support;
 mod undelete;

@@ -14,7 +14,7 @@ use thintools::tools::check::{CheckOptions, Code, Severity, check};
 use thintools::units::{MAX_METADATA_BLOCKS, MAX_THIN_ID, ThinId};
 use thintools::{Error, ErrorKind};
 
-use super::Page;
+use super::{Page, ctl_socket};
 use crate::exit::Exit;
 use crate::output;
 use crate::session::Session;
@@ -33,7 +33,8 @@ const USAGE: &str = "thin_ctl [OPTIONS] <META> create-thin <ID>
        thin_ctl [OPTIONS] <META> reserve-metadata-snap
        thin_ctl [OPTIONS] <META> release-metadata-snap
        thin_ctl [OPTIONS] <META> resize [--data <BLOCKS>] [--metadata <BLOCKS>]
-       thin_ctl [OPTIONS] <META> status [--json]";
+       thin_ctl [OPTIONS] <META> status [--json]
+       thin_ctl --socket <PATH> <WORD>...";
 
 /// The text of the manual page.
 pub(crate) const PAGE: Page = Page {
@@ -92,6 +93,18 @@ pub(crate) const PAGE: Page = Page {
                  free_metadata_blocks, usable_metadata_blocks (without those kept back), \
                  free_data_blocks, exit_status. Programs should ignore members they do not know; \
                  later versions may add some.",
+            ],
+        ),
+        (
+            "RUNNING POOLS",
+            &[
+                "With --socket the words go to a pool that thin_serve runs with --control: the messages above, \
+                 also with message in front, as dmsetup has it; status or table, of the pool, or of the thin \
+                 device whose id follows; suspend; resume, with feature words if they change; resize, which \
+                 makes backing files larger to --data and --metadata blocks, and uses all of devices that have \
+                 grown; activate ID [BYTES [ORIGIN]] and deactivate ID; exported; stats; metrics; and events, \
+                 which prints what happens until it is interrupted. Lines are the kernel's, stats and \
+                 events are JSON, metrics are text for Prometheus.",
             ],
         ),
         (
@@ -189,11 +202,23 @@ impl Message {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The metadata device or image.
-    #[arg(value_name = "META")]
+    #[arg(
+        value_name = "META",
+        required_unless_present = "socket",
+        default_value = "-",
+        hide_default_value = true
+    )]
     input: PathBuf,
 
     /// What to do.
-    #[arg(value_name = "MESSAGE", value_enum, ignore_case = true)]
+    #[arg(
+        value_name = "MESSAGE",
+        value_enum,
+        ignore_case = true,
+        required_unless_present = "socket",
+        default_value = "status",
+        hide_default_value = true
+    )]
     message: Message,
 
     /// Device ids or transaction ids.
@@ -211,6 +236,10 @@ pub(crate) struct Args {
     /// For resize: how many blocks of 4 KiB the metadata shall have, if not all that the device has.
     #[arg(long, value_name = "BLOCKS")]
     metadata: Option<u64>,
+
+    /// Instead of metadata: the control socket of a pool that thin_serve runs, and what to ask of it.
+    #[arg(long, value_names = ["PATH", "WORD"], num_args = 2.., conflicts_with = "input")]
+    socket: Vec<String>,
 
     /// Print no progress and nothing about what was done; errors and the status are printed.
     #[arg(short, long)]
@@ -319,6 +348,9 @@ fn refused(change: Change, error: Error) -> anyhow::Error {
 
 /// Sends the message.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
+    if let [socket, words @ ..] = &args.socket[..] {
+        return ctl_socket::run(socket.as_ref(), words, (args.data, args.metadata));
+    }
     let change = match args.change() {
         Ok(change) => change,
         Err(wrong) => {

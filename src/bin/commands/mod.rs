@@ -3,6 +3,7 @@
 pub(crate) mod check;
 pub(crate) mod completions;
 pub(crate) mod ctl;
+mod ctl_socket;
 #[cfg(feature = "devtools")]
 pub(crate) mod devtools;
 pub(crate) mod dump;

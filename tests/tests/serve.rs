@@ -1,0 +1,747 @@
+//! `thin_serve`: pools on real files, as NBD clients, managers and whoever pulls the plug see them.
+
+mod client;
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::support::{BINARY, Finished, check, expand, folder, peer, program, thintools};
+use client::{Client, FUA, TRIM, WRITE};
+
+const BLOCK: usize = 65536;
+const ENOSPC: Option<u32> = Some(28);
+const EIO: Option<u32> = Some(5);
+const EINVAL: Option<u32> = Some(22);
+
+/// A pool in files of a folder, and the server that may run on it.
+struct Scene {
+    folder: TempDir,
+    server: Option<Child>,
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        if let Some(mut server) = self.server.take() {
+            server.kill().ok();
+            server.wait().ok();
+        }
+    }
+}
+
+impl Scene {
+    /// A new pool of so many data blocks and so many bytes of metadata, not served yet.
+    fn new(data_blocks: u64, metadata: u64) -> Self {
+        let folder = folder();
+        for (name, len) in [("meta", metadata), ("data", data_blocks * BLOCK as u64)] {
+            File::create(folder.path().join(name))
+                .expect("made")
+                .set_len(len)
+                .expect("long");
+        }
+        Self {
+            folder,
+            server: None,
+        }
+    }
+
+    /// The pool that the kernel made, with its data.
+    fn of_kernel() -> Self {
+        let folder = folder();
+        fs::write(folder.path().join("meta"), expand("seq-1thin/meta.img")).expect("written");
+        fs::write(folder.path().join("data"), expand("seq-1thin/data.img")).expect("written");
+        Self {
+            folder,
+            server: None,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn arguments(&self, more: &[&str]) -> Vec<std::ffi::OsString> {
+        let mut all = vec![
+            "thin_serve".into(),
+            "--metadata".into(),
+            self.path("meta").into(),
+        ];
+        all.extend(["--data".into(), self.path("data").into()]);
+        all.extend(more.iter().map(Into::into));
+        all
+    }
+
+    /// Serves it until [`stop`](Self::stop), once clients can connect.
+    fn serve(&mut self, more: &[&str]) {
+        let sockets = [
+            ("--nbd", format!("unix:{}", self.path("nbd").display())),
+            ("--control", self.path("control").display().to_string()),
+        ];
+        let mut command = Command::new(BINARY);
+        command.args(self.arguments(more)).args(["--ready-fd", "1"]);
+        command.args(sockets.iter().flat_map(|(option, value)| [*option, value]));
+        let mut server = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .expect("started");
+        let mut line = String::new();
+        BufReader::new(server.stdout.take().expect("piped"))
+            .read_line(&mut line)
+            .expect("read");
+        assert_eq!(line, "ready\n", "it ended before it was ready");
+        self.server = Some(server);
+    }
+
+    /// Runs it with a command line that ends by itself.
+    fn run(&self, more: &[&str]) -> Finished {
+        thintools(self.arguments(more)).run()
+    }
+
+    /// Pulls the plug.
+    fn kill(&mut self) {
+        let mut server = self.server.take().expect("it is served");
+        server.kill().expect("killed");
+        server.wait().expect("gone");
+    }
+
+    /// Stops it as a service manager does.
+    fn stop(&mut self) {
+        let mut server = self.server.take().expect("it is served");
+        program("kill", [server.id().to_string()]).run().expect(0);
+        let end = Instant::now() + Duration::from_secs(60);
+        let status = loop {
+            if let Some(status) = server.try_wait().expect("waiting works") {
+                break status;
+            }
+            assert!(Instant::now() < end, "it did not end");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        assert_eq!(status.code(), Some(0));
+        for name in ["nbd", "control"] {
+            assert!(!self.path(name).exists(), "{name} is left behind");
+        }
+        self.assert_sound();
+    }
+
+    /// Our check and Debian's find nothing wrong, not even a leak.
+    #[track_caller]
+    fn assert_sound(&self) {
+        check(&["-q"], &self.path("meta")).expect(0);
+        peer(
+            "thin_check",
+            &[OsStr::new("-q"), self.path("meta").as_os_str()],
+        )
+        .expect(0);
+    }
+
+    fn connect(&self, export: &str) -> Client {
+        Client::connect(&self.path("nbd"), export).expect("connected")
+    }
+
+    fn ctl(&self, words: &[&str]) -> Finished {
+        let mut all = vec![
+            "thin_ctl".into(),
+            "--socket".into(),
+            self.path("control").into_os_string(),
+        ];
+        all.extend(words.iter().map(Into::into));
+        thintools(all).run()
+    }
+
+    /// Sends something that must succeed; what is printed comes back.
+    #[track_caller]
+    fn asked(&self, words: &[&str]) -> String {
+        self.ctl(words)
+            .expect(0)
+            .out()
+            .trim_end_matches('\n')
+            .to_owned()
+    }
+}
+
+#[test]
+fn what_the_kernel_wrote_is_served_as_it_is() {
+    let mut scene = Scene::of_kernel();
+    let mut expected = expand("seq-1thin/data.img");
+    expected[900 * BLOCK..].fill(0);
+    let before = (
+        fs::read(scene.path("meta")).expect("read"),
+        fs::read(scene.path("data")).expect("read"),
+    );
+    let copy = format!("nbdcopy \"$uri\" {}", scene.path("copy").display());
+    scene
+        .run(&["--read-only", "--thin", "0:64m", "--run", &copy])
+        .expect(0);
+    assert!(fs::read(scene.path("copy")).expect("copied") == expected);
+    let after = (
+        fs::read(scene.path("meta")).expect("read"),
+        fs::read(scene.path("data")).expect("read"),
+    );
+    assert!(before == after, "something was written");
+    // Without a size it ends with the last mapped block, and it may be written.
+    scene.serve(&[]);
+    let mut client = scene.connect("");
+    assert_eq!(client.size, 900 * BLOCK as u64);
+    client
+        .write(5 * BLOCK as u64 + 512, &[0xee; 1024])
+        .expect("written");
+    client.flush().expect("flushed");
+    assert_eq!(
+        scene.asked(&["status"]),
+        "0 131072 thin-pool 0 62/512 900/1024 - rw discard_passdown error_if_no_space - 128"
+    );
+    assert_eq!(scene.asked(&["status", "0"]), "0 115200 thin 115200 115199");
+    drop(client);
+    scene.stop();
+    expected[5 * BLOCK + 512..][..1024].fill(0xee);
+    scene
+        .run(&["--thin", "0:64m", "--run", &copy.replace("/copy", "/copy2")])
+        .expect(0);
+    assert!(fs::read(scene.path("copy2")).expect("copied") == expected);
+}
+
+/// The clients that people have, against a model: they come to the same content.
+#[test]
+fn qemu_and_libnbd_find_what_they_wrote_after_a_restart() {
+    let scene = Scene::new(256, 1 << 20);
+    let write = "qemu-io -f raw -c 'write -P 0xaa 1M 1M' -c 'write -z -u 8M 1M' -c 'write -f -P 3 4M 64k' -c 'write -P 9 12M 300k' \
+                 -c 'write -z 12100k 100k' -c 'discard 1M 64k' -c flush \"$uri\"";
+    let created = scene
+        .run(&["--create", "--thin", "0:32m", "--run", write])
+        .expect(0);
+    assert!(!created.out().contains("failed"), "{}", created.out());
+    scene.assert_sound();
+    let read = "qemu-io -f raw -c 'read -P 0 0 1M' -c 'read -P 0 1M 64k' -c 'read -P 0xaa 1088k 960k' -c 'read -P 3 4M 64k' \
+                -c 'read -P 0 8M 1M' -c 'read -P 9 12388k 200k' -c 'read -P 0 12588k 1M' \"$uri\" | tee /dev/stderr | grep -q failed && exit 9; nbdinfo --size \"$uri\"";
+    let found = scene.run(&["--thin", "0:32m", "--run", read]).expect(0);
+    assert_eq!(found.out().trim(), "33554432", "{}", found.stderr);
+}
+
+#[test]
+fn random_requests_find_what_a_model_has_across_restarts_and_snapshots() {
+    let mut scene = Scene::new(512, 1 << 20);
+    let mut rng = SmallRng::seed_from_u64(7);
+    let len = 40 * BLOCK;
+    let mut models = vec![vec![0_u8; len]];
+    for round in 0..4 {
+        scene.serve(&["--create"]);
+        if round == 0 {
+            scene.asked(&["message", "create_thin", "0"]);
+        }
+        for id in 0..models.len() {
+            scene.asked(&["activate", &id.to_string(), &len.to_string()]);
+        }
+        let mut clients: Vec<Client> = (0..models.len())
+            .map(|id| scene.connect(&id.to_string()))
+            .collect();
+        for n in 0..400 {
+            let id = rng.random_range(0..models.len());
+            let at = rng.random_range(0..len - 1);
+            let size = rng.random_range(1..=(len - at).min(3 * BLOCK));
+            let (client, model) = (&mut clients[id], &mut models[id]);
+            match rng.random_range(0..10) {
+                0..4 => {
+                    let data = vec![rng.random_range(1..=255); size];
+                    client.write(at as u64, &data).expect("written");
+                    model[at..at + size].copy_from_slice(&data);
+                }
+                4 => {
+                    // WRITE_ZEROES, with every flag that there is.
+                    let flags = rng.random_range(0..2) | rng.random_range(0..2) << 1;
+                    client
+                        .ask(6, flags, at as u64, size as u32, &[])
+                        .expect("zeroed");
+                    model[at..at + size].fill(0);
+                }
+                5 if n % 4 == 0 => drop(client.flush().expect("flushed")),
+                6 => {
+                    let blocks = at.div_ceil(BLOCK)..(at + size) / BLOCK;
+                    client
+                        .ask(TRIM, 0, at as u64, size as u32, &[])
+                        .expect("trimmed");
+                    if blocks.start < blocks.end {
+                        model[blocks.start * BLOCK..blocks.end * BLOCK].fill(0);
+                    }
+                }
+                _ => {
+                    let found = client.read(at as u64, size).expect("read");
+                    assert!(
+                        found == model[at..at + size],
+                        "round {round}, request {n}, device {id}, {size} at {at}"
+                    );
+                }
+            }
+        }
+        if round < 3 {
+            // Of a device that is in use.
+            let (new, of) = (models.len(), rng.random_range(0..models.len()));
+            scene.asked(&["create_snap", &new.to_string(), &of.to_string()]);
+            models.push(models[of].clone());
+        }
+        drop(clients);
+        scene.stop();
+    }
+}
+
+/// What a flush, or a write with FUA, has acknowledged is there after a crash; the metadata is whole.
+#[test]
+fn after_kill_9_under_load_everything_flushed_is_there() {
+    let mut scene = Scene::new(2048, 2 << 20);
+    let mut rng = SmallRng::seed_from_u64(9);
+    const CHUNKS: usize = 4096;
+    // By chunk of 4 KiB: the last durable tag, and those that were written since.
+    let mut durable = vec![0_u8; CHUNKS];
+    let mut since: Vec<Vec<u8>> = vec![Vec::new(); CHUNKS];
+    for round in 0..6_u64 {
+        scene.serve(&["--create", "--thin", "0:16m", "--thin", "1:16m"]);
+        let mut client = scene.connect("0");
+        for (chunk, (was, may)) in durable.iter_mut().zip(&mut since).enumerate() {
+            let found = client.read(chunk as u64 * 4096, 4096).expect("read");
+            let is_known = found[0] == *was || may.contains(&found[0]);
+            assert!(
+                is_known,
+                "round {round}, chunk {chunk}: {} after {was} and {may:?}",
+                found[0]
+            );
+            assert!(found.iter().all(|byte| *byte == found[0]), "torn");
+            // What is there now may be lost, as long as it was not flushed.
+            may.retain(|tag| tag == &found[0]);
+            if found[0] != *was && may.is_empty() {
+                may.push(found[0]);
+            }
+        }
+        client.flush().expect("flushed");
+        for (chunk, (was, may)) in durable.iter_mut().zip(&mut since).enumerate() {
+            *was = client.read(chunk as u64 * 4096, 4096).expect("read")[0];
+            may.clear();
+        }
+        let stop = AtomicBool::new(false);
+        let patience = Duration::from_millis(rng.random_range(100..700));
+        let scene_ref = &mut scene;
+        let mut noise = scene_ref.connect("1");
+        std::thread::scope(|scope| {
+            let stop = &stop;
+            // Another device keeps transactions going.
+            scope.spawn(move || {
+                let mut rng = SmallRng::seed_from_u64(round);
+                while !stop.load(Ordering::Relaxed) {
+                    let at = rng.random_range(0..CHUNKS as u64) * 4096;
+                    let done = match rng.random_range(0..8) {
+                        0 => noise.ask(TRIM, 0, at, 1 << 17, &[]),
+                        1 => noise.flush(),
+                        _ => noise.write(at, &[1; 4096]),
+                    };
+                    if done.is_err() {
+                        return;
+                    }
+                }
+            });
+            scope.spawn(move || {
+                std::thread::sleep(patience);
+                scene_ref.kill();
+            });
+            loop {
+                let chunk = rng.random_range(0..CHUNKS);
+                let tag = rng.random_range(1..=255);
+                let flags = if rng.random_ratio(1, 8) { FUA } else { 0 };
+                since[chunk].push(tag);
+                match client.ask(WRITE, flags, chunk as u64 * 4096, 4096, &[tag; 4096]) {
+                    Err(None) => break,
+                    Ok(_) if flags == FUA => {
+                        durable[chunk] = tag;
+                        since[chunk].clear();
+                    }
+                    other => drop(other.expect("written")),
+                }
+                if rng.random_ratio(1, 20) {
+                    match client.flush() {
+                        Err(None) => break,
+                        other => drop(other.expect("flushed")),
+                    }
+                    for (was, may) in durable.iter_mut().zip(&mut since) {
+                        if let Some(last) = may.last() {
+                            *was = *last;
+                        }
+                        may.clear();
+                    }
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        // Blocks that no mapping got may be leaked by a crash of the kernel, never by this order of commits.
+        scene.assert_sound();
+    }
+}
+
+#[test]
+fn a_full_pool_fails_writes_and_goes_on_once_it_has_grown() {
+    let mut scene = Scene::new(4, 512 << 10);
+    scene.serve(&["--create", "--thin", "0:1g"]);
+    let mut client = scene.connect("0");
+    client.write(0, &vec![1; 4 * BLOCK]).expect("written");
+    assert_eq!(client.write(4 * BLOCK as u64, &[1; 512]), Err(ENOSPC));
+    client
+        .write(100, &[2; 512])
+        .expect("what is mapped can be written");
+    client.flush().expect("flushed");
+    assert!(
+        scene
+            .asked(&["status"])
+            .contains(" 4/4 - out_of_data_space "),
+        "{}",
+        scene.asked(&["status"])
+    );
+    scene.asked(&["resize", "--data", "6"]);
+    assert!(scene.asked(&["status"]).contains(" 4/6 - rw "));
+    client.write(4 * BLOCK as u64, &[1; 512]).expect("written");
+    assert_eq!(
+        fs::metadata(scene.path("data")).expect("there").len(),
+        6 * BLOCK as u64
+    );
+    let events = scene.asked(&["stats"]);
+    assert!(serde_json::from_str::<Value>(&events).expect("JSON")["events"].as_u64() >= Some(3));
+    drop(client);
+    scene.stop();
+}
+
+#[test]
+fn a_write_that_may_wait_gets_its_space() {
+    let mut scene = Scene::new(1, 512 << 10);
+    scene.serve(&["--create", "--thin", "0:1m", "--queue-when-full", "0"]);
+    let mut client = scene.connect("0");
+    client.write(0, &vec![1; BLOCK]).expect("written");
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| client.write(BLOCK as u64, &[2; 512]));
+        let end = Instant::now() + Duration::from_secs(60);
+        while !scene.asked(&["status"]).contains("out_of_data_space") {
+            assert!(Instant::now() < end, "it is never full");
+        }
+        assert!(!waiting.is_finished());
+        scene.asked(&["resize", "--data", "2"]);
+        waiting.join().expect("no panic").expect("written");
+    });
+    drop(client);
+    scene.stop();
+}
+
+#[test]
+fn full_metadata_grows_while_it_is_served() {
+    let mut scene = Scene::new(1 << 15, 64 << 10);
+    scene.serve(&["--create", "--thin", "0:2g"]);
+    let mut client = scene.connect("0");
+    let mut full = None;
+    for block in 0..20_000_u64 {
+        if let Err(error) = client.ask(WRITE, 0, block * BLOCK as u64, 512, &[7; 512]) {
+            full = Some((block, error));
+            break;
+        }
+    }
+    let (block, error) = full.expect("16 blocks of metadata are not enough");
+    assert_eq!(error, EIO);
+    assert!(scene.asked(&["status"]).contains(" ro "));
+    scene.asked(&["resize", "--metadata", "256"]);
+    assert!(scene.asked(&["status"]).contains("/256 "));
+    client
+        .ask(WRITE, FUA, block * BLOCK as u64, 512, &[7; 512])
+        .expect("written");
+    assert_eq!(client.read(0, 512).expect("read"), [7; 512]);
+    drop(client);
+    scene.stop();
+}
+
+#[test]
+fn files_grow_before_the_pool_is_full() {
+    let mut scene = Scene::new(8, 512 << 10);
+    scene.serve(&[
+        "--create",
+        "--thin",
+        "0:64m",
+        "--autoextend",
+        "50:100",
+        "--queue-when-full",
+        "0",
+    ]);
+    let mut client = scene.connect("0");
+    for block in 0..200 {
+        client
+            .write(block * BLOCK as u64, &[1; 512])
+            .expect("written");
+    }
+    drop(client);
+    scene.stop();
+    assert!(fs::metadata(scene.path("data")).expect("there").len() >= 200 * BLOCK as u64);
+}
+
+#[test]
+fn lost_data_is_an_error_and_nothing_else_is() {
+    let mut scene = Scene::of_kernel();
+    scene.serve(&["--thin", "0:64m"]);
+    // The device breaks off behind block 100.
+    File::options()
+        .write(true)
+        .open(scene.path("data"))
+        .expect("opened")
+        .set_len(100 * BLOCK as u64)
+        .expect("cut");
+    let mut client = scene.connect("0");
+    assert_eq!(client.read(100 * BLOCK as u64, 4096), Err(EIO));
+    assert!(client.read(99 * BLOCK as u64, BLOCK).is_ok());
+    assert_eq!(client.read(1 << 30, 512), Err(EINVAL));
+    assert_eq!(client.write((64 << 20) - 512, &[0; 1024]), Err(ENOSPC));
+    assert_eq!(client.ask(99, 0, 0, 512, &[]), Err(EINVAL));
+    assert!(client.read(0, 512).is_ok(), "the connection goes on");
+    drop(client);
+    scene.stop();
+    // A device that is too small is refused from then on, but for reading.
+    scene.run(&["--run", "true"]).expect(1).expect_stderr(&[
+        "100 blocks of 128 sectors, and the pool 1024",
+        "--read-only",
+    ]);
+    let first = "test $(nbdcopy \"$uri\" - 2>/dev/null | head -c 6553600 | wc -c) -gt 0";
+    scene.run(&["--read-only", "--run", first]).expect(0);
+}
+
+#[test]
+fn what_cannot_be_a_whole_pool_is_refused_with_what_to_do() {
+    let scene = Scene::of_kernel();
+    let (meta, data) = (scene.path("meta"), scene.path("data"));
+    let swapped = [
+        "thin_serve".as_ref(),
+        "--metadata".as_ref(),
+        data.as_os_str(),
+        "--data".as_ref(),
+        meta.as_os_str(),
+        "--run".as_ref(),
+        "true".as_ref(),
+    ];
+    thintools(swapped)
+        .run()
+        .expect(1)
+        .expect_stderr(&["wrong way round"]);
+    scene
+        .run(&[])
+        .expect(1)
+        .expect_stderr(&["nowhere to serve"]);
+    scene
+        .run(&["--thin", "7", "--run", "true"])
+        .expect(1)
+        .expect_stderr(&["no thin device 7", "--create"]);
+    scene
+        .run(&["--feature", "fast", "--run", "true"])
+        .expect(1)
+        .expect_stderr(&["\"fast\""]);
+    scene.run(&["--nbd", "unix"]).expect(2);
+    fs::write(&meta, expand("needs-check-set/meta.img")).expect("written");
+    scene
+        .run(&["--run", "true"])
+        .expect(1)
+        .expect_stderr(&["needs_check", "--clear-needs-check-flag"]);
+    let empty = Scene::new(4, 1 << 20);
+    empty
+        .run(&["--run", "true"])
+        .expect(5)
+        .expect_stderr(&["--create"]);
+    File::options()
+        .write(true)
+        .open(empty.path("meta"))
+        .expect("opened")
+        .write_at(b"x", 9)
+        .expect("written");
+    empty
+        .run(&["--create", "--run", "true"])
+        .expect(1)
+        .expect_stderr(&["not overwritten"]);
+}
+
+#[test]
+fn a_pool_has_one_user() {
+    let mut scene = Scene::of_kernel();
+    scene.serve(&[]);
+    scene
+        .run(&["--run", "true"])
+        .expect(1)
+        .expect_stderr(&["in use"]);
+    scene
+        .run(&["--read-only", "--run", "true"])
+        .expect(1)
+        .expect_stderr(&["in use"]);
+    thintools([
+        "thin_ctl".as_ref(),
+        scene.path("meta").as_os_str(),
+        "delete".as_ref(),
+        "0".as_ref(),
+    ])
+    .run()
+    .expect(1);
+    scene.stop();
+}
+
+#[test]
+fn the_status_of_the_command_that_was_run_is_its_own() {
+    let scene = Scene::of_kernel();
+    scene
+        .run(&["--run", "test -S \"$unixsocket\" && exit 7"])
+        .expect(7);
+    scene.run(&["--run", "kill -9 $$"]).expect(137);
+    scene.assert_sound();
+}
+
+#[test]
+fn libnbd_starts_the_server_itself() {
+    let scene = Scene::of_kernel();
+    let copy = scene.path("copy");
+    let mut command = program("nbdcopy", ["--", "[", BINARY]);
+    for argument in scene.arguments(&["--thin", "0"]) {
+        command = command.arg(argument);
+    }
+    command.arg("]").arg(&copy).run().expect(0);
+    assert!(fs::read(copy).expect("copied") == expand("seq-1thin/data.img")[..900 * BLOCK]);
+}
+
+#[test]
+fn the_service_manager_is_told_when_clients_can_connect() {
+    let mut scene = Scene::of_kernel();
+    let manager = UnixDatagram::bind(scene.path("notify")).expect("bound");
+    let mut command = Command::new(BINARY);
+    command.args(scene.arguments(&["--nbd", &format!("unix:{}", scene.path("nbd").display())]));
+    scene.server = Some(
+        command
+            .env("NOTIFY_SOCKET", scene.path("notify"))
+            .spawn()
+            .expect("started"),
+    );
+    manager
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .expect("set");
+    let mut told = [0; 64];
+    let len = manager.recv(&mut told).expect("told");
+    assert!(told[..len].starts_with(b"READY=1"));
+    assert_eq!(scene.connect("0").size, 900 * BLOCK as u64);
+    scene.stop();
+}
+
+#[test]
+fn managers_get_the_errors_of_the_kernel() {
+    let mut scene = Scene::new(64, 1 << 20);
+    scene.serve(&["--create", "--low-water", "63"]);
+    let refused = |words: &[&str], errno: &str| {
+        scene.ctl(words).expect(1).expect_stderr(&[errno]);
+    };
+    scene.asked(&["message", "create_thin", "0"]);
+    refused(&["message", "create_thin", "0"], "EEXIST");
+    refused(&["create_thin", "16777216"], "EINVAL");
+    refused(&["create-snap", "1", "5"], "ENODATA");
+    refused(&["delete", "5"], "ENODATA");
+    refused(&["set_transaction_id", "1", "2"], "EINVAL");
+    refused(&["release_metadata_snap"], "EINVAL");
+    scene.asked(&["set_transaction_id", "0", "5"]);
+    scene.asked(&["reserve_metadata_snap"]);
+    refused(&["reserve_metadata_snap"], "EBUSY");
+    scene.asked(&["release_metadata_snap"]);
+    scene.asked(&["create-snap", "1", "0"]);
+    refused(&["activate", "9"], "ENODATA");
+    refused(&["activate", "0", "100"], "EINVAL");
+    scene.asked(&["activate", "0", "1048576"]);
+    refused(&["activate", "0"], "EEXIST");
+    refused(&["delete", "0"], "EBUSY");
+    let mut client = scene.connect("0");
+    assert_eq!(client.size, 1 << 20);
+    refused(&["deactivate", "0"], "EBUSY");
+    let mut events = Command::new(BINARY);
+    events.args([
+        "thin_ctl".into(),
+        "--socket".into(),
+        scene.path("control").into_os_string(),
+        "events".into(),
+        "0".into(),
+    ]);
+    let mut events = events.stdout(Stdio::piped()).spawn().expect("started");
+    client.ask(WRITE, FUA, 0, 512, &[1; 512]).expect("written");
+    let mut line = String::new();
+    BufReader::new(events.stdout.take().expect("piped"))
+        .read_line(&mut line)
+        .expect("an event");
+    events.kill().expect("killed");
+    events.wait().expect("gone");
+    assert_eq!(
+        serde_json::from_str::<Value>(&line).expect("JSON")["event"],
+        "low_water"
+    );
+    assert!(scene.asked(&["status"]).contains(" thin-pool 5 "));
+    assert_eq!(scene.asked(&["status", "0"]), "0 2048 thin 128 127");
+    assert!(
+        scene.asked(&["table"]).contains(" thin-pool ")
+            && scene
+                .asked(&["table"])
+                .contains(" 128 63 1 error_if_no_space")
+    );
+    assert!(
+        scene
+            .asked(&["metrics"])
+            .contains("\nthin_pool_data_blocks_used 1\n")
+    );
+    assert_eq!(scene.asked(&["exported"]), "[0,1]");
+    // Writes are held back while it is suspended.
+    scene.asked(&["suspend"]);
+    refused(&["suspend"], "EINVAL");
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| client.write(0, &[2; 512]));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!waiting.is_finished());
+        scene.asked(&["resume"]);
+        waiting.join().expect("no panic").expect("written");
+    });
+    drop(client);
+    let end = Instant::now() + Duration::from_secs(60);
+    while scene.ctl(&["deactivate", "0"]).code != Some(0) {
+        assert!(Instant::now() < end, "clients have gone");
+    }
+    scene.asked(&["delete", "0"]);
+    assert_eq!(scene.asked(&["exported"]), "[1]");
+    scene.stop();
+}
+
+/// Requests that are none, and clients that hang up in the middle, do no harm.
+#[test]
+fn hostile_lines_on_the_control_socket_are_answered_with_errors() {
+    use std::io::Write;
+    let mut scene = Scene::of_kernel();
+    scene.serve(&[]);
+    let answer = |line: &[u8]| {
+        let mut stream =
+            std::os::unix::net::UnixStream::connect(scene.path("control")).expect("connected");
+        // Whoever is refused early hangs up.
+        let _ = stream.write_all(line);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let mut said = String::new();
+        let _ = stream.read_to_string(&mut said);
+        said
+    };
+    for line in [
+        &b"x\n"[..],
+        b"{}\n",
+        b"{\"command\":\"explode\"}\n",
+        b"{\"command\":\"status\",\"more\":1}\n",
+        b"\xff\n",
+        b"{\"command\":\"status\"",
+    ] {
+        assert!(answer(line).contains("EINVAL"), "{line:?}");
+    }
+    let deep = [vec![b'['; 60_000], vec![b'\n']].concat();
+    assert!(answer(&deep).contains("EINVAL"));
+    answer(&vec![b'x'; 200_000]);
+    assert!(scene.asked(&["status"]).contains("thin-pool"));
+    scene.stop();
+}
