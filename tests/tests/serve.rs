@@ -194,6 +194,8 @@ fn what_the_kernel_wrote_is_served_as_it_is() {
     scene.serve(&[]);
     let mut client = scene.connect("");
     assert_eq!(client.size, 900 * BLOCK as u64);
+    // Has flags; not read-only; flush, FUA, trim, zeroes, several connections.
+    assert_eq!(client.flags & 0b1_0110_1111, 0b1_0110_1101);
     client
         .write(5 * BLOCK as u64 + 512, &[0xee; 1024])
         .expect("written");

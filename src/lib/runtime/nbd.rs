@@ -1,4 +1,5 @@
-//! A plain NBD server: fixed newstyle, simple replies.
+//! A plain NBD server: fixed newstyle, simple replies. A connection has a thread that reads requests and carries out what is mapped, and
+//! one that sends the replies of what the worker had.
 
 use super::runtime::Runtime;
 use super::submitter::{Submitter, errno};
@@ -11,9 +12,16 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 
+/// Bytes that one request may read or write.
 const MOST_PAYLOAD: u32 = 32 << 20;
+/// Requests of one connection that are under way at once.
 const MOST_PENDING: usize = 256;
+/// Bytes that they may have, beside those of the last one.
+const MOST_BYTES: usize = 32 << 20;
+/// Connections at once.
+const MOST_CONNECTIONS: usize = 256;
 const REPLY_MAGIC: u32 = 0x6744_6698;
 
 /// A socket that clients connect to.
@@ -144,6 +152,9 @@ impl Server {
 fn begin(shared: &Arc<Shared>, stream: Stream) {
     let Ok(own) = stream.try_clone() else { return };
     let mut connections = shared.connections();
+    if connections.0.len() >= MOST_CONNECTIONS {
+        return;
+    }
     connections.1 += 1;
     let number = connections.1;
     connections.0.push((number, own));
@@ -271,10 +282,13 @@ fn serve(runtime: &Runtime, mut stream: Stream) -> io::Result<()> {
     }
 }
 
+/// Replies that wait to be sent, and requests that wait to be answered.
 #[derive(Default)]
 struct Out {
     bytes: Vec<u8>,
     pending: usize,
+    /// Bytes of data that the pending requests have or will have.
+    pending_bytes: usize,
     is_over: bool,
 }
 
@@ -282,6 +296,8 @@ struct Outbox {
     out: Mutex<Out>,
     changed: Condvar,
     stream: Mutex<Stream>,
+    /// The thread that reads requests; it sends what it answered itself before it waits for more.
+    reader: ThreadId,
 }
 
 impl Outbox {
@@ -289,7 +305,24 @@ impl Outbox {
         self.out.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn reply(&self, cookie: u64, done: std::result::Result<Vec<u8>, BioError>) {
+    /// Waits until one more request of `len` bytes may be under way.
+    fn begin(&self, len: usize) -> io::Result<()> {
+        let is_full = |out: &Out| {
+            out.pending > 0 && (out.pending >= MOST_PENDING || out.pending_bytes + len > MOST_BYTES)
+        };
+        let mut out = self.out();
+        if is_full(&out) || out.bytes.len() > MOST_BYTES {
+            drop(out);
+            self.write()?;
+            let waited = self.changed.wait_while(self.out(), |out| is_full(out));
+            out = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        out.pending += 1;
+        out.pending_bytes += len;
+        Ok(())
+    }
+
+    fn reply(&self, cookie: u64, len: usize, done: std::result::Result<Vec<u8>, BioError>) {
         let mut out = self.out();
         let error = done
             .as_ref()
@@ -300,8 +333,11 @@ impl Outbox {
         out.bytes.extend(cookie.to_be_bytes());
         out.bytes.extend(done.unwrap_or_default());
         out.pending -= 1;
+        out.pending_bytes -= len;
         drop(out);
-        self.changed.notify_all();
+        if std::thread::current().id() != self.reader {
+            self.changed.notify_all();
+        }
     }
 
     fn write(&self) -> io::Result<()> {
@@ -339,6 +375,7 @@ fn transmit(
         out: Mutex::default(),
         changed: Condvar::new(),
         stream: Mutex::new(stream),
+        reader: std::thread::current().id(),
     });
     std::thread::scope(|scope| {
         scope.spawn(|| outbox.be_writer());
@@ -389,11 +426,11 @@ fn requests(
             data = vec![0; len as usize];
             reader.read_exact(&mut data)?;
         }
-        let out = outbox.out();
-        let room = outbox.changed.wait_while(out, |out| {
-            out.pending >= MOST_PENDING && out.bytes.is_empty()
-        });
-        room.unwrap_or_else(PoisonError::into_inner).pending += 1;
+        let held = match kind {
+            0 | 1 => len.min(u64::from(MOST_PAYLOAD)) as usize,
+            _ => 0,
+        };
+        outbox.begin(held)?;
         let export = submitter.thin();
         let is_within = offset
             .checked_add(len)
@@ -408,7 +445,7 @@ fn requests(
         };
         let told = {
             let outbox = Arc::clone(outbox);
-            Box::new(move |done| outbox.reply(cookie, done))
+            Box::new(move |done| outbox.reply(cookie, held, done))
         };
         match (kind, refused) {
             (_, Some(error)) => told(Err(error)),

@@ -316,9 +316,7 @@ pub(super) fn errno(error: BioError) -> rustix::io::Errno {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::observer::Silent;
     use crate::runtime::{Activation, Options, Runtime};
-    use crate::tools::check::{CheckOptions, check};
     use crate::units::ThinId;
     use std::fs::File;
     use std::sync::mpsc;
@@ -361,25 +359,15 @@ mod tests {
             Submitter::new(self.runtime.export(ThinId(id)).unwrap())
         }
 
-        /// Stops the pool, has the metadata checked, and starts it again.
+        /// Stops the pool, and starts it again.
         fn restart(self) -> Self {
             let Self { folder, runtime } = self;
             runtime.stop().unwrap();
             assert_eq!(Arc::strong_count(&runtime), 1, "somebody still has it");
             drop(runtime);
-            let engine = open_metadata(&folder);
-            let report = check(&*engine, &CheckOptions::default(), &Silent)
-                .unwrap()
-                .report;
-            assert!(report.damages.is_empty(), "{:?}", report.damages);
-            drop(engine);
             let runtime = Arc::new(Runtime::open(&options(&folder)).unwrap());
             Self { folder, runtime }
         }
-    }
-
-    fn open_metadata(folder: &tempfile::TempDir) -> Box<dyn crate::io::BlockEngine> {
-        crate::io::open_read(&folder.path().join("meta"), crate::io::Access::Exclusive).unwrap()
     }
 
     fn wait(ask: impl FnOnce(Told)) -> Result<Vec<u8>, BioError> {
