@@ -123,7 +123,12 @@ mod tests {
         assert_eq!(control("phase-end 1").unwrap(), Control::Mark("1".into()));
         assert!(matches!(control("delete 7"), Ok(Control::Message(_))));
         assert!(matches!(control("hello world"), Ok(Control::Unknown(_))));
-        for bad in ["activate 252:2 x 1 0", "activate 252:2 1", "resize", "phase-end"] {
+        for bad in [
+            "activate 252:2 x 1 0",
+            "activate 252:2 1",
+            "resize",
+            "phase-end",
+        ] {
             assert!(control(bad).is_err(), "{bad}");
         }
     }

@@ -16,7 +16,7 @@ pub use counts::{InputCounts, Latencies, WorkCounts};
 pub use device::DeviceModel;
 pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
 pub use expect::{
-    Difference, METADATA_TOLERANCE, MappedRun, Mappings, compare_mappings, compare_status,
+    Compared, Difference, METADATA_TOLERANCE, MappedRun, Mappings, compare_mappings, compare_status,
 };
 pub use player::{Mark, PlayOptions, Player, Sample};
 pub use prefill::{Prefill, Prefilled};

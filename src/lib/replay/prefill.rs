@@ -323,7 +323,9 @@ mod tests {
                 .into_iter()
                 .flat_map(|(from, to)| from..to)
                 .collect();
-            let expected: Vec<u64> = (begin..begin + len).filter(|b| !plain.contains(b)).collect();
+            let expected: Vec<u64> = (begin..begin + len)
+                .filter(|b| !plain.contains(b))
+                .collect();
             assert_eq!(missing, expected);
             if draw(&mut seed) < 16 {
                 blocks.insert(begin, begin + len);

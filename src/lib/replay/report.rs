@@ -2,7 +2,9 @@
 
 use super::counts::{InputCounts, Latencies, WorkCounts};
 use super::event::TraceNotes;
+use super::expect::Compared;
 use super::player::{Mark, PlayOptions, Player, Sample};
+use super::prefill::Prefilled;
 use crate::pdata::txn::LookupCounts;
 use crate::pool::{MapCounts, Reason};
 use crate::thin::PoolMetadata;
@@ -25,6 +27,8 @@ pub struct Report {
     pub verdicts: Vec<String>,
     /// How the pool was set up.
     pub setup: Setup,
+    /// What was mapped before the trace began, which is no work of the trace; none unless that was asked for.
+    pub prefilled: Option<Prefilled>,
     /// What was read.
     pub trace: TraceNotes,
     /// Of how many nanoseconds, by the trace.
@@ -47,6 +51,8 @@ pub struct Report {
     pub timeline: Vec<Sample>,
     /// How things were at the marks.
     pub marks: Vec<Mark>,
+    /// What came of comparing with the kernel at the marks; none unless that was asked for.
+    pub expected: Option<Compared>,
     /// What the pool reported: nanoseconds of virtual time, and what.
     pub notices: Vec<(u64, String)>,
 }
@@ -166,6 +172,7 @@ impl Report {
                 cpus: options.cpus,
                 device: options.device,
             },
+            prefilled: None,
             trace: trace.clone(),
             trace_ns: player.now().as_nanos() as u64,
             input: player.input().clone(),
@@ -191,6 +198,7 @@ impl Report {
             ]),
             timeline: player.timeline().to_vec(),
             marks: player.marks().to_vec(),
+            expected: None,
             notices: player
                 .notices()
                 .iter()
@@ -357,6 +365,13 @@ impl fmt::Display for Report {
             self.setup.clock,
             seconds(self.trace_ns)
         )?;
+        if let Some(prefilled) = &self.prefilled {
+            writeln!(
+                f,
+                "prefill   {} blocks of {} thin devices were mapped before the trace began, since it reads them before it writes them",
+                prefilled.blocks, prefilled.devices
+            )?;
+        }
         writeln!(
             f,
             "trace     {} events, {} other records, {} lost, {} malformed, {} back in time{}",
@@ -442,6 +457,9 @@ impl fmt::Display for Report {
             for (device, status) in &mark.thins {
                 writeln!(f, "            {device}: {status}")?;
             }
+        }
+        if let Some(expected) = &self.expected {
+            expected.fmt(f)?;
         }
         for (at, notice) in &self.notices {
             writeln!(f, "notice    {}: {notice}", seconds(*at))?;

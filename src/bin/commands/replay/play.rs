@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +13,8 @@ use thintools::observer::Silent;
 use thintools::pdata::txn::LockScheme;
 use thintools::pool::{Features, PoolTable, Settings};
 use thintools::replay::{
-    DeviceModel, Format, PlayOptions, Player, Report, SnapshotSchedule, open, play, side_events,
+    ControlEvent, DeviceModel, Format, PlayOptions, Player, Prefill, Prefilled, Report,
+    SnapshotSchedule, open, play, side_events,
 };
 use thintools::thin::{PoolMetadata, Superblock};
 use thintools::tools::check::{CheckOptions, Severity, check};
@@ -20,6 +22,7 @@ use thintools::tools::event::Source;
 use thintools::tools::{MetadataSource, Selection, TextSink, Trees, text};
 use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MAX_THIN_ID, MetadataBlock, ThinId};
 
+use super::expect;
 use crate::exit::Exit;
 use crate::output;
 use crate::session::Session;
@@ -44,6 +47,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["block_size", "metadata_size"])]
     metadata: Option<PathBuf>,
 
+    /// Begin with a new pool, as without --metadata.
+    #[arg(long, conflicts_with = "metadata")]
+    create: bool,
+
     /// Size of a data block of a new pool.
     #[arg(long, value_name = "SIZE", default_value = "64k", value_parser = sectors)]
     block_size: u64,
@@ -56,6 +63,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", default_value = "128m", value_parser = sectors)]
     metadata_size: u64,
 
+    /// Free data blocks at which the pool reports that it is low.
+    #[arg(long, value_name = "BLOCKS", default_value_t = 0)]
+    low_water: u64,
+
     /// A feature of the pool, by the kernel's word; may be repeated.
     #[arg(long, value_name = "WORD")]
     feature: Vec<String>,
@@ -64,6 +75,11 @@ pub(crate) struct Args {
     /// the trace becomes one, in order, unless control events say what they are.
     #[arg(long, value_name = "DEV=ID[:SIZE]", value_parser = mapping)]
     map: Vec<(String, ThinId, Option<u64>)>,
+
+    /// Which blocks are mapped before the trace begins: none, or read-before-write, those that it reads before it writes them. For that
+    /// the trace is read twice.
+    #[arg(long, value_name = "BLOCKS", value_enum, default_value_t)]
+    prefill: Fill,
 
     /// Largest read or write that the thin device gets at once.
     #[arg(long, value_name = "SECTORS", value_parser = clap::value_parser!(u64).range(1..))]
@@ -103,6 +119,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR")]
     dump_at_marks: Option<PathBuf>,
 
+    #[command(flatten)]
+    expect: expect::Args,
+
     /// Write the report as JSON to this file, which must not exist; - is standard output.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -110,6 +129,16 @@ pub(crate) struct Args {
     /// Print no progress and no warnings; errors and the report are printed.
     #[arg(short, long)]
     quiet: bool,
+}
+
+/// What is mapped before a trace begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Fill {
+    /// Nothing.
+    #[default]
+    None,
+    /// What the trace reads before it writes it.
+    ReadBeforeWrite,
 }
 
 /// A number with a letter for what it is multiplied by.
@@ -215,7 +244,7 @@ impl Args {
             metadata_device: "metadata".into(),
             data_device: "data".into(),
             block_sectors,
-            low_water_blocks: 0,
+            low_water_blocks: self.low_water,
             features: self.features()?,
         };
         let devices = self.map.iter().cloned();
@@ -234,6 +263,46 @@ impl Args {
             devices: devices.map(|(name, id, size)| (name, (id, size))).collect(),
             makes_devices: self.map.is_empty() && self.events.is_none(),
         })
+    }
+}
+
+impl Args {
+    /// Maps what is to be mapped before the trace begins.
+    fn prefill(
+        &self,
+        (format, beside): (Option<Format>, &[ControlEvent]),
+        metadata: &mut PoolMetadata,
+        options: &mut PlayOptions,
+        session: &Session,
+    ) -> anyhow::Result<Option<Prefilled>> {
+        if self.prefill == Fill::None {
+            return Ok(None);
+        }
+        for path in &self.traces {
+            let kind = fs::metadata(path).map(|m| m.file_type());
+            let is_stream =
+                |kind: fs::FileType| kind.is_fifo() || kind.is_char_device() || kind.is_socket();
+            if path.as_os_str() == "-" || kind.is_ok_and(is_stream) {
+                bail!(
+                    "{} cannot be read twice, as --prefill has to; write the trace to a file and give that",
+                    path.display()
+                );
+            }
+        }
+        let (_, mut reader) = open(&self.traces, format, self.lenient)?;
+        let prefill = Prefill::of(
+            &mut *reader,
+            beside.to_vec(),
+            metadata,
+            &options.devices,
+            options.makes_devices,
+            session,
+        )?;
+        let named = prefill.named().iter();
+        options
+            .devices
+            .extend(named.map(|(name, &id)| (name.clone(), (id, None))));
+        Ok(Some(prefill.apply(metadata)?))
     }
 }
 
@@ -306,9 +375,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         }
         output::stdout_line(text.trim_end())?;
     }
+    let is_unexpected = |r: &Report| r.expected.as_ref().is_some_and(|e| e.differences > 0);
     Ok(match reports.iter().all(|r| r.is_complete) {
-        true => Exit::Ok,
         false => Exit::Interrupted,
+        true if reports.iter().any(is_unexpected) => Exit::Unexpected,
+        true => Exit::Ok,
     })
 }
 
@@ -341,9 +412,9 @@ fn replay(args: &Args, scheme: LockScheme, session: &Session) -> anyhow::Result<
         "auto" => None,
         name => Some(name.parse::<Format>()?),
     };
-    let (format, mut reader) = open(&args.traces, format, args.lenient)?;
-    if args.format == "auto" {
-        session.say(&format!("{}: {}", format, format.evidence()));
+    let (found, mut reader) = open(&args.traces, format.clone(), args.lenient)?;
+    if format.is_none() {
+        session.say(&format!("{}: {}", found, found.evidence()));
     }
     let beside = match &args.events {
         Some(path) => {
@@ -352,8 +423,9 @@ fn replay(args: &Args, scheme: LockScheme, session: &Session) -> anyhow::Result<
         }
         None => Vec::new(),
     };
-    let (engine, metadata) = args.start()?;
-    let options = args.options(&metadata, scheme)?;
+    let (engine, mut metadata) = args.start()?;
+    let mut options = args.options(&metadata, scheme)?;
+    let prefilled = args.prefill((format, &beside), &mut metadata, &mut options, session)?;
     let mut player = Player::new(metadata, options.clone())?;
     player.make_mapped_devices()?;
     let schedule = args.snap_every.map(|every| SnapshotSchedule {
@@ -361,11 +433,18 @@ fn replay(args: &Args, scheme: LockScheme, session: &Session) -> anyhow::Result<
         keep: args.snap_keep,
     });
     let mut marks = 0;
+    let mut expectations = args.expect.expectations()?;
     let mut at_control = |player: &Player| {
-        let (Some(folder), Some(mark)) = (&args.dump_at_marks, player.marks().get(marks)) else {
+        let Some(mark) = player.marks().get(marks) else {
             return Ok(());
         };
         marks += 1;
+        if let Some(expectations) = &mut expectations {
+            expectations.at_mark(player, mark, session)?;
+        }
+        let Some(folder) = &args.dump_at_marks else {
+            return Ok(());
+        };
         dump(
             &*engine,
             &folder.join(format!("{}.xml", file_name(&mark.name))),
@@ -387,7 +466,9 @@ fn replay(args: &Args, scheme: LockScheme, session: &Session) -> anyhow::Result<
             ));
         }
     }
-    let report = Report::new(&player, &options, reader.notes(), is_complete)?;
+    let mut report = Report::new(&player, &options, reader.notes(), is_complete)?;
+    report.prefilled = prefilled;
+    report.expected = expectations.map(expect::Expectations::end);
     drop(player);
     judge(&*engine)?;
     if let Some(path) = &args.output {
@@ -397,7 +478,7 @@ fn replay(args: &Args, scheme: LockScheme, session: &Session) -> anyhow::Result<
 }
 
 /// A name of a mark as that of a file.
-fn file_name(mark: &str) -> String {
+pub(super) fn file_name(mark: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     let plain = mark.chars().map(|c| if is_plain(c) { c } else { '_' });
     plain.collect()
