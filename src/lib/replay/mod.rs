@@ -19,7 +19,7 @@ pub use counts::{ByReason, InputCounts, Moments, WorkCounts};
 pub use device::DeviceModel;
 pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
 pub use expect::{
-    Difference, METADATA_TOLERANCE, MappedRun, Mappings, compare_mappings, compare_status,
+    Compared, Difference, METADATA_TOLERANCE, MappedRun, Mappings, compare_mappings, compare_status,
 };
 pub use fan::{Fan, Share};
 pub use heat::HeatMap;

@@ -115,6 +115,10 @@ impl Active {
 /// A request of the trace, whose bios have not all ended.
 #[derive(Debug)]
 struct Request {
+    /// Number of the open device.
+    thin: u32,
+    sector: u64,
+    sectors: u64,
     submitted: Duration,
     left: u32,
     /// The write that its flush is in front of.
@@ -396,6 +400,9 @@ impl Player {
             return Ok(());
         };
         self.heat.record(&io);
+        if io.op == TraceOp::Discard {
+            self.let_end(&thin, &io)?;
+        }
         let is_flush = io.op == TraceOp::Flush || io.is_preflush;
         if !is_flush {
             self.submit(&thin, io, self.now, None);
@@ -408,6 +415,9 @@ impl Player {
             ..io
         });
         let request = self.begin(Request {
+            thin: thin.number(),
+            sector: io.sector,
+            sectors: io.sectors,
             submitted: self.now,
             left: 1,
             then,
@@ -416,6 +426,33 @@ impl Player {
         });
         self.map(&thin, Bio::flush(request), io.cpu);
         Ok(())
+    }
+
+    /// Lets requests end that a discard overlaps. Whoever discards blocks has nothing under way there, but the modelled device may be
+    /// slower than the one of the trace; and a block that somebody works on is not discarded.
+    fn let_end(&mut self, thin: &Thin, io: &TraceIo) -> Result<()> {
+        let end = io.sector.saturating_add(io.sectors);
+        for _ in 0..MOST_ROUNDS {
+            let overlaps = |request: &Request| {
+                request.thin == thin.number()
+                    && request.sector < end
+                    && io.sector < request.sector.saturating_add(request.sectors)
+            };
+            if !self.requests.0.iter().flatten().any(overlaps) {
+                return Ok(());
+            }
+            // What waits for space has no end.
+            let Some(next) = self.next_end() else {
+                return Ok(());
+            };
+            self.happen(next, Some(next));
+        }
+        Err(self.restless())
+    }
+
+    fn restless(&self) -> Error {
+        let message = format!("the pool did not come to rest: {:?}", self.worker);
+        Error::new(ErrorKind::Io, message)
     }
 
     /// Notes how much is in use, if it is time to.
@@ -595,15 +632,9 @@ impl Player {
         if op == Op::Discard {
             self.input.count_discard(&io, size);
         }
-        let max = self.options.max_sectors.filter(|_| op != Op::Discard);
-        let max = max.unwrap_or(u64::MAX).max(1);
         let mut bios = std::mem::take(&mut self.parts);
-        let (mut at, end) = (io.sector, io.sector + io.sectors);
-        while at < end {
-            let part = max.min(end - at);
-            bios.extend(pieces(op, at, part, size));
-            at += part;
-        }
+        let max = self.options.max_sectors;
+        bios.extend(pieces(op, io.sector, io.sectors, size, max));
         self.input.map_calls += match op {
             Op::Discard => 1,
             _ => bios.len() as u64,
@@ -614,6 +645,9 @@ impl Player {
             return;
         }
         let request = self.begin(Request {
+            thin: thin.number(),
+            sector: io.sector,
+            sectors: io.sectors,
             submitted,
             left,
             then: None,
@@ -909,10 +943,7 @@ impl Player {
             };
             self.happen(end, Some(end));
         }
-        Err(Error::new(
-            ErrorKind::Io,
-            format!("the pool did not come to rest: {:?}", self.worker),
-        ))
+        Err(self.restless())
     }
 
     /// Sends the worker something that is answered, and lets everything end.

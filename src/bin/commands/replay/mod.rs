@@ -2,6 +2,7 @@
 
 mod compare;
 mod dry_run;
+mod expect;
 mod merge_reports;
 mod outputs;
 mod play;
@@ -34,9 +35,15 @@ pub(crate) const PAGE: Page = Page {
         "Control events change the pool on the way. They are messages in a blktrace that begin \
          with ctl, or lines of the file of --events, with a time in seconds in front: create_thin \
          ID, create_snap ID ORIGIN, delete ID, set_transaction_id OLD NEW, reserve_metadata_snap, \
-         release_metadata_snap, activate MAJ:MIN ID SECTORS ORIGIN_SECTORS, deactivate MAJ:MIN, \
+         release_metadata_snap, activate MAJ:MIN ID SECTORS [ORIGIN_SECTORS], deactivate MAJ:MIN, \
          resize SECTORS, suspend, resume, and phase-end NAME, a mark at which the report has the \
-         kernel's status lines. What is not known is counted.",
+         kernel's status lines. A device may be activated before the message that makes it. What \
+         is not known is counted and told, and so is what the pool refuses.",
+        "A thin device of the kernel cuts reads and writes at its block boundaries and at its \
+         max_sectors: a request that is cut does not fill a block, which then is zeroed or copied. \
+         --max-sectors is twice what /sys/block/dm-N/queue/max_sectors_kb says of the thin device. \
+         Where a block is larger than the data device's max_sectors, the kernel makes it a power \
+         of 2 that divides the block.",
         "Without --metadata the pool is a new one in memory. Metadata that is given is read into \
          memory, as much as it takes, and the file is never changed.",
     ],

@@ -11,8 +11,8 @@ use thintools::observer::Silent;
 use thintools::pdata::txn::LockScheme;
 use thintools::pool::{Features, PoolTable, Settings};
 use thintools::replay::{
-    DeviceModel, Fan, PlayOptions, Player, Report, SnapshotSchedule, TraceReader, bytes, play,
-    seconds, side_events, ways as table_of_ways,
+    ControlEvent, DeviceModel, Fan, PlayOptions, Player, Prefill, Prefilled, Report,
+    SnapshotSchedule, TraceReader, bytes, play, seconds, side_events, ways as table_of_ways,
 };
 use thintools::thin::{PoolMetadata, Superblock};
 use thintools::tools::check::{CheckOptions, Severity, check};
@@ -21,6 +21,7 @@ use thintools::tools::{MetadataSource, Selection, TextSink, Trees, text};
 use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MAX_THIN_ID, MetadataBlock, ThinId};
 
 use super::dry_run;
+use super::expect;
 use super::outputs::{Outputs, refuse_existing};
 use super::trace::TraceArgs;
 use crate::exit::Exit;
@@ -40,6 +41,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["block_size", "metadata_size"])]
     metadata: Option<PathBuf>,
 
+    /// Begin with a new pool, as without --metadata.
+    #[arg(long, conflicts_with = "metadata")]
+    create: bool,
+
     /// Size of a data block of a new pool. With commas several: each is tried.
     #[arg(long, value_name = "SIZES", default_value = "64k", value_parser = sectors, value_delimiter = ',')]
     block_size: Vec<u64>,
@@ -56,6 +61,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", default_value = "128m", value_parser = sectors)]
     metadata_size: u64,
 
+    /// Free data blocks at which the pool reports that it is low.
+    #[arg(long, value_name = "BLOCKS", default_value_t = 0)]
+    low_water: u64,
+
     /// A feature of the pool, by the kernel's word; may be repeated.
     #[arg(long, value_name = "WORD")]
     feature: Vec<String>,
@@ -64,6 +73,11 @@ pub(crate) struct Args {
     /// the trace becomes one, in order, unless control events say what they are.
     #[arg(long, value_name = "DEV=ID[:SIZE]", value_parser = mapping)]
     map: Vec<(String, ThinId, Option<u64>)>,
+
+    /// Which blocks are mapped before the trace begins: none, or read-before-write, those that it reads before it writes them. For that
+    /// the trace is read twice.
+    #[arg(long, value_name = "BLOCKS", value_enum, default_value_t)]
+    prefill: Fill,
 
     /// Largest read or write that the thin device gets at once.
     #[arg(long, value_name = "SECTORS", value_parser = clap::value_parser!(u64).range(1..))]
@@ -103,9 +117,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR")]
     dump_at_marks: Option<PathBuf>,
 
-    /// Free data at which the pool is called low; the kernel raises an event then.
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = sectors)]
-    low_water: u64,
+    #[command(flatten)]
+    expect: expect::Args,
 
     #[command(flatten)]
     outputs: Outputs,
@@ -113,6 +126,16 @@ pub(crate) struct Args {
     /// Print no progress and no warnings; errors and the report are printed.
     #[arg(short, long)]
     quiet: bool,
+}
+
+/// What is mapped before a trace begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Fill {
+    /// Nothing.
+    #[default]
+    None,
+    /// What the trace reads before it writes it.
+    ReadBeforeWrite,
 }
 
 /// A number with a letter for what it is multiplied by.
@@ -288,7 +311,7 @@ impl Args {
             metadata_device: "metadata".into(),
             data_device: "data".into(),
             block_sectors,
-            low_water_blocks: self.low_water / u64::from(block_sectors),
+            low_water_blocks: self.low_water,
             features: self.features()?,
         };
         let devices = self.map.iter().cloned();
@@ -318,6 +341,35 @@ impl Way {
             None => engine.nr_blocks().saturating_mul(BLOCK_SIZE as u64 + 16),
         };
         usize::try_from(bytes).unwrap_or(usize::MAX)
+    }
+}
+
+impl Args {
+    /// Maps what is to be mapped before the trace begins.
+    fn prefill(
+        &self,
+        beside: &[ControlEvent],
+        metadata: &mut PoolMetadata,
+        options: &mut PlayOptions,
+        session: &Session,
+    ) -> anyhow::Result<Option<Prefilled>> {
+        if self.prefill == Fill::None {
+            return Ok(None);
+        }
+        let mut reader = self.trace.open_again()?;
+        let prefill = Prefill::of(
+            &mut *reader,
+            beside.to_vec(),
+            metadata,
+            &options.devices,
+            options.makes_devices,
+            session,
+        )?;
+        let named = prefill.named().iter();
+        options
+            .devices
+            .extend(named.map(|(name, &id)| (name.clone(), (id, None))));
+        Ok(Some(prefill.apply(metadata)?))
     }
 }
 
@@ -389,9 +441,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         }
     };
     args.outputs.write(&reports, &text)?;
+    let is_unexpected = |r: &Report| r.expected.as_ref().is_some_and(|e| e.differences > 0);
     Ok(match reports.iter().all(|r| r.is_complete) {
-        true => Exit::Ok,
         false => Exit::Interrupted,
+        true if reports.iter().any(is_unexpected) => Exit::Unexpected,
+        true => Exit::Ok,
     })
 }
 
@@ -463,16 +517,24 @@ fn replay(
         }
         None => Vec::new(),
     };
-    let (engine, metadata) = args.start(way)?;
-    let options = args.options(&metadata, way.scheme)?;
+    let (engine, mut metadata) = args.start(way)?;
+    let mut options = args.options(&metadata, way.scheme)?;
+    let prefilled = args.prefill(&beside, &mut metadata, &mut options, session)?;
     let mut player = Player::new(metadata, options.clone())?;
     player.make_mapped_devices()?;
     let mut marks = 0;
+    let mut expectations = args.expect.expectations()?;
     let mut at_control = |player: &Player| {
-        let (Some(folder), Some(mark)) = (&args.dump_at_marks, player.marks().get(marks)) else {
+        let Some(mark) = player.marks().get(marks) else {
             return Ok(());
         };
         marks += 1;
+        if let Some(expectations) = &mut expectations {
+            expectations.at_mark(player, mark, session)?;
+        }
+        let Some(folder) = &args.dump_at_marks else {
+            return Ok(());
+        };
         dump(
             &*engine,
             &folder.join(format!("{}.xml", file_name(&mark.name))),
@@ -487,6 +549,8 @@ fn replay(
         session,
     )?;
     let mut report = Report::new(&player, &options, reader.notes(), is_complete)?;
+    report.prefilled = prefilled;
+    report.expected = expectations.map(expect::Expectations::end);
     drop(player);
     let snapshots = way.snapshots.map(|s| (s.every.as_secs(), s.keep as u64));
     report.setup.snapshots = snapshots;
@@ -502,7 +566,7 @@ fn replay(
 }
 
 /// A name of a mark as that of a file.
-fn file_name(mark: &str) -> String {
+pub(super) fn file_name(mark: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     let plain = mark.chars().map(|c| if is_plain(c) { c } else { '_' });
     plain.collect()

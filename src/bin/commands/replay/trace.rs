@@ -1,8 +1,11 @@
 //! The trace that the command line names, and which part of it.
 
+use std::fs::{self, FileType};
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::bail;
 use thintools::replay::{Format, TraceOp, TraceReader, Window, open};
 
 use super::play::time;
@@ -51,17 +54,37 @@ pub(super) struct TraceArgs {
 }
 
 impl TraceArgs {
+    /// Opens it for another reading.
+    pub(super) fn open_again(&self) -> anyhow::Result<Box<dyn TraceReader>> {
+        for path in &self.traces {
+            let kind = fs::metadata(path).map(|m| m.file_type());
+            let is_stream =
+                |kind: FileType| kind.is_fifo() || kind.is_char_device() || kind.is_socket();
+            if path.as_os_str() == "-" || kind.is_ok_and(is_stream) {
+                bail!(
+                    "{} cannot be read twice, as --prefill has to; write the trace to a file and give that",
+                    path.display()
+                );
+            }
+        }
+        Ok(self.open_part()?.1)
+    }
+
     /// Opens it, and says what it was recognised as.
     pub(super) fn open(&self, session: &Session) -> anyhow::Result<(Format, Box<dyn TraceReader>)> {
+        let (format, reader) = self.open_part()?;
+        if self.format == "auto" {
+            session.say(&format!("{format}: {}", format.evidence()));
+        }
+        Ok((format, reader))
+    }
+
+    fn open_part(&self) -> anyhow::Result<(Format, Box<dyn TraceReader>)> {
         let format = match self.format.as_str() {
             "auto" => None,
             name => Some(name.parse::<Format>()?),
         };
-        let is_told = format.is_none();
         let (format, reader) = open(&self.traces, format, self.lenient)?;
-        if is_told {
-            session.say(&format!("{format}: {}", format.evidence()));
-        }
         let without = match &self.only {
             Some(only) => {
                 let all = TraceOp::ALL.into_iter();

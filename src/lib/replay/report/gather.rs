@@ -99,6 +99,8 @@ impl Report {
             timeline: player.timeline().to_vec(),
             heat: player.heat().clone(),
             marks: player.marks().to_vec(),
+            expected: None,
+            prefilled: None,
             notices: notices.collect(),
         };
         report.judge();

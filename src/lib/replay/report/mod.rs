@@ -15,9 +15,11 @@ mod verdicts;
 use super::counts::{ByReason, InputCounts, WorkCounts};
 use super::device::DeviceModel;
 use super::event::TraceNotes;
+use super::expect::Compared;
 use super::heat::HeatMap;
 use super::latencies::Latencies;
 use super::player::{Mark, Sample};
+use super::prefill::Prefilled;
 use crate::pdata::txn::LookupCounts;
 use crate::pool::WorkerCounts;
 pub use compare::{best_block_size, compare, ways};
@@ -70,6 +72,9 @@ pub struct Report {
     pub verdicts: Vec<Verdict>,
     /// How the pool was set up.
     pub setup: Setup,
+    /// What was mapped before the trace began, which is no work of the trace; none unless that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefilled: Option<Prefilled>,
     /// What was read.
     pub trace: TraceNotes,
     /// How many nanoseconds the replay took, by its clock.
@@ -98,6 +103,9 @@ pub struct Report {
     pub heat: HeatMap,
     /// How things were at the marks.
     pub marks: Vec<Mark>,
+    /// What came of comparing with the kernel at the marks; none unless that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected: Option<Compared>,
     /// What the pool reported.
     pub notices: Vec<Noticed>,
 }

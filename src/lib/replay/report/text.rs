@@ -68,6 +68,13 @@ impl fmt::Display for Report {
             setup.clock,
             seconds(self.trace_ns)
         )?;
+        if let Some(prefilled) = &self.prefilled {
+            writeln!(
+                f,
+                "prefill   {} blocks of {} thin devices were mapped before the trace began, since it reads them before it writes them",
+                prefilled.blocks, prefilled.devices
+            )?;
+        }
         if !self.sources.is_empty() {
             writeln!(
                 f,
@@ -135,6 +142,9 @@ impl fmt::Display for Report {
             for (device, status) in &mark.thins {
                 writeln!(f, "            {device}: {status}")?;
             }
+        }
+        if let Some(expected) = &self.expected {
+            expected.fmt(f)?;
         }
         for notice in &self.notices {
             writeln!(
