@@ -267,16 +267,10 @@ impl Args {
 }
 
 impl Args {
-    /// Maps what is to be mapped before the trace begins.
-    fn prefill(
-        &self,
-        (format, beside): (Option<Format>, &[ControlEvent]),
-        metadata: &mut PoolMetadata,
-        options: &mut PlayOptions,
-        session: &Session,
-    ) -> anyhow::Result<Option<Prefilled>> {
+    /// Refuses to read twice what can be read once.
+    fn refuse_streams(&self) -> anyhow::Result<()> {
         if self.prefill == Fill::None {
-            return Ok(None);
+            return Ok(());
         }
         for path in &self.traces {
             let kind = fs::metadata(path).map(|m| m.file_type());
@@ -288,6 +282,20 @@ impl Args {
                     path.display()
                 );
             }
+        }
+        Ok(())
+    }
+
+    /// Maps what is to be mapped before the trace begins.
+    fn prefill(
+        &self,
+        (format, beside): (Option<Format>, &[ControlEvent]),
+        metadata: &mut PoolMetadata,
+        options: &mut PlayOptions,
+        session: &Session,
+    ) -> anyhow::Result<Option<Prefilled>> {
+        if self.prefill == Fill::None {
+            return Ok(None);
         }
         let (_, mut reader) = open(&self.traces, format, self.lenient)?;
         let prefill = Prefill::of(
@@ -345,6 +353,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
             );
         }
     }
+    args.refuse_streams()?;
     let mut reports = Vec::new();
     for &scheme in &args.locks {
         let report = replay(&args, scheme, &session)?;
