@@ -415,6 +415,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
             );
         }
     }
+    if args.prefill != Fill::None {
+        args.trace.refuse_streams()?;
+    }
     let (_, mut reader) = args.trace.open(&session)?;
     let reports = match &ways[..] {
         [(_, way)] => vec![replay(&args, way, &mut *reader, &session)?],

@@ -56,6 +56,11 @@ pub(super) struct TraceArgs {
 impl TraceArgs {
     /// Opens it for another reading.
     pub(super) fn open_again(&self) -> anyhow::Result<Box<dyn TraceReader>> {
+        Ok(self.open_part()?.1)
+    }
+
+    /// Refuses what can be read once only.
+    pub(super) fn refuse_streams(&self) -> anyhow::Result<()> {
         for path in &self.traces {
             let kind = fs::metadata(path).map(|m| m.file_type());
             let is_stream =
@@ -67,7 +72,7 @@ impl TraceArgs {
                 );
             }
         }
-        Ok(self.open_part()?.1)
+        Ok(())
     }
 
     /// Opens it, and says what it was recognised as.
