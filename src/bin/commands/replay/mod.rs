@@ -1,6 +1,8 @@
 //! `thin_replay`: recorded block I/O through the pool engine.
 
+mod fleet;
 mod play;
+mod split;
 
 use super::Page;
 use crate::exit::Exit;
@@ -71,12 +73,32 @@ pub(crate) fn build() -> clap::Command {
 
 /// The command line.
 #[derive(Debug, clap::Args)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    disable_help_subcommand = true,
+    subcommand_negates_reqs = true
+)]
 pub(crate) struct Args {
+    #[command(subcommand)]
+    word: Option<Word>,
+    #[command(flatten)]
+    fleet: fleet::Args,
     #[command(flatten)]
     play: play::Args,
 }
 
-/// Plays a trace.
+/// What is done with traces beside playing them.
+#[derive(Debug, clap::Subcommand)]
+enum Word {
+    /// Split a trace of many volumes into a file for each
+    Split(split::Args),
+}
+
+/// Plays a trace, or does what the word says.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
-    play::run(args.play)
+    match (args.word, &args.fleet.manifest) {
+        (Some(Word::Split(args)), _) => split::run(&args),
+        (None, Some(manifest)) => fleet::run(&args.fleet, manifest, &args.play),
+        (None, None) => play::run(args.play),
+    }
 }

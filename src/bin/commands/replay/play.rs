@@ -12,7 +12,8 @@ use thintools::observer::Silent;
 use thintools::pdata::txn::LockScheme;
 use thintools::pool::{Features, PoolTable, Settings};
 use thintools::replay::{
-    DeviceModel, Format, PlayOptions, Player, Report, SnapshotSchedule, open, play, side_events,
+    DeviceModel, Format, PlayOptions, Player, Report, SnapshotSchedule, TraceReader, open, play,
+    side_events,
 };
 use thintools::thin::{PoolMetadata, Superblock};
 use thintools::tools::check::{CheckOptions, Severity, check};
@@ -26,19 +27,20 @@ use crate::session::Session;
 
 /// The command line.
 #[derive(Debug, clap::Args)]
+#[group(skip)]
 pub(crate) struct Args {
     /// The trace: a file, or several that were recorded at the same time.
-    #[arg(value_name = "TRACE", required = true)]
+    #[arg(value_name = "TRACE", required_unless_present = "manifest")]
     traces: Vec<PathBuf>,
 
-    /// The format of the trace, if it is not to be told from the contents: blktrace, blkparse, iolog, msr, alibaba, tencent, spc, load,
+    /// The format of the trace, if it is not to be told from the contents: events, blktrace, blkparse, iolog, msr, alibaba, tencent, spc, load,
     /// disksim, ftrace, biosnoop, vscsi, log-writes, or csv: and a description such as csv:dev=0,op=1,off=2:bytes,len=3:bytes,ts=4:us.
     #[arg(long, value_name = "FORMAT", default_value = "auto")]
     format: String,
 
     /// Count what cannot be read instead of giving up.
     #[arg(long)]
-    lenient: bool,
+    pub(super) lenient: bool,
 
     /// Begin with the pool that this metadata is of.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["block_size", "metadata_size"])]
@@ -109,7 +111,7 @@ pub(crate) struct Args {
 
     /// Print no progress and no warnings; errors and the report are printed.
     #[arg(short, long)]
-    quiet: bool,
+    pub(super) quiet: bool,
 }
 
 /// A number with a letter for what it is multiplied by.
@@ -276,24 +278,19 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
             );
         }
     }
-    let mut reports = Vec::new();
-    for &scheme in &args.locks {
-        let report = replay(&args, scheme, &session)?;
-        let is_complete = report.is_complete;
-        reports.push(report);
-        if !is_complete {
-            break;
+    let reports = reports(&args, &session, &|| {
+        let format = format(&args.format)?;
+        let is_told = format.is_none();
+        let (format, reader) = open(&args.traces, format, args.lenient)?;
+        if is_told {
+            session.say(&format!("{}: {}", format, format.evidence()));
         }
-    }
+        Ok(reader)
+    })?;
     if let Some(path) = &args.json {
-        let write = |out: &mut dyn Write| {
-            let cannot = |e| thintools::Error::io("cannot write the report", e);
-            let json = serde_json::to_string_pretty(&reports).map_err(|e| cannot(e.into()))?;
-            writeln!(out, "{json}").map_err(cannot)
-        };
         match path.as_os_str() == "-" {
-            true => write(&mut std::io::stdout().lock())?,
-            false => write_new(path, &mut { write })?,
+            true => write_json(&reports, &mut std::io::stdout().lock())?,
+            false => write_new(path, &mut |out| write_json(&reports, out))?,
         }
     }
     if args.json.as_deref() != Some(Path::new("-")) {
@@ -310,6 +307,39 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         true => Exit::Ok,
         false => Exit::Interrupted,
     })
+}
+
+/// The format that an option names; none for auto.
+pub(super) fn format(name: &str) -> anyhow::Result<Option<Format>> {
+    Ok(match name {
+        "auto" => None,
+        name => Some(name.parse()?),
+    })
+}
+
+/// Plays what `open` gives, once for each locking scheme.
+pub(super) fn reports(
+    args: &Args,
+    session: &Session,
+    open: &dyn Fn() -> anyhow::Result<Box<dyn TraceReader>>,
+) -> anyhow::Result<Vec<Report>> {
+    let mut reports = Vec::new();
+    for &scheme in &args.locks {
+        let report = replay(args, &mut *open()?, scheme, session)?;
+        let is_complete = report.is_complete;
+        reports.push(report);
+        if !is_complete {
+            break;
+        }
+    }
+    Ok(reports)
+}
+
+/// Writes reports as programs read them.
+pub(super) fn write_json(reports: &[Report], out: &mut dyn Write) -> thintools::Result<()> {
+    let cannot = |e| thintools::Error::io("cannot write the report", e);
+    let json = serde_json::to_string_pretty(reports).map_err(|e| cannot(e.into()))?;
+    writeln!(out, "{json}").map_err(cannot)
 }
 
 /// What locking schemes made of the same trace.
@@ -336,15 +366,12 @@ fn compared(reports: &[Report]) -> String {
     text
 }
 
-fn replay(args: &Args, scheme: LockScheme, session: &Session) -> anyhow::Result<Report> {
-    let format = match args.format.as_str() {
-        "auto" => None,
-        name => Some(name.parse::<Format>()?),
-    };
-    let (format, mut reader) = open(&args.traces, format, args.lenient)?;
-    if args.format == "auto" {
-        session.say(&format!("{}: {}", format, format.evidence()));
-    }
+fn replay(
+    args: &Args,
+    reader: &mut dyn TraceReader,
+    scheme: LockScheme,
+    session: &Session,
+) -> anyhow::Result<Report> {
     let beside = match &args.events {
         Some(path) => {
             let shown = || path.display().to_string();
@@ -373,7 +400,7 @@ fn replay(args: &Args, scheme: LockScheme, session: &Session) -> anyhow::Result<
     };
     let is_complete = play(
         &mut player,
-        &mut *reader,
+        reader,
         beside,
         schedule,
         &mut at_control,

@@ -9,6 +9,7 @@ use super::clock::Clock;
 use super::csv::Csv;
 use super::csv_spec::CsvSpec;
 use super::disksim::Disksim;
+use super::events::{self, Events};
 use super::format::{Format, NAMED};
 use super::ftrace::Ftrace;
 use super::input::Input;
@@ -81,7 +82,9 @@ pub fn open(
         1 => readers.remove(0),
         _ => Box::new(Merge::new(readers)),
     };
-    Ok((format, Box::new(Clock::new(one))))
+    // Parts of one trace stay in step.
+    let base = (format == Format::Events).then_some(0);
+    Ok((format, Box::new(Clock::new(one, base))))
 }
 
 fn reader(format: &Format, input: Input, lenient: bool) -> Box<dyn TraceReader> {
@@ -95,6 +98,7 @@ fn reader(format: &Format, input: Input, lenient: bool) -> Box<dyn TraceReader> 
         }
     };
     match format {
+        Format::Events => Box::new(Events::new(input, lenient)),
         Format::Blktrace => Box::new(Resort::new(Blktrace::dump(input, lenient))),
         Format::Blkparse => Box::new(Lines::new(input, Blkparse::default(), lenient)),
         Format::Iolog => Box::new(Lines::new(input, Iolog::default(), lenient)),
@@ -135,6 +139,7 @@ fn detect(input: &mut Input, path: &Path) -> Result<Format> {
 
 fn is(format: &Format, head: &[u8]) -> bool {
     match format {
+        Format::Events => events::is_events(head),
         Format::Blktrace => record::is_big_endian(head).is_some(),
         Format::LogWrites => log_writes::is_log(head),
         Format::Vscsi => vscsi::version(head).is_some(),
