@@ -33,4 +33,4 @@ pub use prison::{Cell, Detained, Held, Inmates, Key, Prison};
 pub use status::{Discards, PoolState, PoolStatusLine, ThinStatus};
 pub use table::{Features, PoolTable, ThinTable};
 pub use thin::Thin;
-pub use worker::{JobId, Settings, Worker};
+pub use worker::{CommitCounts, JobId, Settings, Worker, WorkerCounts};

@@ -1,10 +1,12 @@
 //! What a replay counts.
 
-use hdrhistogram::Histogram;
-use serde::Serialize;
+use super::event::TraceIo;
+use crate::pool::{Message, Reason};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// What the trace asked for.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InputCounts {
     /// Requests.
     pub requests: u64,
@@ -20,11 +22,21 @@ pub struct InputCounts {
     pub bytes_read: u64,
     /// Bytes written.
     pub bytes_written: u64,
+    /// Bytes that discards were about.
+    pub bytes_discarded: u64,
+    /// Of these, bytes at the edges of a discard that are no whole block, and stay.
+    pub bytes_partly_discarded: u64,
+    /// Discards with such edges.
+    pub partial_discards: u64,
     /// Calls of the kernel's map function that this makes: reads and writes are cut at block boundaries, a flush in front of a write is
     /// a call of its own.
     pub map_calls: u64,
     /// Requests to devices that are no thin device of this pool, or past the end of one: left out.
     pub out_of_range: u64,
+    /// Snapshots taken.
+    pub snapshots: u64,
+    /// Devices deleted, snapshots among them.
+    pub deletions: u64,
     /// Control events carried out.
     pub controls: u64,
     /// Control events that are not known.
@@ -33,8 +45,84 @@ pub struct InputCounts {
     pub refused_controls: u64,
 }
 
+impl InputCounts {
+    /// Counts a message that was carried out.
+    pub(super) fn count_message(&mut self, message: Message) {
+        match message {
+            Message::CreateSnap { .. } => self.snapshots += 1,
+            Message::Delete(_) => self.deletions += 1,
+            _ => {}
+        }
+    }
+
+    /// Counts what a discard is about, in blocks of so many sectors.
+    pub(super) fn count_discard(&mut self, io: &TraceIo, block_sectors: u64) {
+        let end = io.sector.saturating_add(io.sectors);
+        let first = io.sector.div_ceil(block_sectors);
+        let whole = (end / block_sectors).saturating_sub(first) * block_sectors;
+        let partly = io.sectors.saturating_sub(whole).saturating_mul(512);
+        self.bytes_discarded = self
+            .bytes_discarded
+            .saturating_add(io.sectors.saturating_mul(512));
+        self.bytes_partly_discarded = self.bytes_partly_discarded.saturating_add(partly);
+        self.partial_discards += u64::from(partly > 0);
+    }
+}
+
+/// When something first happened, in nanoseconds since the start of the trace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moments {
+    /// Free data blocks came down to the low-water mark.
+    pub low_water_ns: Option<u64>,
+    /// A write found no data block.
+    pub out_of_space_ns: Option<u64>,
+}
+
+/// Bios left to the worker, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "BTreeMap<String, u64>", try_from = "BTreeMap<String, u64>")]
+pub struct ByReason(pub [u64; Reason::ALL.len()]);
+
+impl ByReason {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.0.iter().fold(0, |sum, &n| sum.saturating_add(n))
+    }
+
+    /// Those of one reason.
+    pub fn of(&self, reason: Reason) -> u64 {
+        self.0[reason as usize]
+    }
+}
+
+impl From<ByReason> for BTreeMap<String, u64> {
+    fn from(from: ByReason) -> Self {
+        let named = Reason::ALL
+            .iter()
+            .map(|&reason| (reason.to_string(), from.of(reason)));
+        named.collect()
+    }
+}
+
+impl TryFrom<BTreeMap<String, u64>> for ByReason {
+    type Error = String;
+
+    fn try_from(from: BTreeMap<String, u64>) -> Result<Self, String> {
+        let mut by = Self::default();
+        for (name, n) in from {
+            let reason = Reason::ALL
+                .into_iter()
+                .find(|reason| reason.to_string() == name);
+            let reason =
+                reason.ok_or_else(|| format!("{name:?} is no reason to leave the fast path"))?;
+            by.0[reason as usize] = n;
+        }
+        Ok(by)
+    }
+}
+
 /// What the pool did for it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkCounts {
     /// New blocks whose data was zeroed first.
     pub zeroed: u64,
@@ -58,51 +146,6 @@ pub struct WorkCounts {
     pub failed: u64,
     /// Bios that failed for want of space.
     pub no_space: u64,
-}
-
-/// Latencies in nanoseconds, of one class of bios.
-#[derive(Clone, Debug)]
-pub struct Latencies(Histogram<u64>);
-
-impl Default for Latencies {
-    fn default() -> Self {
-        // Three digits; grows with what is recorded.
-        #[expect(clippy::expect_used, reason = "3 is a legal number of digits")]
-        Self(Histogram::new(3).expect("3 is a legal number of digits"))
-    }
-}
-
-impl Latencies {
-    pub(super) fn record(&mut self, nanos: u64) {
-        // It grows with what it is told.
-        self.0.record(nanos).ok();
-    }
-
-    /// How many.
-    pub fn len(&self) -> u64 {
-        self.0.len()
-    }
-
-    /// True if there is none.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// The latency that this share of them does not exceed.
-    pub fn percentile(&self, percent: f64) -> u64 {
-        self.0.value_at_percentile(percent)
-    }
-
-    /// The longest.
-    pub fn max(&self) -> u64 {
-        self.0.max()
-    }
-
-    /// Value and how many percent do not exceed it, in steps.
-    pub fn curve(&self) -> Vec<(u64, f64)> {
-        let steps = self.0.iter_quantiles(5);
-        steps
-            .map(|v| (v.value_iterated_to(), 100.0 * v.quantile()))
-            .collect()
-    }
+    /// Times that every cell was held by somebody who waited for another one.
+    pub deadlocks: u64,
 }

@@ -4,7 +4,7 @@ use crate::pool::Op;
 use std::time::Duration;
 
 /// The modelled device: a time for each request and one for each 4 KiB of it. Requests do not wait for each other.
-#[derive(Clone, Copy, Debug, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct DeviceModel {
     /// A read.
     pub read: Duration,

@@ -56,7 +56,7 @@ pub struct Batch {
 }
 
 /// What a reader noticed that is no error.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct TraceNotes {
     /// Requests.
     pub events: u64,
@@ -76,7 +76,8 @@ pub struct TraceNotes {
 
 /// A trace that is being read, in bounded memory.
 pub trait TraceReader: Send {
-    /// Replaces the contents of `batch` by what comes next, some thousands of events. False at the end of the trace.
+    /// Replaces the contents of `batch` by what comes next, some thousands of events; fewer or none if a pipe has no more at the moment.
+    /// False at the end of the trace.
     ///
     /// # Errors
     /// `Io`; `InvalidDescription` with file, line and text of what cannot be read.
@@ -87,4 +88,9 @@ pub trait TraceReader: Send {
 
     /// What was noticed so far.
     fn notes(&self) -> &TraceNotes;
+
+    /// How many bytes of the input were read, and how many there are, compressed as they are; none if that is not known, as of a pipe.
+    fn progress(&self) -> Option<(u64, u64)> {
+        None
+    }
 }

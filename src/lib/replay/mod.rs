@@ -4,6 +4,8 @@ mod control;
 mod counts;
 mod device;
 mod event;
+mod heat;
+mod latencies;
 mod manifest;
 mod player;
 mod report;
@@ -12,12 +14,17 @@ mod split;
 mod trace;
 
 pub use control::Control;
-pub use counts::{InputCounts, Latencies, WorkCounts};
+pub use counts::{ByReason, InputCounts, Moments, WorkCounts};
 pub use device::DeviceModel;
 pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
+pub use heat::HeatMap;
+pub use latencies::{Latencies, LatencyClasses};
 pub use manifest::{FLEET_SCHEMA, FleetPool, MANIFEST, Manifest, Volume, shard};
 pub use player::{Mark, PlayOptions, Player, Sample};
-pub use report::{Latency, Map, Report, SCHEMA, Setup, Space, bytes, seconds};
+pub use report::{
+    Clock, Fill, Forecast, Map, Metadata, Noticed, Report, SCHEMA, Setup, Space, Topic, Verdict,
+    best_block_size, bytes, compare, csv, html, jsonl, merge, seconds,
+};
 pub use run::{SnapshotSchedule, play, side_events};
 pub use split::split;
 pub use trace::{CsvSpec, Format, open};

@@ -4,13 +4,15 @@
 //! device, or a deadline of the worker. Before a control event everything ends that is under way, as a suspended device's I/O does.
 
 use super::control::Control;
-use super::counts::{InputCounts, Latencies, WorkCounts};
+use super::counts::{ByReason, InputCounts, Moments, WorkCounts};
 use super::device::DeviceModel;
 use super::event::{ControlEvent, TraceIo, TraceOp};
+use super::heat::HeatMap;
+use super::latencies::LatencyClasses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{
-    Bio, BioError, BioResult, Effect, Event, JobId, Line, Mapped, Mapper, Message, Notice, Op,
-    Pool, Settings, Source, Thin, Worker, pieces,
+    Bio, BioError, BioResult, Effect, Event, JobId, Line, MapCounts, Mapped, Mapper, Message,
+    Notice, Op, Pool, PoolMode, Reason, Settings, Source, Thin, Worker, pieces,
 };
 use crate::thin::PoolMetadata;
 use crate::units::ThinId;
@@ -39,8 +41,11 @@ pub struct PlayOptions {
 }
 
 /// How things were at a mark.
-#[derive(Clone, Debug, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Mark {
+    /// Which of the reports it is of, in one that was merged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
     /// Its name.
     pub name: String,
     /// Nanoseconds of virtual time.
@@ -53,8 +58,8 @@ pub struct Mark {
     pub allocated_metadata_blocks: u64,
 }
 
-/// How much was in use at a time.
-#[derive(Clone, Copy, Debug, serde::Serialize)]
+/// How much was in use at a time, and what was counted until then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Sample {
     /// Nanoseconds of virtual time.
     pub time_ns: u64,
@@ -62,10 +67,20 @@ pub struct Sample {
     pub used_data_blocks: u64,
     /// Metadata blocks in use, those included that are kept back.
     pub used_metadata_blocks: u64,
-    /// Bios that the map half left to the worker so far.
-    pub deferred: u64,
-    /// Bios so far.
+    /// Bios.
     pub bios: u64,
+    /// Bios that the map half left to the worker, by reason.
+    pub deferred: ByReason,
+    /// Blocks copied because sharing was broken.
+    pub copies: u64,
+    /// Mappings that discards removed.
+    pub unmapped: u64,
+    /// Commits that wrote something.
+    pub commits: u64,
+    /// Metadata blocks read, and written.
+    pub metadata_blocks_read: u64,
+    /// Metadata blocks written.
+    pub metadata_blocks_written: u64,
 }
 
 /// Samples that a timeline has, at most; then every second one goes.
@@ -89,7 +104,8 @@ struct Request {
     left: u32,
     /// The write that its flush is in front of.
     then: Option<TraceIo>,
-    was_deferred: bool,
+    /// Why the map half left it, or its flush, to the worker first.
+    deferred: Option<Reason>,
 }
 
 /// Something that ends on the data device.
@@ -117,8 +133,9 @@ pub struct Player {
     answers: HashMap<u64, Result<()>>,
     input: InputCounts,
     work: WorkCounts,
-    mapped: Latencies,
-    deferred: Latencies,
+    latencies: LatencyClasses,
+    moments: Moments,
+    heat: HeatMap,
     notices: Vec<(Duration, String)>,
     marks: Vec<Mark>,
     timeline: Vec<Sample>,
@@ -163,8 +180,9 @@ impl Player {
             answers: HashMap::new(),
             input: InputCounts::default(),
             work: WorkCounts::default(),
-            mapped: Latencies::default(),
-            deferred: Latencies::default(),
+            latencies: LatencyClasses::default(),
+            moments: Moments::default(),
+            heat: HeatMap::default(),
             notices: Vec::new(),
             marks: Vec::new(),
             timeline: Vec::new(),
@@ -188,9 +206,24 @@ impl Player {
         &self.mappers
     }
 
-    /// How long requests took that the map half could issue at once, and how long the others.
-    pub fn latencies(&self) -> (&Latencies, &Latencies) {
-        (&self.mapped, &self.deferred)
+    /// How long requests took.
+    pub fn latencies(&self) -> &LatencyClasses {
+        &self.latencies
+    }
+
+    /// When the pool first ran low, and out, of space.
+    pub fn moments(&self) -> Moments {
+        self.moments
+    }
+
+    /// Where requests went, and when.
+    pub fn heat(&self) -> &HeatMap {
+        &self.heat
+    }
+
+    /// What the worker did.
+    pub fn worker(&self) -> &Worker {
+        &self.worker
     }
 
     /// What the pool reported, and when.
@@ -271,9 +304,10 @@ impl Player {
             self.input.out_of_range += 1;
             return Ok(());
         };
+        self.heat.record(&io);
         let is_flush = io.op == TraceOp::Flush || io.is_preflush;
         if !is_flush {
-            self.submit(&thin, io, self.now);
+            self.submit(&thin, io, self.now, None);
             return Ok(());
         }
         self.input.flushes += 1;
@@ -289,7 +323,7 @@ impl Player {
                 submitted: self.now,
                 left: 1,
                 then,
-                was_deferred: true,
+                deferred: Some(Reason::Flush),
             },
         );
         self.map(&thin, Bio::flush(request), io.cpu);
@@ -304,17 +338,23 @@ impl Player {
             return;
         }
         let (used_data_blocks, used_metadata_blocks) = self.pool.inspect(PoolMetadata::used_blocks);
-        let counts = self.mappers.iter().map(Mapper::counts);
-        let (bios, deferred) = counts.fold((0, 0), |(bios, deferred), counts| {
-            let left: u64 = counts.deferred.iter().sum();
-            (bios + counts.bios, deferred + left)
-        });
+        let metadata = self.pool.inspect(PoolMetadata::block_io);
+        let mut counts = MapCounts::default();
+        for mapper in &self.mappers {
+            counts.add(mapper.counts());
+        }
+        let worker = self.worker.counts();
         self.timeline.push(Sample {
             time_ns: now,
             used_data_blocks,
             used_metadata_blocks,
-            deferred,
-            bios,
+            bios: counts.bios,
+            deferred: ByReason(counts.deferred),
+            copies: self.work.copies,
+            unmapped: worker.unmapped,
+            commits: worker.commits.total(),
+            metadata_blocks_read: metadata.read,
+            metadata_blocks_written: metadata.written,
         });
         if self.timeline.len() > MOST_SAMPLES {
             let mut keep = false;
@@ -398,13 +438,16 @@ impl Player {
     }
 
     /// Submits a request without its flush, cut into bios.
-    fn submit(&mut self, thin: &Thin, io: TraceIo, submitted: Duration) {
+    fn submit(&mut self, thin: &Thin, io: TraceIo, submitted: Duration, deferred: Option<Reason>) {
         let op = match io.op {
             TraceOp::Read => Op::Read,
             TraceOp::Discard => Op::Discard,
             _ => Op::Write,
         };
         let size = self.pool.block_sectors();
+        if op == Op::Discard {
+            self.input.count_discard(&io, size);
+        }
         let max = self.options.max_sectors.filter(|_| op != Op::Discard);
         let max = max.unwrap_or(u64::MAX).max(1);
         let request = self.number();
@@ -429,7 +472,7 @@ impl Player {
                 submitted,
                 left,
                 then: None,
-                was_deferred: false,
+                deferred,
             },
         );
         for (sector, sectors) in bios {
@@ -450,9 +493,9 @@ impl Player {
             Mapped::Remapped { bio, .. } => self.issue(bio),
             Mapped::Zero(bio) => self.end(&bio, Ok(())),
             Mapped::Failed(bio, error) => self.end(&bio, Err(error)),
-            Mapped::Deferred(_) => {
+            Mapped::Deferred(reason) => {
                 if let Some(request) = self.requests.get_mut(&id) {
-                    request.was_deferred = true;
+                    request.deferred.get_or_insert(reason);
                 }
             }
         }
@@ -492,13 +535,10 @@ impl Player {
             && result.is_ok()
             && let Some(thin) = self.worker.thin(bio.thin_number())
         {
-            return self.submit(&thin, io, request.submitted);
+            return self.submit(&thin, io, request.submitted, request.deferred);
         }
         let nanos = (self.now - request.submitted).as_nanos() as u64;
-        match request.was_deferred {
-            true => self.deferred.record(nanos),
-            false => self.mapped.record(nanos),
-        }
+        self.latencies.record(request.deferred, nanos);
     }
 
     /// Tells the worker, and begins what it wants done.
@@ -555,12 +595,22 @@ impl Player {
                 self.answers.insert(tag, result);
             }
             Effect::Notice(notice) => {
+                let now = self.now.as_nanos() as u64;
                 let text = match notice {
-                    Notice::Mode(mode) => format!("the pool is in mode {mode}"),
-                    Notice::LowWater => "free data blocks are down to the low-water mark".into(),
+                    Notice::Mode(mode) => {
+                        if mode == PoolMode::OutOfDataSpace {
+                            self.moments.out_of_space_ns.get_or_insert(now);
+                        }
+                        format!("the pool is in mode {mode}")
+                    }
+                    Notice::LowWater => {
+                        self.moments.low_water_ns.get_or_insert(now);
+                        "free data blocks are down to the low-water mark".into()
+                    }
                     // It comes again and again while metadata is low.
                     Notice::MetadataThreshold => return,
                     Notice::Deadlock(waits) => {
+                        self.work.deadlocks += 1;
                         let waits: Vec<String> = waits.iter().map(ToString::to_string).collect();
                         format!("a deadlock of cells: {}", waits.join("; "))
                     }
@@ -658,7 +708,13 @@ impl Player {
         self.settle()?;
         self.input.controls += 1;
         let refused = match event.text.parse::<Control>()? {
-            Control::Message(message) => self.ask(|tag| Event::Message { tag, message }),
+            Control::Message(message) => {
+                let done = self.ask(|tag| Event::Message { tag, message });
+                if done.is_ok() {
+                    self.input.count_message(message);
+                }
+                done
+            }
             Control::Activate {
                 device,
                 id,
@@ -738,6 +794,7 @@ impl Player {
         let thins = thins.collect();
         let status = self.pool.inspect(PoolMetadata::status)?;
         self.marks.push(Mark {
+            source: None,
             name,
             time_ns: self.now.as_nanos() as u64,
             pool: Line { sectors, words }.to_string(),

@@ -9,13 +9,12 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context, bail};
-use serde::Deserialize;
 use thintools::io::write_new;
 use thintools::observer::Observer;
-use thintools::replay::{FleetPool, Format, Manifest, Report, SCHEMA, open, shard};
+use thintools::replay::{FleetPool, Format, Manifest, Report, open, shard};
 use thintools::{Error, ErrorKind};
 
-use super::play;
+use super::{outputs, play, saved};
 use crate::exit::Exit;
 use crate::output;
 use crate::session::Session;
@@ -29,7 +28,7 @@ pub(crate) struct Args {
         long,
         value_name = "FILE",
         requires = "reports",
-        conflicts_with_all = ["traces", "format", "map", "output", "dump_at_marks", "json"]
+        conflicts_with_all = ["traces", "format", "map", "output", "dump_at_marks", "json", "jsonl", "csv", "html"]
     )]
     pub(super) manifest: Option<PathBuf>,
 
@@ -74,29 +73,17 @@ impl FromStr for Shard {
     }
 }
 
-/// As much of a report as tells that it is one.
-#[derive(Deserialize)]
-struct Finished {
-    schema: String,
-    is_complete: bool,
-}
-
 /// True if there is a report of this name.
 fn is_finished(path: &Path) -> anyhow::Result<bool> {
-    let text = match fs::read(path) {
-        Ok(text) => text,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
-        Err(e) => return Err(Error::io(format!("cannot read {}", path.display()), e).into()),
-    };
-    let reports: Result<Vec<Finished>, _> = serde_json::from_slice(&text);
-    let is_report = |report: &Finished| report.is_complete && report.schema == SCHEMA;
-    match reports {
-        Ok(reports) if !reports.is_empty() && reports.iter().all(is_report) => Ok(true),
-        _ => bail!(
-            "{} is no finished report of this version; remove it to have it made again",
-            path.display()
-        ),
+    if fs::symlink_metadata(path).is_err() {
+        return Ok(false);
     }
+    let advice = "remove it to have it made again";
+    let reports = saved::read(&[path.to_owned()]).context(advice)?;
+    if let Some((name, _)) = reports.iter().find(|(_, report)| !report.is_complete) {
+        bail!("{name} is of a replay that was interrupted; {advice}");
+    }
+    Ok(true)
 }
 
 /// Plays what of the shard has no report yet.
@@ -139,8 +126,9 @@ pub(super) fn run(args: &Args, manifest: &Path, play: &play::Args) -> anyhow::Re
     if session.is_cancelled() {
         return Ok(Exit::Interrupted);
     }
-    if let Some((first, count)) = failed {
-        return Err(first.context(format!("{count} of {} pools have no report", left.len())));
+    if let Some((kind, count)) = failed {
+        let message = format!("{count} of {} pools have no report", left.len());
+        return Err(Error::new(kind, message).into());
     }
     let Shard { number, count } = args.shard;
     let (played, there) = (left.len(), here - left.len());
@@ -151,14 +139,14 @@ pub(super) fn run(args: &Args, manifest: &Path, play: &play::Args) -> anyhow::Re
     Ok(Exit::Ok)
 }
 
-/// Plays all of them, some at a time; the first that went wrong, and how many did. What cannot be read spares the others, a report that cannot
+/// Plays all of them, some at a time; how many went wrong, and how the first did. What cannot be read spares the others, a report that cannot
 /// be written does not.
 fn play_all(
     pools: &[(FleetPool, PathBuf)],
     jobs: Option<NonZero<usize>>,
     play: &play::Args,
     session: &Session,
-) -> Option<(anyhow::Error, usize)> {
+) -> Option<(ErrorKind, usize)> {
     let jobs = jobs.or_else(|| std::thread::available_parallelism().ok());
     let jobs = jobs.map_or(1, NonZero::get).min(pools.len());
     let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
@@ -173,15 +161,17 @@ fn play_all(
             let reports = play_pool(pool, play, session);
             let written = reports.and_then(|reports| {
                 if reports.iter().all(|report| report.is_complete) {
-                    let written = write_new(path, &mut |out| play::write_json(&reports, out));
+                    let written = write_new(path, &mut |out| outputs::json(&reports, out));
                     is_over.fetch_or(written.is_err(), Ordering::Relaxed);
                     written?;
                 }
                 Ok(())
             });
             if let Err(e) = written {
+                output::print_error(&e);
+                let kind = e.downcast_ref().map_or(ErrorKind::Io, Error::kind);
                 let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
-                let (_, count) = failed.get_or_insert((e, 0));
+                let (_, count) = failed.get_or_insert((kind, 0));
                 *count += 1;
             }
             let done = done.fetch_add(1, Ordering::Relaxed) + 1;

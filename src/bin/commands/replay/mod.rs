@@ -1,7 +1,11 @@
 //! `thin_replay`: recorded block I/O through the pool engine.
 
+mod compare;
 mod fleet;
+mod merge_reports;
+mod outputs;
 mod play;
+mod saved;
 mod split;
 
 use super::Page;
@@ -68,37 +72,43 @@ pub(crate) const PAGE: Page = Page {
 /// Makes the parser of the command line.
 pub(crate) fn build() -> clap::Command {
     let cmd = <Args as clap::Args>::augment_args(clap::Command::new(NAME));
-    super::tool(cmd, TITLE, &PAGE)
+    super::tool(cmd, TITLE, &PAGE).disable_help_subcommand(true)
 }
 
 /// The command line.
 #[derive(Debug, clap::Args)]
-#[command(
-    args_conflicts_with_subcommands = true,
-    disable_help_subcommand = true,
-    subcommand_negates_reqs = true
-)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(crate) struct Args {
     #[command(subcommand)]
-    word: Option<Word>,
+    beside: Option<Beside>,
+
     #[command(flatten)]
     fleet: fleet::Args,
+
     #[command(flatten)]
     play: play::Args,
 }
 
-/// What is done with traces beside playing them.
+/// What it does beside playing a trace.
 #[derive(Debug, clap::Subcommand)]
-enum Word {
+enum Beside {
+    /// Compare reports of the same trace: what differs, and which is better by what
+    Compare(compare::Args),
+    /// Merge reports of parts that each had a pool of its own, without loss
+    MergeReports(merge_reports::Args),
     /// Split a trace of many volumes into a file for each
     Split(split::Args),
 }
 
-/// Plays a trace, or does what the word says.
+/// Plays a trace, or does what was asked for beside.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
-    match (args.word, &args.fleet.manifest) {
-        (Some(Word::Split(args)), _) => split::run(&args),
-        (None, Some(manifest)) => fleet::run(&args.fleet, manifest, &args.play),
-        (None, None) => play::run(args.play),
+    match &args.beside {
+        Some(Beside::Compare(args)) => compare::run(args),
+        Some(Beside::MergeReports(args)) => merge_reports::run(args),
+        Some(Beside::Split(args)) => split::run(args),
+        None => match &args.fleet.manifest {
+            Some(manifest) => fleet::run(&args.fleet, manifest, &args.play),
+            None => play::run(args.play),
+        },
     }
 }

@@ -1,7 +1,6 @@
 //! `thin_replay TRACE`: plays a trace.
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,8 +20,8 @@ use thintools::tools::event::Source;
 use thintools::tools::{MetadataSource, Selection, TextSink, Trees, text};
 use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MAX_THIN_ID, MetadataBlock, ThinId};
 
+use super::outputs::{Outputs, refuse_existing};
 use crate::exit::Exit;
-use crate::output;
 use crate::session::Session;
 
 /// The command line.
@@ -105,9 +104,12 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR")]
     dump_at_marks: Option<PathBuf>,
 
-    /// Write the report as JSON to this file, which must not exist; - is standard output.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    /// Free data at which the pool is called low; the kernel raises an event then.
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = sectors)]
+    low_water: u64,
+
+    #[command(flatten)]
+    outputs: Outputs,
 
     /// Print no progress and no warnings; errors and the report are printed.
     #[arg(short, long)]
@@ -217,7 +219,7 @@ impl Args {
             metadata_device: "metadata".into(),
             data_device: "data".into(),
             block_sectors,
-            low_water_blocks: 0,
+            low_water_blocks: self.low_water / u64::from(block_sectors),
             features: self.features()?,
         };
         let devices = self.map.iter().cloned();
@@ -270,10 +272,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         bail!("-o and --dump-at-marks are for one locking scheme");
     }
     // Better now than when everything is done.
-    for path in args.json.iter().chain(&args.output) {
-        if path.as_os_str() != "-" && path.exists() {
+    args.outputs.refuse_early()?;
+    if let Some(path) = &args.output {
+        refuse_existing(path)?;
+        if args.outputs.files().any(|file| file == path) {
             bail!(
-                "{} exists, and is not overwritten; give another name",
+                "{} is named for the metadata and for the report",
                 path.display()
             );
         }
@@ -287,22 +291,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         }
         Ok(reader)
     })?;
-    if let Some(path) = &args.json {
-        match path.as_os_str() == "-" {
-            true => write_json(&reports, &mut std::io::stdout().lock())?,
-            false => write_new(path, &mut |out| write_json(&reports, out))?,
-        }
+    let mut text = String::new();
+    if let Some(last) = reports.last() {
+        text = last.to_string();
     }
-    if args.json.as_deref() != Some(Path::new("-")) {
-        let mut text = String::new();
-        if let Some(last) = reports.last() {
-            text = last.to_string();
-        }
-        if reports.len() > 1 {
-            text.push_str(&compared(&reports));
-        }
-        output::stdout_line(text.trim_end())?;
+    if reports.len() > 1 {
+        text.push_str(&compared(&reports));
     }
+    args.outputs.write(&reports, &text)?;
     Ok(match reports.iter().all(|r| r.is_complete) {
         true => Exit::Ok,
         false => Exit::Interrupted,
@@ -335,13 +331,6 @@ pub(super) fn reports(
     Ok(reports)
 }
 
-/// Writes reports as programs read them.
-pub(super) fn write_json(reports: &[Report], out: &mut dyn Write) -> thintools::Result<()> {
-    let cannot = |e| thintools::Error::io("cannot write the report", e);
-    let json = serde_json::to_string_pretty(reports).map_err(|e| cannot(e.into()))?;
-    writeln!(out, "{json}").map_err(cannot)
-}
-
 /// What locking schemes made of the same trace.
 fn compared(reports: &[Report]) -> String {
     let mut text = String::from(
@@ -349,7 +338,7 @@ fn compared(reports: &[Report]) -> String {
     );
     for report in reports {
         let locks = &report.locks;
-        let deferred: u64 = report.map.deferred.values().sum();
+        let deferred = report.map.deferred.total();
         let rmws = locks.atomic_rmws as f64 / locks.lookups.max(1) as f64;
         text.push_str(&format!(
             "{:<11} {deferred:>9} {:>19} {:>10} {:>10} {:>14} {rmws:>28.1}\n",
@@ -414,9 +403,13 @@ fn replay(
             ));
         }
     }
-    let report = Report::new(&player, &options, reader.notes(), is_complete)?;
+    let mut report = Report::new(&player, &options, reader.notes(), is_complete)?;
     drop(player);
-    judge(&*engine)?;
+    // Whoever wishes to stop does not wish to wait for it.
+    if is_complete {
+        judge(&*engine)?;
+        report.metadata_is_sound();
+    }
     if let Some(path) = &args.output {
         keep(&*engine, path)?;
     }

@@ -56,6 +56,7 @@ struct Fill {
     used: usize,
     hand: usize,
     buffer: AlignedBuffer,
+    io: BlockIo,
 }
 
 impl fmt::Debug for BlockManager {
@@ -75,6 +76,15 @@ pub struct CacheUse {
     pub capacity: usize,
     /// Bytes of the tables beside the contents of the blocks.
     pub table_bytes: usize,
+}
+
+/// Blocks of the device that were read and written so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockIo {
+    /// Read.
+    pub read: u64,
+    /// Written, the superblock included.
+    pub written: u64,
 }
 
 /// Blocks below which no cache is: an operation holds several at once.
@@ -218,6 +228,7 @@ impl BlockManager {
                 used: 0,
                 hand: 0,
                 buffer: AlignedBuffer::new(RUN),
+                io: BlockIo::default(),
             }),
             is_read_only: AtomicBool::new(false),
             missed: numbers(MOST_MISSED),
@@ -227,6 +238,11 @@ impl BlockManager {
     /// The device below.
     pub fn engine(&self) -> &Arc<dyn BlockEngine> {
         &self.engine
+    }
+
+    /// What was read from the device, and written to it.
+    pub fn io(&self) -> BlockIo {
+        self.filling().io
     }
 
     /// What the cache takes.
@@ -461,6 +477,7 @@ impl BlockManager {
         let filled = match validator {
             None => Ok(()),
             Some(validator) => {
+                fill.io.read += 1;
                 let buffer = fill.buffer.blocks_mut(1);
                 self.engine
                     .read(block, buffer)
@@ -566,6 +583,7 @@ impl BlockManager {
         self.engine
             .write(first, buffer)
             .map_err(|e| Error::io(format!("cannot write metadata blocks from {first} on"), e))?;
+        fill.io.written += slots.len() as u64;
         for &slot in slots {
             self.slots[slot].tag.fetch_and(!DIRTY, Ordering::Relaxed);
         }
@@ -606,6 +624,7 @@ impl BlockManager {
         self.engine
             .write(block, buffer)
             .map_err(|e| Error::io(format!("cannot write metadata block {block}"), e))?;
+        fill.io.written += 1;
         self.engine
             .sync()
             .map_err(|e| Error::io("cannot flush the metadata device", e))

@@ -13,7 +13,7 @@ mod validator;
 mod version_lock;
 mod view;
 
-pub use block_manager::{BlockManager, CacheUse};
+pub use block_manager::{BlockIo, BlockManager, CacheUse};
 pub(crate) use epoch::Place;
 pub(crate) use schemes::{A, B, Found, Kernel, NoTally, Optimistic, Roots, V2013, lookup};
 pub use schemes::{LockScheme, LookupCounts, WouldBlock};

@@ -20,7 +20,7 @@ use super::view::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::node::max_entries;
 use crate::units::MetadataBlock;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -95,7 +95,7 @@ pub enum WouldBlock {
 }
 
 /// What lookups cost.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LookupCounts {
     /// Lookups.
     pub lookups: u64,

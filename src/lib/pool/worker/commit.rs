@@ -52,13 +52,16 @@ impl Worker {
 
     /// Begins a commit: with the flush of the data device, if there is anything to commit.
     pub(super) fn begin_commit(&mut self, effects: &mut Effects) {
-        self.wants_commit = false;
+        let is_for_space = std::mem::take(&mut self.wants_commit);
         let waiters = std::mem::take(&mut self.waiters);
         let is_changed = self.pool.metadata.inspect(PoolMetadata::is_changed);
         if !self.pool.mode().is_writable() {
             let refused = || Error::new(ErrorKind::ReadOnly, "the pool's metadata is read-only");
             // What is not changed is committed already.
             return self.tell(waiters, !is_changed, refused, effects);
+        }
+        if is_changed {
+            self.count_commit(&waiters, is_for_space);
         }
         self.commit = Some(Commit {
             waiters,

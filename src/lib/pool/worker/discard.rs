@@ -150,7 +150,10 @@ impl Worker {
                 .prison
                 .try_hold(Key::of_data(id, data.0, data.1), spare)
             {
-                Err(spare) => discard.spare = Some(spare),
+                Err(spare) => {
+                    discard.spare = Some(spare);
+                    self.counts.left_mapped += place.len;
+                }
                 Ok(held) => {
                     discard.runs += 1;
                     let run = self.jobs.add(Job::Run(Run {
@@ -215,7 +218,11 @@ impl Worker {
             .metadata
             .change(|pool| unmap(pool, id, place, passes_down));
         let own = match unmapped {
-            Ok(own) => own,
+            Ok((own, freed)) => {
+                self.counts.unmapped += place.len;
+                self.counts.freed += freed;
+                own
+            }
             Err(e) => {
                 self.metadata_failed(e, effects);
                 return self.end_run(job, Err(BioError::Io), effects);
@@ -319,18 +326,20 @@ fn next_run(pool: &PoolMetadata, id: ThinId, from: u64, to: u64) -> Result<Optio
     Ok(run)
 }
 
-/// Unmaps a run. If it is passed down, each of its blocks keeps a reference, and those are returned that nobody else has: first
-/// block and number.
+/// Unmaps a run, and counts the blocks that nobody else has. If it is passed down, each block keeps a reference, and those that nobody
+/// else has are returned: first block and number.
 fn unmap(
     pool: &mut PoolMetadata,
     id: ThinId,
     place: Place,
     passes_down: bool,
-) -> Result<Vec<(u64, u64)>> {
+) -> Result<(Vec<(u64, u64)>, u64)> {
     let (begin, end) = (ThinBlock(place.begin), ThinBlock(place.begin + place.len));
+    let free = pool.nr_free_data_blocks();
     pool.remove_range(id, begin, end)?;
+    let freed = pool.nr_free_data_blocks().saturating_sub(free);
     if !passes_down {
-        return Ok(Vec::new());
+        return Ok((Vec::new(), freed));
     }
     let (first, last) = (place.data, place.data + place.len);
     pool.inc_data_range(DataBlock(first), DataBlock(last))?;
@@ -345,5 +354,5 @@ fn unmap(
             _ => own.push((block, 1)),
         }
     }
-    Ok(own)
+    Ok((own, freed))
 }

@@ -6,6 +6,7 @@
 //! 4. Between the flush of the data device that begins a commit and its end, the worker does nothing.
 
 mod commit;
+mod counts;
 mod discard;
 mod invariants;
 mod jobs;
@@ -29,6 +30,7 @@ use crate::pdata::txn::LockScheme;
 use crate::thin::{PoolMetadata, Reader, SharedMetadata};
 use crate::units::ThinId;
 use commit::{Commit, Waiter};
+pub use counts::{CommitCounts, WorkerCounts};
 use invariants::Counted;
 pub(super) use invariants::Traffic;
 pub use jobs::JobId;
@@ -124,6 +126,7 @@ pub struct Worker {
     suspension: Suspension,
     counted: Counted,
     busy_since: Option<Duration>,
+    counts: WorkerCounts,
     now: Duration,
 }
 
@@ -193,6 +196,7 @@ impl Worker {
             suspension: Suspension::None,
             counted: Counted::default(),
             busy_since: None,
+            counts: WorkerCounts::default(),
             now: Duration::ZERO,
             settings,
         })

@@ -1,0 +1,204 @@
+//! What a replay found out, as plain values that come back from JSON as they were: a report of one replay, or of several that were merged.
+//!
+//! Verdicts are never stored: they follow from the rest, and are made anew when a report is read or merged.
+
+mod compare;
+mod forecast;
+mod gather;
+mod html;
+mod merge;
+mod read;
+mod rows;
+mod text;
+mod verdicts;
+
+use super::counts::{ByReason, InputCounts, WorkCounts};
+use super::device::DeviceModel;
+use super::event::TraceNotes;
+use super::heat::HeatMap;
+use super::latencies::Latencies;
+use super::player::{Mark, Sample};
+use crate::pdata::txn::LookupCounts;
+use crate::pool::WorkerCounts;
+pub use compare::{best_block_size, compare};
+pub use forecast::{Fill, Forecast};
+pub use html::html;
+pub use merge::merge;
+pub use rows::{csv, jsonl};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+pub use text::{bytes, seconds};
+pub use verdicts::{Topic, Verdict};
+
+/// The name of this form of the report, for programs that read it.
+pub const SCHEMA: &str = "thintools-replay/1";
+
+/// Whose time a number is of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Clock {
+    /// The trace's, on a modelled data device: the same trace gives the same report.
+    #[default]
+    Virtual,
+    /// This machine's, with real threads and locks: no two runs are alike.
+    Threads,
+}
+
+impl fmt::Display for Clock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Virtual => "virtual",
+            Self::Threads => "threads",
+        })
+    }
+}
+
+/// The report.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// [`SCHEMA`].
+    pub schema: String,
+    /// False if the replay was interrupted: the report says how far it came.
+    pub is_complete: bool,
+    /// The metadata was checked after the replay, and is sound.
+    pub is_checked: bool,
+    /// Names of the reports that it was merged from; none for that of one replay.
+    pub sources: Vec<String>,
+    /// The answers, a sentence each.
+    #[serde(skip_deserializing)]
+    pub verdicts: Vec<Verdict>,
+    /// How the pool was set up.
+    pub setup: Setup,
+    /// What was read.
+    pub trace: TraceNotes,
+    /// How many nanoseconds the replay took, by its clock.
+    pub trace_ns: u64,
+    /// What was asked for.
+    pub input: InputCounts,
+    /// What the map half did.
+    pub map: Map,
+    /// What lookups cost.
+    pub locks: LookupCounts,
+    /// What was done on the data device.
+    pub work: WorkCounts,
+    /// What the worker did.
+    pub worker: WorkerCounts,
+    /// What the metadata cost.
+    pub metadata: Metadata,
+    /// What is in use at the end.
+    pub space: Space,
+    /// When the pool is full.
+    pub forecast: Forecast,
+    /// Nanoseconds from submission to completion, by what became of a request: `mapped`, or why it was left to the worker.
+    pub latency: BTreeMap<String, Latencies>,
+    /// How it went on.
+    pub timeline: Vec<Sample>,
+    /// Where requests went, and when.
+    pub heat: HeatMap,
+    /// How things were at the marks.
+    pub marks: Vec<Mark>,
+    /// What the pool reported.
+    pub notices: Vec<Noticed>,
+}
+
+/// How the pool was set up.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Setup {
+    /// Whose time all numbers of the report are of.
+    pub clock: Clock,
+    /// How lookups and changes are kept apart.
+    pub locks: String,
+    /// Sectors of 512 bytes in a data block.
+    pub block_sectors: u64,
+    /// Data blocks.
+    pub data_blocks: u64,
+    /// Free data blocks at which the pool is called low.
+    pub low_water_blocks: u64,
+    /// The pool's table.
+    pub table: String,
+    /// Threads that submit.
+    pub cpus: usize,
+    /// The data device.
+    pub device: DeviceModel,
+}
+
+/// What the map half did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Map {
+    /// Bios, a discard or a large request being several.
+    pub bios: u64,
+    /// Issued at once.
+    pub remapped: u64,
+    /// Read as zeros at once.
+    pub zero: u64,
+    /// Failed at once.
+    pub failed: u64,
+    /// Left to the worker, by reason.
+    pub deferred: ByReason,
+}
+
+/// What the metadata cost, in blocks of 4 KiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Metadata {
+    /// Read from the metadata device.
+    pub blocks_read: u64,
+    /// Written to it, superblocks included.
+    pub blocks_written: u64,
+    /// More that were in use at the end than at the beginning.
+    pub grown_blocks: i64,
+    /// In the cache at the end.
+    pub cached_blocks: u64,
+    /// That fit into the cache.
+    pub cache_blocks: u64,
+}
+
+/// What is in use at the end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Space {
+    /// Pools: more than one in a report that was merged.
+    pub pools: u64,
+    /// Data blocks in use.
+    pub used_data_blocks: u64,
+    /// Mappings of the devices that the trace's devices are; what is in use beyond them is held by snapshots alone.
+    pub mapped_blocks: u64,
+    /// Metadata blocks in use, without those kept back for commits.
+    pub allocated_metadata_blocks: u64,
+    /// Metadata blocks in use, those included.
+    pub used_metadata_blocks: u64,
+    /// Metadata blocks.
+    pub metadata_blocks: u64,
+    /// Thin devices.
+    pub devices: u64,
+}
+
+/// Something that the pool reported.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Noticed {
+    /// Which of the reports it is of, in one that was merged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// Nanoseconds since the start.
+    pub time_ns: u64,
+    /// What.
+    pub text: String,
+}
+
+impl Report {
+    /// The metadata was checked after the replay, and is sound.
+    pub fn metadata_is_sound(&mut self) {
+        self.is_checked = true;
+        self.judge();
+    }
+
+    /// Bytes in a data block.
+    pub fn block_bytes(&self) -> u64 {
+        self.setup.block_sectors.saturating_mul(512)
+    }
+
+    /// What tells this report from others of the same trace.
+    pub fn name(&self) -> String {
+        let size = bytes(self.block_bytes());
+        format!("{} blocks, locks {}", size, self.setup.locks)
+    }
+}

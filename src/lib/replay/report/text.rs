@@ -1,0 +1,213 @@
+//! The report as people read it, and numbers as they read those.
+
+use super::Report;
+use crate::pool::Reason;
+use crate::replay::counts::InputCounts;
+use std::fmt;
+use std::time::Duration;
+
+/// `n` for each of `of`.
+pub(super) fn per(n: u64, of: u64) -> f64 {
+    n as f64 / of.max(1) as f64
+}
+
+pub(super) fn percent(n: u64, of: u64) -> String {
+    format!("{:.1} %", 100.0 * per(n, of))
+}
+
+/// A number of bytes, for people.
+pub fn bytes(n: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    match unit {
+        0 => format!("{n} B"),
+        _ => format!("{value:.1} {}", UNITS[unit]),
+    }
+}
+
+/// A time, for people.
+pub fn seconds(nanos: u64) -> String {
+    let time = Duration::from_nanos(nanos);
+    let s = time.as_secs_f64();
+    match s {
+        0.0 => "0 s".into(),
+        s if s < 1e-3 => format!("{:.1} µs", s * 1e6),
+        s if s < 1.0 => format!("{:.1} ms", s * 1e3),
+        s if s < 120.0 => format!("{s:.1} s"),
+        s if s < 7200.0 => format!("{:.1} min", s / 60.0),
+        s if s < 172_800.0 => format!("{:.1} h", s / 3600.0),
+        s if s < 2.0 * 31_556_952.0 => format!("{:.1} d", s / 86_400.0),
+        s => format!("{:.1} years", s / 31_556_952.0),
+    }
+}
+
+/// As people read it.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.is_complete {
+            writeln!(
+                f,
+                "INCOMPLETE  the replay was interrupted; this is how far it came"
+            )?;
+        }
+        for verdict in &self.verdicts {
+            writeln!(f, "VERDICT   {verdict}")?;
+        }
+        let (setup, space) = (&self.setup, &self.space);
+        writeln!(
+            f,
+            "pool      {}; {} data blocks; locks {}; clock {}, {}",
+            setup.table,
+            setup.data_blocks,
+            setup.locks,
+            setup.clock,
+            seconds(self.trace_ns)
+        )?;
+        if !self.sources.is_empty() {
+            writeln!(
+                f,
+                "merged    {} pools, of {}",
+                space.pools,
+                self.sources.join(", ")
+            )?;
+        }
+        writeln!(
+            f,
+            "trace     {} events, {} other records, {} lost, {} malformed, {} back in time{}",
+            self.trace.events,
+            self.trace.skipped,
+            self.trace.lost,
+            self.trace.malformed,
+            self.trace.regressed,
+            if self.trace.is_truncated {
+                ", the last one cut off"
+            } else {
+                ""
+            }
+        )?;
+        for warning in &self.trace.warnings {
+            writeln!(f, "warning   {warning}")?;
+        }
+        self.input.fmt_line(f)?;
+        writeln!(
+            f,
+            "map       {} bios: {} remapped, {} zero, {} failed",
+            self.map.bios, self.map.remapped, self.map.zero, self.map.failed
+        )?;
+        for reason in Reason::ALL {
+            match self.map.deferred.of(reason) {
+                0 => {}
+                n => writeln!(f, "deferred  {n:>10}  {reason}")?,
+            }
+        }
+        self.fmt_work(f)?;
+        for (class, latency) in &self.latency {
+            writeln!(
+                f,
+                "latency   {class}: {} requests, p50 {}, p90 {}, p99 {}, p99.9 {}, max {} [{}]",
+                latency.len(),
+                seconds(latency.percentile(50.0)),
+                seconds(latency.percentile(90.0)),
+                seconds(latency.percentile(99.0)),
+                seconds(latency.percentile(99.9)),
+                seconds(latency.max()),
+                setup.clock
+            )?;
+        }
+        let of = |source: &Option<String>| match source {
+            Some(source) => format!("{source}: "),
+            None => String::new(),
+        };
+        for mark in &self.marks {
+            writeln!(
+                f,
+                "mark      {}{} at {}",
+                of(&mark.source),
+                mark.name,
+                seconds(mark.time_ns)
+            )?;
+            writeln!(f, "            pool: {}", mark.pool.trim_end())?;
+            for (device, status) in &mark.thins {
+                writeln!(f, "            {device}: {status}")?;
+            }
+        }
+        for notice in &self.notices {
+            writeln!(
+                f,
+                "notice    {}{}: {}",
+                of(&notice.source),
+                seconds(notice.time_ns),
+                notice.text
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl Report {
+    /// What was done because of what was asked for.
+    fn fmt_work(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (w, space) = (&self.work, &self.space);
+        writeln!(
+            f,
+            "worker    {} zeroed, {} overwritten, {} copied, {} from an external origin, {} unmapped, {} freed, {} discards passed down; {} failed",
+            w.zeroed,
+            w.overwritten,
+            w.copies,
+            w.origin_copies,
+            self.worker.unmapped,
+            self.worker.freed,
+            w.passed_down,
+            w.failed
+        )?;
+        writeln!(
+            f,
+            "metadata  {} commits, {} blocks written, {} read; {} of {} blocks in use; {} devices",
+            self.worker.commits.total(),
+            self.metadata.blocks_written,
+            self.metadata.blocks_read,
+            space.allocated_metadata_blocks,
+            space.metadata_blocks,
+            space.devices
+        )?;
+        let l = &self.locks;
+        writeln!(
+            f,
+            "locks     {} lookups, {} acquisitions ({} contended), {} read-modify-writes, {} began again; would block: {} root, {} block, {} cache",
+            l.lookups,
+            l.acquisitions,
+            l.contended,
+            l.atomic_rmws,
+            l.retries,
+            l.would_block_root,
+            l.would_block_block,
+            l.would_block_cache
+        )
+    }
+}
+
+impl InputCounts {
+    fn fmt_line(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "input     {} requests: {} reads ({}), {} writes ({}), {} discards ({}), {} flushes; {} map calls; {} control events, {} refused, {} unknown",
+            self.requests,
+            self.reads,
+            bytes(self.bytes_read),
+            self.writes,
+            bytes(self.bytes_written),
+            self.discards,
+            bytes(self.bytes_discarded),
+            self.flushes,
+            self.map_calls,
+            self.controls,
+            self.refused_controls,
+            self.unknown_controls
+        )
+    }
+}
