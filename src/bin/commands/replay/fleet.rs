@@ -19,6 +19,9 @@ use crate::exit::Exit;
 use crate::output;
 use crate::session::Session;
 
+/// Pools that went wrong of which it is said why.
+const MOST_TOLD: usize = 20;
+
 /// The options.
 #[derive(Debug, clap::Args)]
 #[group(skip)]
@@ -168,11 +171,14 @@ fn play_all(
                 Ok(())
             });
             if let Err(e) = written {
-                output::print_error(&e);
                 let kind = e.downcast_ref().map_or(ErrorKind::Io, Error::kind);
                 let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
                 let (_, count) = failed.get_or_insert((kind, 0));
                 *count += 1;
+                // What is wrong with all of them need not be said of each.
+                if *count <= MOST_TOLD {
+                    output::print_error(&e);
+                }
             }
             let done = done.fetch_add(1, Ordering::Relaxed) + 1;
             session.progress("pools", done as u64, pools.len() as u64);
