@@ -47,11 +47,70 @@ fn whole_blocks(image: &[u8]) -> Vec<u8> {
     script
 }
 
+/// The beginning of a trace in each format, as many bytes as are read in no time.
+fn traces() -> Vec<Vec<u8>> {
+    let packed = [
+        include_bytes!("../../testdata/traces/oracle/thin.blktrace.0.zst").as_slice(),
+        include_bytes!("../../testdata/traces/oracle/thin.blkparse.txt.zst"),
+        include_bytes!("../../testdata/traces/misc/ftrace-block.txt.zst"),
+        include_bytes!("../../testdata/traces/pool/merged-pool.blktrace-dump.zst"),
+    ];
+    let mut traces: Vec<Vec<u8>> = packed
+        .map(|packed| zstd::decode_all(packed).expect("a bundled trace expands"))
+        .into();
+    let plain = [
+        include_bytes!("../../testdata/traces/misc/fio-v2.synthetic.iolog").as_slice(),
+        include_bytes!("../../testdata/traces/oracle/fio-v3.iolog"),
+        b"128166372003061629,usr,0,Read,7014609920,24576,41286\n",
+        b"419,W,8792731648,16384,1577808000000046\n",
+        b"1538323200,0,8,0,1283\n1538323200,8,8,1,7\n",
+        b"0,20941264,8192,W,0.551706\n",
+        b"      0.300422537 ;     13108142 ;    8 ; W ; 0.0 ; 0.0\n",
+        b"2.500000 0 200 16 0\n",
+        b"TIME(s) COMM PID DISK T SECTOR BYTES LAT(ms)\n0.5 a b 25 vda W 8 4096 0.01\n",
+        b"R,0,512,1.5\n",
+    ];
+    traces.extend(plain.map(<[u8]>::to_vec));
+    let mut scsi = [[0; 32]; 3];
+    scsi.iter_mut()
+        .for_each(|record| (record[5], record[12], record[15]) = (16, 0x2a, 1));
+    traces.push(scsi.concat());
+    let mut log = vec![0; 2048];
+    let entry = [8u64, 1, 3, 0];
+    for (at, fields) in [
+        (0, [0x006a_7366_7773_6872, 1, 2, 512]),
+        (512, entry),
+        (1536, [0, 0, 8, 9]),
+    ] {
+        log[at..at + 32].copy_from_slice(&fields.map(u64::to_le_bytes).concat());
+    }
+    log[1568..1577].copy_from_slice(b"ctl mark!");
+    traces.push(log);
+    traces.iter_mut().for_each(|trace| trace.truncate(2000));
+    traces
+}
+
 fn main() {
     let folder = std::env::args().nth(1).expect("usage: seeds FOLDER");
     let seeds = Seeds {
         folder: Path::new(&folder).to_owned(),
     };
+    for (number, trace) in traces().into_iter().enumerate() {
+        // Told from the contents, in one file and in two.
+        for how in [0, 0x80, 0xc0] {
+            seeds.write(
+                "trace",
+                &format!("{number}-{how}"),
+                &[&[how], &*trace].concat(),
+            );
+        }
+        let packed = zstd::encode_all(&trace[..trace.len().min(600)], 1).expect("memory");
+        seeds.write(
+            "trace",
+            &format!("{number}-zst"),
+            &[&[0], &*packed].concat(),
+        );
+    }
     let small = small();
     for (number, base) in BASES.iter().enumerate() {
         let name = format!("base-{number}");

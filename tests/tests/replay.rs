@@ -204,6 +204,29 @@ fn the_same_trace_gives_the_same_report() {
 }
 
 #[test]
+fn a_dry_run_says_what_is_in_a_trace() {
+    let trace = testdata().join(ORACLE).join("thin.blktrace.0.zst");
+    let args = |more: &[&str]| {
+        let mut all: Vec<&OsStr> = vec!["thin_replay".as_ref(), "--dry-run".as_ref()];
+        all.extend(more.iter().map(OsStr::new));
+        all.push(trace.as_ref());
+        thintools(all).run().expect(0)
+    };
+    let told = "blktrace: it begins with a record of blktrace";
+    let out = args(&[]).expect_stderr(&[told]).out();
+    for line in [
+        "dry run   blktrace; nothing was played",
+        "trace     6677 requests in 21.1 s, 7 control events, 7454 other records, 0 left out, 0 lost",
+        "discard             15 requests, 493.8 MiB",
+    ] {
+        assert!(out.contains(line), "{out}");
+    }
+    let part = args(&["--start", "5s", "--skip", "read,discard", "--limit", "300"]).out();
+    assert!(part.contains("trace     300 requests in "), "{part}");
+    assert!(!part.contains("\nread"), "{part}");
+}
+
+#[test]
 fn what_cannot_be_played_is_an_error() {
     let place = folder();
     let file = |name: &str, bytes: &[u8]| {
@@ -232,6 +255,7 @@ fn what_cannot_be_played_is_an_error() {
         (vec!["--feature", "magic"], trace.clone(), 1, "no feature"),
         (vec!["--map", "1=x"], trace.clone(), 2, "DEV=ID"),
         (vec!["--cpus", "0"], trace.clone(), 2, "1..=1024"),
+        (vec!["--only", "trim"], trace.clone(), 2, "is none of read"),
         (vec!["--locks", "c"], trace.clone(), 2, "locking scheme"),
         (
             vec!["--events", events.to_str().expect("plain")],

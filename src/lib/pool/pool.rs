@@ -11,7 +11,7 @@ use crate::thin::{PoolMetadata, SharedMetadata};
 use crate::units::DataBlock;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Something of the worker's that waited in a deferred set.
 #[derive(Debug)]
@@ -48,6 +48,20 @@ pub(super) struct Inbox {
     pub(super) is_suspended: bool,
 }
 
+/// Holds submitters back while the worker is behind.
+#[derive(Debug, Default)]
+struct Throttle {
+    is_on: AtomicBool,
+    changing: Mutex<()>,
+    is_off: Condvar,
+}
+
+impl Throttle {
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Called when there is something for the worker to do.
 type Waker = Box<dyn Fn() + Send + Sync>;
 
@@ -63,7 +77,7 @@ pub struct Pool {
     pub(super) mode: AtomicMode,
     inbox: Mutex<Inbox>,
     is_suspended: AtomicBool,
-    pub(super) is_throttled: AtomicBool,
+    throttle: Throttle,
     has_work: AtomicBool,
     pub(super) traffic: Traffic,
     waker: OnceLock<Waker>,
@@ -95,7 +109,7 @@ impl Pool {
             mode: AtomicMode::new(mode),
             inbox: Mutex::default(),
             is_suspended: AtomicBool::new(false),
-            is_throttled: AtomicBool::new(false),
+            throttle: Throttle::default(),
             has_work: AtomicBool::new(false),
             traffic: Traffic::default(),
             waker: OnceLock::new(),
@@ -152,9 +166,32 @@ impl Pool {
         self.mode.get()
     }
 
-    /// True while the worker has been busy for more than a second: those whose bios were deferred should wait before they submit more.
+    /// True while the worker has been busy for more than a second: whoever had a bio deferred should [wait](Self::throttle) before it
+    /// submits more.
     pub fn is_throttled(&self) -> bool {
-        self.is_throttled.load(Ordering::Relaxed)
+        self.throttle.is_on.load(Ordering::Acquire)
+    }
+
+    /// Waits while the worker has been busy for more than a second. For threads whose bio was deferred, before they submit the next one:
+    /// so they cannot outrun the worker. [`map`](super::Mapper::map) itself never waits, and what it issues at once is not held up.
+    pub fn throttle(&self) {
+        if !self.is_throttled() {
+            return;
+        }
+        let mut guard = self.throttle.lock();
+        while self.is_throttled() {
+            guard = (self.throttle.is_off.wait(guard)).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    pub(super) fn set_throttled(&self, is_on: bool) {
+        if self.is_throttled() == is_on {
+            return;
+        }
+        let guard = self.throttle.lock();
+        self.throttle.is_on.store(is_on, Ordering::Release);
+        drop(guard);
+        self.throttle.is_off.notify_all();
     }
 
     pub(super) fn is_suspended(&self) -> bool {

@@ -10,7 +10,7 @@ use std::str::FromStr;
 pub enum Control {
     /// A message to the pool.
     Message(Message),
-    /// `activate MAJ:MIN ID SECTORS ORIGIN_SECTORS`: from here on the trace's device is this thin device. It may come before the
+    /// `activate MAJ:MIN ID SECTORS [ORIGIN_SECTORS]`: from here on the trace's device is this thin device. It may come before the
     /// message that makes it.
     Activate {
         /// Name of the trace's device.
@@ -38,9 +38,21 @@ pub enum Control {
     Resume,
     /// `phase-end NAME`: a mark at which the report says how things are.
     Mark(String),
+    /// A message that every pool refuses, and why.
+    Refused(String),
     /// Anything else.
     Unknown(String),
 }
+
+/// The words of messages, which the kernel takes in any case.
+const MESSAGES: [&str; 6] = [
+    "create_thin",
+    "create_snap",
+    "delete",
+    "set_transaction_id",
+    "reserve_metadata_snap",
+    "release_metadata_snap",
+];
 
 fn refused(text: &str) -> Error {
     Error::new(
@@ -56,12 +68,15 @@ impl FromStr for Control {
         let words: Vec<&str> = text.split_ascii_whitespace().collect();
         let number = |word: &str| word.parse::<u64>().map_err(|_| refused(text));
         Ok(match words[..] {
-            ["activate", device, id, sectors, origin] => Self::Activate {
-                device: device.into(),
-                id: ThinId(number(id)?),
-                sectors: number(sectors)?,
-                origin_sectors: Some(number(origin)?).filter(|&sectors| sectors > 0),
-            },
+            ["activate", device, id, sectors, ref origin @ ..] if origin.len() < 2 => {
+                let origin = origin.first().map_or(Ok(0), |sectors| number(sectors))?;
+                Self::Activate {
+                    device: device.into(),
+                    id: ThinId(number(id)?),
+                    sectors: number(sectors)?,
+                    origin_sectors: Some(origin).filter(|&sectors| sectors > 0),
+                }
+            }
             ["deactivate", device] => Self::Deactivate {
                 device: device.into(),
             },
@@ -71,15 +86,10 @@ impl FromStr for Control {
             ["suspend"] => Self::Suspend,
             ["resume"] => Self::Resume,
             ["phase-end", name] => Self::Mark(name.into()),
-            [
-                "create_thin"
-                | "create_snap"
-                | "delete"
-                | "set_transaction_id"
-                | "reserve_metadata_snap"
-                | "release_metadata_snap",
-                ..,
-            ] => Self::Message(text.parse()?),
+            [word, ..] if MESSAGES.contains(&&*word.to_ascii_lowercase()) => match text.parse() {
+                Ok(message) => Self::Message(message),
+                Err(e) => Self::Refused(e.to_string()),
+            },
             ["activate" | "deactivate" | "resize" | "phase-end", ..] => return Err(refused(text)),
             _ => Self::Unknown(text.into()),
         })
@@ -102,10 +112,23 @@ mod tests {
                 origin_sectors: None
             }
         );
+        assert_eq!(
+            control("activate 252:2 3 4096").unwrap(),
+            control("activate 252:2 3 4096 0").unwrap()
+        );
+        assert_eq!(control("DELETE 7").unwrap(), control("delete 7").unwrap());
+        for bad in ["delete", "create_thin 16777216", "create_snap 1"] {
+            assert!(matches!(control(bad), Ok(Control::Refused(_))), "{bad}");
+        }
         assert_eq!(control("phase-end 1").unwrap(), Control::Mark("1".into()));
         assert!(matches!(control("delete 7"), Ok(Control::Message(_))));
         assert!(matches!(control("hello world"), Ok(Control::Unknown(_))));
-        for bad in ["activate 252:2 x 1 0", "resize", "delete", "phase-end"] {
+        for bad in [
+            "activate 252:2 x 1 0",
+            "activate 252:2 1",
+            "resize",
+            "phase-end",
+        ] {
             assert!(control(bad).is_err(), "{bad}");
         }
     }

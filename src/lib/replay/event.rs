@@ -1,5 +1,9 @@
 //! What every trace comes down to.
 
+use crate::error::{Error, ErrorKind};
+use std::fmt;
+use std::str::FromStr;
+
 /// What a recorded request asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TraceOp {
@@ -13,6 +17,44 @@ pub enum TraceOp {
     WriteZeroes,
     /// A flush without data.
     Flush,
+}
+
+impl TraceOp {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Read,
+        Self::Write,
+        Self::Discard,
+        Self::WriteZeroes,
+        Self::Flush,
+    ];
+}
+
+impl fmt::Display for TraceOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Discard => "discard",
+            Self::WriteZeroes => "write-zeroes",
+            Self::Flush => "flush",
+        })
+    }
+}
+
+impl FromStr for TraceOp {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let named = Self::ALL.into_iter().find(|op| op.to_string() == text);
+        named.ok_or_else(|| {
+            let names = Self::ALL.map(|op| op.to_string()).join(", ");
+            Error::new(
+                ErrorKind::InvalidArgument,
+                format!("{text:?} is none of {names}"),
+            )
+        })
+    }
 }
 
 /// One recorded request.
@@ -60,6 +102,8 @@ pub struct Batch {
 pub struct TraceNotes {
     /// Requests.
     pub events: u64,
+    /// Requests that are in the trace but were not asked for.
+    pub left_out: u64,
     /// Records of other kinds, which say nothing that a replay needs.
     pub skipped: u64,
     /// Lines or records that could not be read, with lenient reading.

@@ -4,10 +4,12 @@ mod control;
 mod counts;
 mod device;
 mod event;
+mod expect;
 mod heat;
 mod latencies;
 mod manifest;
 mod player;
+mod prefill;
 mod report;
 mod run;
 mod split;
@@ -17,14 +19,18 @@ pub use control::Control;
 pub use counts::{ByReason, InputCounts, Moments, WorkCounts};
 pub use device::DeviceModel;
 pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
+pub use expect::{
+    Difference, METADATA_TOLERANCE, MappedRun, Mappings, compare_mappings, compare_status,
+};
 pub use heat::HeatMap;
 pub use latencies::{Latencies, LatencyClasses};
 pub use manifest::{FLEET_SCHEMA, FleetPool, MANIFEST, Manifest, Volume, shard};
 pub use player::{Mark, PlayOptions, Player, Sample};
+pub use prefill::{Prefill, Prefilled};
 pub use report::{
     Clock, Fill, Forecast, Map, Metadata, Noticed, Report, SCHEMA, Setup, Space, Topic, Verdict,
     best_block_size, bytes, compare, csv, html, jsonl, merge, seconds,
 };
 pub use run::{SnapshotSchedule, play, side_events};
 pub use split::split;
-pub use trace::{CsvSpec, Format, open};
+pub use trace::{CsvSpec, Format, Window, open};

@@ -97,6 +97,20 @@ struct Active {
     seen: u64,
 }
 
+impl Active {
+    /// Opens the device if it exists by now.
+    fn open(&mut self, worker: &mut Worker) -> Result<()> {
+        if self.thin.is_none() {
+            match worker.open_thin(self.id, self.origin_sectors) {
+                Ok(thin) => self.thin = Some(thin),
+                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
 /// A request of the trace, whose bios have not all ended.
 #[derive(Debug)]
 struct Request {
@@ -142,6 +156,9 @@ pub struct Player {
     /// Time between samples.
     step: Duration,
 }
+
+/// Control events of a kind that are told one by one; the others are counted.
+const MOST_TOLD: u64 = 100;
 
 /// Rounds after which a pool that never comes to rest is an error.
 const MOST_ROUNDS: u32 = 100_000_000;
@@ -392,13 +409,7 @@ impl Player {
             return Ok(None);
         }
         active.seen = active.seen.max(end.unwrap_or(0));
-        if active.thin.is_none() {
-            match self.worker.open_thin(active.id, active.origin_sectors) {
-                Ok(thin) => active.thin = Some(thin),
-                Err(e) if e.kind() == ErrorKind::NotFound => {}
-                Err(e) => return Err(e),
-            }
-        }
+        active.open(&mut self.worker)?;
         Ok(active.thin.clone())
     }
 
@@ -756,13 +767,21 @@ impl Player {
                 self.mark(name)?;
                 Ok(())
             }
-            Control::Unknown(_) => {
+            Control::Refused(reason) => Err(Error::new(ErrorKind::InvalidArgument, reason)),
+            Control::Unknown(text) => {
                 self.input.unknown_controls += 1;
+                if self.input.unknown_controls <= MOST_TOLD {
+                    let text = format!("{text:?} is no event that is known; it was left out");
+                    self.notices.push((self.now, text));
+                }
                 Ok(())
             }
         };
         if let Err(e) = refused {
             self.input.refused_controls += 1;
+            if self.input.refused_controls > MOST_TOLD {
+                return Ok(());
+            }
             let text = format!("{:?} was refused: {e}", event.text);
             self.notices.push((self.now, text));
         }
@@ -785,6 +804,10 @@ impl Player {
         let size = self.pool.block_sectors();
         let sectors = self.options.data_blocks * size;
         let words = self.worker.pool_status();
+        for active in self.active.values_mut() {
+            // In a pool that has failed none can be opened.
+            active.open(&mut self.worker).ok();
+        }
         let thins = self.active.iter().filter_map(|(device, active)| {
             let thin = active.thin.as_ref()?;
             let words = self.worker.thin_status(thin);

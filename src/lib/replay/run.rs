@@ -1,6 +1,6 @@
 //! A whole trace through a player, with what happens beside it.
 
-use super::event::{Batch, ControlEvent, TraceReader};
+use super::event::{Batch, ControlEvent, TraceIo, TraceReader};
 use super::player::Player;
 use crate::error::{Error, ErrorKind, Result};
 use crate::observer::Observer;
@@ -97,6 +97,54 @@ impl Snapshots {
     }
 }
 
+/// What comes next.
+pub(super) enum Happening<'a> {
+    /// A request, to the trace's device of this name.
+    Io(&'a str, TraceIo),
+    /// A control event, of the trace or beside it.
+    Control(&'a ControlEvent),
+}
+
+/// Tells `each` everything that `reader` has and what happens beside it, in order of time. False if the observer wished to stop.
+///
+/// # Errors
+/// Those of the reader and of `each`.
+pub(super) fn follow(
+    reader: &mut dyn TraceReader,
+    beside: Vec<ControlEvent>,
+    observer: &dyn Observer,
+    mut each: impl FnMut(Happening<'_>) -> Result<()>,
+) -> Result<bool> {
+    let mut beside = VecDeque::from(beside);
+    let mut batch = Batch::default();
+    while reader.read(&mut batch)? {
+        let mut controls = std::mem::take(&mut batch.controls).into_iter().peekable();
+        for io in &batch.ios {
+            let is_due = |event: &ControlEvent| event.time_ns <= io.time_ns;
+            while let Some(event) = controls.next_if(is_due) {
+                each(Happening::Control(&event))?;
+            }
+            while beside.front().is_some_and(is_due) {
+                if let Some(event) = beside.pop_front() {
+                    each(Happening::Control(&event))?;
+                }
+            }
+            let device = reader.devices().get(io.device as usize);
+            each(Happening::Io(device.map_or("", |name| name), *io))?;
+        }
+        for event in controls {
+            each(Happening::Control(&event))?;
+        }
+        if observer.is_cancelled() {
+            return Ok(false);
+        }
+    }
+    for event in &beside {
+        each(Happening::Control(event))?;
+    }
+    Ok(true)
+}
+
 /// Plays everything that `reader` has, and ends it. `at_control` is told of each control event after it was carried out. False if
 /// the observer wished to stop.
 ///
@@ -110,42 +158,19 @@ pub fn play(
     at_control: &mut dyn FnMut(&Player) -> Result<()>,
     observer: &dyn Observer,
 ) -> Result<bool> {
-    let mut beside = VecDeque::from(beside);
     let mut snapshots = schedule.map(Snapshots::new);
-    let mut batch = Batch::default();
-    let mut is_complete = true;
-    while is_complete && reader.read(&mut batch)? {
-        let mut controls = std::mem::take(&mut batch.controls).into_iter().peekable();
-        for io in &batch.ios {
+    let is_complete = follow(reader, beside, observer, |happening| match happening {
+        Happening::Io(device, io) => {
             if let Some(snapshots) = &mut snapshots {
                 snapshots.take(player, Duration::from_nanos(io.time_ns))?;
             }
-            let is_due = |event: &ControlEvent| event.time_ns <= io.time_ns;
-            while let Some(event) = controls.next_if(is_due) {
-                player.control(&event)?;
-                at_control(player)?;
-            }
-            while beside.front().is_some_and(is_due) {
-                if let Some(event) = beside.pop_front() {
-                    player.control(&event)?;
-                    at_control(player)?;
-                }
-            }
-            let device = reader.devices().get(io.device as usize);
-            player.io(device.map_or("", |name| name), *io)?;
+            player.io(device, io)
         }
-        for event in controls {
-            player.control(&event)?;
-            at_control(player)?;
+        Happening::Control(event) => {
+            player.control(event)?;
+            at_control(player)
         }
-        is_complete = !observer.is_cancelled();
-    }
-    if is_complete {
-        for event in beside {
-            player.control(&event)?;
-            at_control(player)?;
-        }
-    }
+    })?;
     player.finish()?;
     Ok(is_complete)
 }

@@ -516,3 +516,39 @@ fn t26_lookups_across_commits_find_what_is_mapped_while_blocks_are_reused() {
         run(settings, 160, 4 * SPREAD, 2, manage, submit);
     }
 }
+
+#[test]
+fn whoever_outruns_a_worker_that_is_behind_waits_for_it() {
+    let engine = Arc::new(RamEngine::new(128));
+    let mut metadata = PoolMetadata::format(engine, BLOCK as u32, 1 << 20).expect("room");
+    metadata.resize_data(16).expect("room");
+    metadata.create_thin(ThinId(0)).expect("it is new");
+    metadata.commit().expect("memory");
+    let mut worker = Worker::start(metadata, settings()).expect("started");
+    let pool = Arc::clone(worker.pool());
+    let thin = worker.open_thin(ThinId(0), None).expect("it is there");
+    let mut mapper = Mapper::new(&pool, false);
+    // More than the worker looks at in two turns.
+    for id in 0..20_000 {
+        mapper.map(&thin, Box::new(Bio::flush(id)));
+    }
+    let mut effects = Vec::new();
+    let mut at = |seconds| {
+        effects.clear();
+        worker.apply(Duration::from_secs(seconds), Event::Work, &mut effects)
+    };
+    assert!(at(0) && !pool.is_throttled());
+    pool.throttle();
+    assert!(at(2) && pool.is_throttled());
+    let is_through = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            pool.throttle();
+            is_through.store(true, Ordering::SeqCst);
+        });
+        assert!(!is_through.load(Ordering::SeqCst) && pool.is_throttled());
+        assert!(!at(2));
+        waiting.join().expect("it goes on");
+    });
+    assert!(is_through.into_inner() && !pool.is_throttled());
+}

@@ -5,6 +5,7 @@ mod formats;
 mod kernel;
 mod nonsense;
 mod traps;
+mod window;
 
 use std::fs;
 use std::path::PathBuf;

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use anyhow::{Context, bail};
 use thintools::io::write_new;
 use thintools::observer::Observer;
-use thintools::replay::{FleetPool, Format, Manifest, Report, open, shard};
+use thintools::replay::{FleetPool, Format, Manifest, Report, shard};
 use thintools::{Error, ErrorKind};
 
 use super::{outputs, play, saved};
@@ -31,7 +31,7 @@ pub(crate) struct Args {
         long,
         value_name = "FILE",
         requires = "reports",
-        conflicts_with_all = ["traces", "format", "map", "output", "dump_at_marks", "json", "jsonl", "csv", "html"]
+        conflicts_with_all = ["traces", "format", "map", "output", "dry_run", "dump_at_marks", "json", "jsonl", "csv", "html"]
     )]
     pub(super) manifest: Option<PathBuf>,
 
@@ -199,21 +199,15 @@ fn play_pool(
     session: &Session,
 ) -> anyhow::Result<Vec<Report>> {
     let reports = play::reports(play, session, &|| {
-        let (_, reader) = open(&pool.files, Some(Format::Events), play.lenient)?;
-        Ok(reader)
+        Ok(play.trace.part_of(&pool.files, Some(Format::Events))?.1)
     });
     let reports = reports.with_context(|| pool.name.clone())?;
-    for report in reports
-        .iter()
-        .filter(|report| report.is_complete && !play.lenient)
-    {
-        if report.trace.is_truncated || report.trace.events != pool.events {
-            let message = format!(
-                "{}: {} requests were read, but the manifest has {}; split the trace again",
-                pool.name, report.trace.events, pool.events
-            );
-            return Err(Error::new(ErrorKind::InvalidDescription, message).into());
-        }
+    if reports.iter().any(|report| report.trace.is_truncated) {
+        let message = format!(
+            "{}: an event file of it is cut off; copy it again, or split the trace again",
+            pool.name
+        );
+        return Err(Error::new(ErrorKind::InvalidDescription, message).into());
     }
     Ok(reports)
 }

@@ -1,12 +1,14 @@
 //! `thin_replay`: recorded block I/O through the pool engine.
 
 mod compare;
+mod dry_run;
 mod fleet;
 mod merge_reports;
 mod outputs;
 mod play;
 mod saved;
 mod split;
+mod trace;
 
 use super::Page;
 use crate::exit::Exit;
@@ -72,6 +74,10 @@ pub(crate) const PAGE: Page = Page {
 /// Makes the parser of the command line.
 pub(crate) fn build() -> clap::Command {
     let cmd = <Args as clap::Args>::augment_args(clap::Command::new(NAME));
+    // A manifest stands for its traces.
+    let cmd = cmd.mut_arg("traces", |arg| {
+        arg.required(false).required_unless_present("manifest")
+    });
     super::tool(cmd, TITLE, &PAGE).disable_help_subcommand(true)
 }
 

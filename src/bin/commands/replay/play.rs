@@ -11,8 +11,7 @@ use thintools::observer::Silent;
 use thintools::pdata::txn::LockScheme;
 use thintools::pool::{Features, PoolTable, Settings};
 use thintools::replay::{
-    DeviceModel, Format, PlayOptions, Player, Report, SnapshotSchedule, TraceReader, open, play,
-    side_events,
+    DeviceModel, PlayOptions, Player, Report, SnapshotSchedule, TraceReader, play, side_events,
 };
 use thintools::thin::{PoolMetadata, Superblock};
 use thintools::tools::check::{CheckOptions, Severity, check};
@@ -20,7 +19,9 @@ use thintools::tools::event::Source;
 use thintools::tools::{MetadataSource, Selection, TextSink, Trees, text};
 use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MAX_THIN_ID, MetadataBlock, ThinId};
 
+use super::dry_run;
 use super::outputs::{Outputs, refuse_existing};
+use super::trace::TraceArgs;
 use crate::exit::Exit;
 use crate::session::Session;
 
@@ -28,18 +29,12 @@ use crate::session::Session;
 #[derive(Debug, clap::Args)]
 #[group(skip)]
 pub(crate) struct Args {
-    /// The trace: a file, or several that were recorded at the same time.
-    #[arg(value_name = "TRACE", required_unless_present = "manifest")]
-    traces: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(super) trace: TraceArgs,
 
-    /// The format of the trace, if it is not to be told from the contents: events, blktrace, blkparse, iolog, msr, alibaba, tencent, spc, load,
-    /// disksim, ftrace, biosnoop, vscsi, log-writes, or csv: and a description such as csv:dev=0,op=1,off=2:bytes,len=3:bytes,ts=4:us.
-    #[arg(long, value_name = "FORMAT", default_value = "auto")]
-    format: String,
-
-    /// Count what cannot be read instead of giving up.
-    #[arg(long)]
-    pub(super) lenient: bool,
+    /// Read the trace, say what is in it, and play nothing.
+    #[arg(long, conflicts_with_all = ["json", "output", "dump_at_marks"])]
+    dry_run: bool,
 
     /// Begin with the pool that this metadata is of.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["block_size", "metadata_size"])]
@@ -149,7 +144,7 @@ fn sectors(text: &str) -> Result<u64, String> {
     }
 }
 
-fn time(text: &str) -> Result<Duration, String> {
+pub(super) fn time(text: &str) -> Result<Duration, String> {
     let letters = [('s', 1), ('m', 60), ('h', 3600), ('d', 86_400)];
     match scaled(text, &letters)? {
         0 => Err("a time of 0 is no interval".into()),
@@ -268,6 +263,9 @@ fn copy(from: &dyn BlockEngine) -> anyhow::Result<Arc<RamEngine>> {
 /// Plays the trace.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let session = Session::new("Replaying", args.quiet)?;
+    if args.dry_run {
+        return dry_run::run(&args.trace, &session);
+    }
     if args.locks.len() > 1 && (args.output.is_some() || args.dump_at_marks.is_some()) {
         bail!("-o and --dump-at-marks are for one locking scheme");
     }
@@ -282,15 +280,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
             );
         }
     }
-    let reports = reports(&args, &session, &|| {
-        let format = format(&args.format)?;
-        let is_told = format.is_none();
-        let (format, reader) = open(&args.traces, format, args.lenient)?;
-        if is_told {
-            session.say(&format!("{}: {}", format, format.evidence()));
-        }
-        Ok(reader)
-    })?;
+    let reports = reports(&args, &session, &|| Ok(args.trace.open(&session)?.1))?;
     let mut text = String::new();
     if let Some(last) = reports.last() {
         text = last.to_string();
@@ -302,14 +292,6 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     Ok(match reports.iter().all(|r| r.is_complete) {
         true => Exit::Ok,
         false => Exit::Interrupted,
-    })
-}
-
-/// The format that an option names; none for auto.
-pub(super) fn format(name: &str) -> anyhow::Result<Option<Format>> {
-    Ok(match name {
-        "auto" => None,
-        name => Some(name.parse()?),
     })
 }
 

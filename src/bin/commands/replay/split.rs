@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use thintools::replay::{MANIFEST, bytes, open, split};
+use thintools::replay::{MANIFEST, bytes, split};
 
-use super::play::format;
+use super::trace::TraceArgs;
 use crate::exit::Exit;
 use crate::output;
 use crate::session::Session;
@@ -13,17 +13,8 @@ use crate::session::Session;
 #[derive(Debug, clap::Args)]
 #[group(skip)]
 pub(crate) struct Args {
-    /// The trace: a file, or several that were recorded at the same time.
-    #[arg(value_name = "TRACE", required = true)]
-    traces: Vec<PathBuf>,
-
-    /// The format of the trace, as without split.
-    #[arg(long, value_name = "FORMAT", default_value = "auto")]
-    format: String,
-
-    /// Count what cannot be read instead of giving up.
-    #[arg(long)]
-    lenient: bool,
+    #[command(flatten)]
+    trace: TraceArgs,
 
     /// The folder for the files and the manifest; it is made if there is none, and must be empty.
     #[arg(short, long, value_name = "DIR")]
@@ -37,10 +28,7 @@ pub(crate) struct Args {
 /// Splits the trace.
 pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
     let session = Session::new("Splitting", args.quiet)?;
-    let (format, mut reader) = open(&args.traces, format(&args.format)?, args.lenient)?;
-    if args.format == "auto" {
-        session.say(&format!("{format}: {}", format.evidence()));
-    }
+    let (_, mut reader) = args.trace.open(&session)?;
     let volumes = split(&mut *reader, &args.output, &session)?;
     let notes = reader.notes();
     let noticed = [

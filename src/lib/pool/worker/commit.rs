@@ -90,6 +90,7 @@ impl Worker {
         self.last_commit = self.now;
         let is_done = self.metadata_ok(committed, effects);
         if is_done {
+            self.check_commit();
             self.devices.retain(|_, device| {
                 device.is_changed = false;
                 device.open > 0

@@ -18,6 +18,7 @@ use crate::pool::prison::{Cell, Detained, Held, Key};
 use crate::pool::thin::Thin;
 use crate::thin::PoolMetadata;
 use crate::units::{DataBlock, ThinBlock, ThinId};
+use std::ops::Range;
 
 /// A discard under way.
 #[derive(Debug)]
@@ -46,7 +47,8 @@ pub(super) struct Run {
     len: u64,
     /// A snapshot may have the blocks, too.
     is_shared: bool,
-    /// Discards of the data device that have not ended; none before the run was unmapped.
+    /// Discards of the data device that have not ended; none before the run was unmapped. Until then each of its blocks has a
+    /// reference that keeps it from being handed out.
     passed_down: Option<u32>,
 }
 
@@ -54,6 +56,11 @@ impl Run {
     /// Its device, first block and end.
     pub(super) fn range(&self) -> (u64, u64, u64) {
         (self.id.0, self.begin, self.begin + self.len)
+    }
+
+    /// The data blocks that it keeps from being handed out.
+    pub(super) fn kept(&self) -> Option<Range<u64>> {
+        self.passed_down.map(|_| self.data..self.data + self.len)
     }
 }
 
@@ -202,8 +209,8 @@ impl Worker {
         };
         let id = run.id;
         match &mut run.passed_down {
-            Some(0) | None => self.unmap_run(job, id, place, effects),
-            Some(1) => self.allow_reuse(job, place, effects),
+            None => self.unmap_run(job, id, place, effects),
+            Some(0 | 1) => self.allow_reuse(job, place, effects),
             Some(n) => *n -= 1,
         }
     }
@@ -232,6 +239,9 @@ impl Worker {
         if !passes_down {
             return self.end_run(job, Ok(()), effects);
         }
+        if let Some(Job::Run(run)) = self.jobs.get_mut(job) {
+            run.passed_down = Some(own.len() as u32);
+        }
         if own.is_empty() {
             return self.allow_reuse(job, place, effects);
         }
@@ -243,9 +253,6 @@ impl Worker {
 
     /// Discards blocks of a run on the data device: first block and number of each stretch.
     pub(super) fn pass_down(&mut self, job: JobId, own: Vec<(u64, u64)>, effects: &mut Effects) {
-        if let Some(Job::Run(run)) = self.jobs.get_mut(job) {
-            run.passed_down = Some(own.len() as u32);
-        }
         let size = self.pool.block_sectors;
         for (block, blocks) in own {
             effects.push(Effect::Discard {

@@ -2,22 +2,28 @@
 //!
 //! 1. A bio is issued to a block while its mapping is current (I1), and a write only to a block that is not shared (I3).
 //! 2. One operation at a time works on a virtual block (I2), and what it maps is not mapped before its data is in place (I4).
-//! 3. A device has as many mappings as it says (I9).
-//! 4. A bio that the map half let in is in one place, until it is issued or ended (I12).
+//! 3. Whatever the last commit consists of is on the device as it was, so that a crash finds it (I10); no block that it maps is handed
+//!    out again (I7).
+//! 4. A commit counts what is referred to, no more and no less (I8).
+//! 5. A device has as many mappings as it says (I9).
+//! 6. A bio that the map half let in is in one place, until it is issued or ended (I12).
 //!
-//! That the data is flushed before a commit (I5), and that nothing durable ends before its commit (I6), is asserted where commits are
-//! made. What only contents and crashes show (I7, I8, I10, I11) the random histories of the tests assert at every read, at every crash
-//! and at their ends.
+//! Where it happens it is asserted that the data is flushed before a commit (I5), that nothing durable ends before its commit (I6), and
+//! that with zeroing no block is mapped that was not written from end to end since it was allocated (I11).
 
 use super::commit::Waiter;
-use super::jobs::Job;
+use super::committed::Committed;
+use super::jobs::{Job, JobId};
+use super::provision::NewMapping;
 use super::{Effect, Worker};
+use crate::error::Result;
 use crate::pool::bio::Op;
 use crate::pool::effect::Notice;
 use crate::pool::mode::PoolMode;
 use crate::thin::PoolMetadata;
 use crate::units::{ThinBlock, ThinId};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// More of anything is not looked at, lest every step take longer than the one before.
@@ -53,9 +59,18 @@ impl Traffic {
     }
 }
 
-/// Whether the number of mappings of an open device was right when it was first looked at: it is not on damaged metadata.
+/// What was there before. What was wrong when it was first looked at may be wrong later.
 #[derive(Debug, Default)]
-pub(super) struct Counted(BTreeMap<u64, bool>);
+pub(super) struct Before {
+    /// Whether the number of mappings of an open device was right.
+    mappings: BTreeMap<u64, bool>,
+    /// The last commit, if it is small.
+    committed: Option<Committed>,
+    /// Whether it counted rightly what it refers to.
+    is_counted: Option<bool>,
+    /// Sectors that were written, or are being, of the blocks of new mappings.
+    written: BTreeMap<JobId, u64>,
+}
 
 impl Worker {
     /// Checks everything after a step that had these effects.
@@ -64,6 +79,7 @@ impl Worker {
             return;
         }
         self.check_bios(effects);
+        self.note_written(effects);
         let has_failed = |e: &Effect| matches!(e, Effect::Notice(Notice::MetadataFailed(_)));
         if self.pool.mode() >= PoolMode::ReadOnly || effects.iter().any(has_failed) {
             // What was issued may have been undone in the same step.
@@ -72,6 +88,83 @@ impl Worker {
         self.check_issued(effects);
         self.check_jobs();
         self.check_counts();
+        // A device that cannot be read is not what this is about.
+        self.check_committed(effects).ok();
+    }
+
+    fn check_committed(&mut self, effects: &[Effect]) -> Result<()> {
+        let engine = self.pool.metadata.inspect(|pool| Arc::clone(pool.engine()));
+        let committed = match self.before.committed.take() {
+            Some(committed) if committed.is_current(&*engine)? => {
+                let lost = committed.overwritten(&*engine)?;
+                assert_eq!(
+                    lost, None,
+                    "I10: a block of the last commit was written over"
+                );
+                Some(committed)
+            }
+            _ => Committed::read(&*engine)?,
+        };
+        let size = self.pool.block_sectors;
+        for effect in effects {
+            let sector = match effect {
+                Effect::Zero { sector, .. } | Effect::Copy { sector, .. } => sector,
+                Effect::Issue { bio, sector } if bio.fills.is_some() => sector,
+                _ => continue,
+            };
+            let is_mapped = committed.as_ref().is_some_and(|c| c.maps(sector / size));
+            assert!(
+                !is_mapped,
+                "I7: {effect:?} is to a block that the last commit maps"
+            );
+        }
+        self.before.committed = committed;
+        Ok(())
+    }
+
+    fn note_written(&mut self, effects: &[Effect]) {
+        for effect in effects {
+            let (job, sectors) = match effect {
+                Effect::Zero { job, sectors, .. } | Effect::Copy { job, sectors, .. } => {
+                    (*job, *sectors)
+                }
+                Effect::Issue { bio, .. } => match bio.fills {
+                    Some(job) => (job, bio.sectors),
+                    None => continue,
+                },
+                _ => continue,
+            };
+            *self.before.written.entry(job).or_default() += sectors;
+        }
+    }
+
+    /// Checks a mapping that is about to be inserted.
+    pub(super) fn check_covered(&mut self, job: JobId, mapping: &NewMapping) {
+        if !cfg!(debug_assertions) {
+            return;
+        }
+        let written = self.before.written.remove(&job).unwrap_or(0);
+        assert!(
+            !mapping.is_covered || written == self.pool.block_sectors,
+            "I11: {mapping:?} is to a block of which {written} sectors were written"
+        );
+    }
+
+    /// Checks what was committed just now.
+    pub(super) fn check_commit(&mut self) {
+        if !cfg!(debug_assertions) {
+            return;
+        }
+        let engine = self.pool.metadata.inspect(|pool| Arc::clone(pool.engine()));
+        if let Ok(Some(committed)) = Committed::read(&*engine) {
+            let wrong = committed.miscounted(&self.jobs);
+            let was_right = *self.before.is_counted.get_or_insert(wrong.is_none());
+            assert!(
+                !was_right || wrong.is_none(),
+                "I8: {}",
+                wrong.unwrap_or_default()
+            );
+        }
     }
 
     fn check_issued(&self, effects: &[Effect]) {
@@ -137,16 +230,16 @@ impl Worker {
         let is_changed = self.pool.metadata.inspect(PoolMetadata::is_changed);
         let devices = &self.devices;
         let is_open = |id: &u64| devices.get(id).is_some_and(|device| device.open > 0);
-        self.counted.0.retain(|id, _| is_open(id));
+        self.before.mappings.retain(|id, _| is_open(id));
         for id in devices.keys().copied().filter(is_open).take(4) {
-            if is_changed && self.counted.0.contains_key(&id) {
+            if is_changed && self.before.mappings.contains_key(&id) {
                 continue;
             }
             let counts = |pool: &PoolMetadata| counts(pool, ThinId(id));
             let Some((said, counted)) = self.pool.metadata.inspect(counts) else {
                 continue;
             };
-            let was_right = self.counted.0.entry(id).or_insert(said == counted);
+            let was_right = self.before.mappings.entry(id).or_insert(said == counted);
             assert!(
                 !*was_right || said == counted,
                 "I9: device {id} has {counted} mappings and says {said}"

@@ -6,6 +6,7 @@
 //! 4. Between the flush of the data device that begins a commit and its end, the worker does nothing.
 
 mod commit;
+mod committed;
 mod counts;
 mod discard;
 mod invariants;
@@ -31,7 +32,7 @@ use crate::thin::{PoolMetadata, Reader, SharedMetadata};
 use crate::units::ThinId;
 use commit::{Commit, Waiter};
 pub use counts::{CommitCounts, WorkerCounts};
-use invariants::Counted;
+use invariants::Before;
 pub(super) use invariants::Traffic;
 pub use jobs::JobId;
 use jobs::{Job, Jobs};
@@ -124,7 +125,7 @@ pub struct Worker {
     was_low_told: bool,
     is_metadata_low: Arc<AtomicBool>,
     suspension: Suspension,
-    counted: Counted,
+    before: Before,
     busy_since: Option<Duration>,
     counts: WorkerCounts,
     now: Duration,
@@ -194,7 +195,7 @@ impl Worker {
             was_low_told: false,
             is_metadata_low,
             suspension: Suspension::None,
-            counted: Counted::default(),
+            before: Before::default(),
             busy_since: None,
             counts: WorkerCounts::default(),
             now: Duration::ZERO,
@@ -392,10 +393,7 @@ impl Worker {
                 self.now
             }
         };
-        let is_throttled = self.now - since > SECOND;
-        self.pool
-            .is_throttled
-            .store(is_throttled, Ordering::Relaxed);
+        self.pool.set_throttled(self.now - since > SECOND);
     }
 
     fn device(&mut self, id: ThinId) -> &mut Device {

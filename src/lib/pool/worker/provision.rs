@@ -26,6 +26,8 @@ pub(super) struct NewMapping {
     bio: Option<Box<Bio>>,
     /// Things to wait for.
     pub(super) waits: u32,
+    /// What its data block held before must not be seen.
+    pub(super) is_covered: bool,
     pub(super) result: BioResult,
 }
 
@@ -165,6 +167,7 @@ impl Worker {
             held,
             bio: None,
             waits: 0,
+            is_covered: !self.features.skip_block_zeroing,
             result: Ok(()),
         }))
     }
@@ -239,6 +242,7 @@ impl Worker {
         let Some(Job::Mapping(mapping)) = self.jobs.remove(job) else {
             return;
         };
+        self.check_covered(job, &mapping);
         let NewMapping {
             thin,
             block,

@@ -8,6 +8,7 @@ use crate::pool::bio::BioError;
 use crate::pool::effect::Effect;
 use crate::pool::mode::PoolMode;
 use crate::pool::table::PoolTable;
+use crate::thin::PoolMetadata;
 
 /// How far a suspension has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,10 +67,14 @@ impl Worker {
         }
         let is_idle = self.jobs.len() == 0
             && self.todo.is_empty()
-            && self.retry.is_empty()
             && self.starved.is_empty()
             && !self.pool.has_work();
         if !is_idle {
+            return;
+        }
+        // A commit may find space for those who wait for it. If not, they wait for the resumption, as the pool may have grown then.
+        if !self.retry.is_empty() && self.pool.metadata.inspect(PoolMetadata::is_changed) {
+            self.wants_commit = true;
             return;
         }
         if !self.pool.all_io.is_quiet() && self.waiters.is_empty() {
@@ -85,6 +90,7 @@ impl Worker {
     /// The last commit is over.
     pub(super) fn suspended(&mut self, tag: u64, effects: &mut Effects) {
         self.suspension = Suspension::Done;
+        self.out_of_space_since = None;
         effects.push(Effect::Answer {
             tag,
             result: Ok(()),
@@ -116,6 +122,9 @@ impl Worker {
         self.pool.suspend(false);
         self.suspension = Suspension::None;
         self.was_low_told = false;
+        if self.pool.mode() == PoolMode::OutOfDataSpace && !self.features.error_if_no_space {
+            self.out_of_space_since = Some(self.now);
+        }
         self.retry_all();
         self.pool.resubmit_held_back();
         self.waiters.push(Waiter::Answer(tag));
@@ -137,6 +146,7 @@ impl Worker {
                 "pool target ({data_blocks} blocks) too small: expected {data}"
             ));
         }
+        let has_table = table.is_some();
         if let Some(table) = table {
             if table.features.ignore_discard && !self.settings.table.features.ignore_discard {
                 return refuse("discard support cannot be disabled once enabled".into());
@@ -146,7 +156,10 @@ impl Worker {
                 block_sectors: self.settings.table.block_sectors,
                 ..table
             };
-            self.features = in_force(&self.settings);
+        }
+        // Whoever gave up waiting for space waits again.
+        self.features = in_force(&self.settings);
+        if has_table {
             let wanted = match self.features.read_only {
                 true => PoolMode::ReadOnly,
                 false => PoolMode::Write,

@@ -25,7 +25,9 @@ mod scan;
 mod siblings;
 mod spread;
 mod vscsi;
+mod window;
 
 pub use csv_spec::CsvSpec;
 pub use format::Format;
 pub use open::open;
+pub use window::Window;

@@ -1,0 +1,90 @@
+//! The trace that the command line names, and which part of it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use thintools::replay::{Format, TraceOp, TraceReader, Window, open};
+
+use super::play::time;
+use crate::session::Session;
+
+/// Which trace, and what of it.
+#[derive(Debug, clap::Args)]
+pub(super) struct TraceArgs {
+    /// The trace: a file, or several that were recorded at the same time.
+    #[arg(value_name = "TRACE", required = true)]
+    traces: Vec<PathBuf>,
+
+    /// The format of the trace, if it is not to be told from the contents: events, blktrace, blkparse, iolog, msr, alibaba, tencent, spc, load,
+    /// disksim, ftrace, biosnoop, vscsi, log-writes, or csv: and a description such as csv:dev=0,op=1,off=2:bytes,len=3:bytes,ts=4:us.
+    #[arg(long, value_name = "FORMAT", default_value = "auto")]
+    format: String,
+
+    /// Count what cannot be read instead of giving up.
+    #[arg(long)]
+    lenient: bool,
+
+    /// Leave out the requests before this time of the trace. Control events before it happen at the beginning.
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    start: Option<Duration>,
+
+    /// Leave out what happened from this time of the trace on.
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    end: Option<Duration>,
+
+    /// End after so many requests.
+    #[arg(long, value_name = "N")]
+    limit: Option<u64>,
+
+    /// Only these operations, with commas: read, write, discard, write-zeroes, flush.
+    #[arg(long, value_name = "OPS", value_delimiter = ',')]
+    only: Option<Vec<TraceOp>>,
+
+    /// All operations but these.
+    #[arg(
+        long,
+        value_name = "OPS",
+        value_delimiter = ',',
+        conflicts_with = "only"
+    )]
+    skip: Vec<TraceOp>,
+}
+
+impl TraceArgs {
+    /// Opens it, and says what it was recognised as.
+    pub(super) fn open(&self, session: &Session) -> anyhow::Result<(Format, Box<dyn TraceReader>)> {
+        let format = match self.format.as_str() {
+            "auto" => None,
+            name => Some(name.parse::<Format>()?),
+        };
+        let is_told = format.is_none();
+        let (format, reader) = self.part_of(&self.traces, format)?;
+        if is_told {
+            session.say(&format!("{format}: {}", format.evidence()));
+        }
+        Ok((format, reader))
+    }
+
+    /// Opens other files with the same part of them left out.
+    pub(super) fn part_of(
+        &self,
+        paths: &[PathBuf],
+        format: Option<Format>,
+    ) -> anyhow::Result<(Format, Box<dyn TraceReader>)> {
+        let (format, reader) = open(paths, format, self.lenient)?;
+        let without = match &self.only {
+            Some(only) => {
+                let all = TraceOp::ALL.into_iter();
+                all.filter(|op| !only.contains(op)).collect()
+            }
+            None => self.skip.clone(),
+        };
+        let window = Window {
+            start: self.start.unwrap_or_default(),
+            end: self.end,
+            limit: self.limit,
+            without,
+        };
+        Ok((format, window.of(reader)))
+    }
+}
