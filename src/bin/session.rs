@@ -27,6 +27,10 @@ pub(crate) struct Session {
     quiet: bool,
     /// Set by SIGINT, SIGTERM and SIGHUP.
     stop: Arc<AtomicBool>,
+    /// It has something to say at the end that is worth waiting for, once it knows of the signal.
+    is_heard_out: bool,
+    /// It knows, and is about to end.
+    is_ending: Arc<AtomicBool>,
 }
 
 impl Session {
@@ -38,13 +42,17 @@ impl Session {
             .filter(|&s| !is_ignored(s));
         let mut signals = Signals::new(heeded)?;
         let flag = Arc::clone(&stop);
+        let is_ending = Arc::new(AtomicBool::new(false));
+        let ending = Arc::clone(&is_ending);
         std::thread::Builder::new().spawn(move || {
             if signals.forever().next().is_none() {
                 return;
             }
             flag.store(true, Ordering::Relaxed);
             let deadline = Instant::now() + GRACE;
-            while Instant::now() < deadline && signals.pending().next().is_none() {
+            while (Instant::now() < deadline || ending.load(Ordering::Relaxed))
+                && signals.pending().next().is_none()
+            {
                 std::thread::sleep(Duration::from_millis(20));
             }
             remove_temporary_files();
@@ -54,7 +62,17 @@ impl Session {
             bar: Bar::new(title, quiet),
             quiet,
             stop,
+            is_heard_out: false,
+            is_ending,
         })
+    }
+
+    /// Lets the command end in its own time once it knows of the first signal. A second one ends it all the same.
+    pub(crate) fn heard_out(self) -> Self {
+        Self {
+            is_heard_out: true,
+            ..self
+        }
     }
 
     /// Prints a line on standard error, unless the user asked for quiet.
@@ -78,7 +96,11 @@ impl Observer for Session {
     }
 
     fn is_cancelled(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+        let is_cancelled = self.stop.load(Ordering::Relaxed);
+        if is_cancelled && self.is_heard_out {
+            self.is_ending.store(true, Ordering::Relaxed);
+        }
+        is_cancelled
     }
 }
 

@@ -21,6 +21,7 @@ mod repair_in_place;
 mod replay;
 mod replay_fleet;
 mod replay_readers;
+mod replay_report;
 mod shapes;
 mod support;
 mod undelete;

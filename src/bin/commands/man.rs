@@ -114,6 +114,10 @@ fn render(
     let usage = cmd.render_usage().to_string();
     let usage = usage.strip_prefix("Usage: ").unwrap_or(&usage).to_owned();
     let cmd = cmd.override_usage(usage).about(lower_first(title));
+    let subcommands: Vec<Command> = match with_commands {
+        true => Vec::new(),
+        false => cmd.get_subcommands().cloned().collect(),
+    };
     let man = Man::new(cmd);
     let mut out = Vec::new();
     // clap_mangen leaves out an empty date, so that all that follows is in the wrong place.
@@ -129,6 +133,13 @@ fn render(
         section(&mut out, "COMMANDS", command_list)?;
     }
     man.render_options_section(&mut out)?;
+    if !subcommands.is_empty() {
+        section(&mut out, "SUBCOMMANDS", |roff| {
+            for sub in subcommands {
+                subcommand(roff, &name, sub);
+            }
+        })?;
+    }
     for (heading, text) in page.sections {
         section(&mut out, heading, |roff| paragraphs(roff, text))?;
     }
@@ -219,6 +230,35 @@ fn command_list(roff: &mut Roff) {
         };
         item(roff, &usage, &meaning);
     }
+}
+
+/// Appends a subcommand of `name` with its options.
+fn subcommand(roff: &mut Roff, name: &str, sub: Command) {
+    let called = format!("{name} {}", sub.get_name());
+    let mut sub = sub.bin_name(called);
+    let usage = sub.render_usage().to_string();
+    let about = sub.get_about().map(ToString::to_string).unwrap_or_default();
+    item(
+        roff,
+        usage.trim_start_matches("Usage: "),
+        &format!("{about}."),
+    );
+    roff.control("RS", []);
+    for arg in sub.get_arguments().filter(|arg| arg.get_id() != "help") {
+        let value = arg.get_value_names().and_then(|names| names.first());
+        let value = value.map(|value| format!("<{value}>")).unwrap_or_default();
+        let term = match arg.get_long() {
+            Some(long) => format!("--{long} {value}"),
+            None => value,
+        };
+        let help = arg.get_long_help().or(arg.get_help());
+        item(
+            roff,
+            term.trim_end(),
+            &help.map(ToString::to_string).unwrap_or_default(),
+        );
+    }
+    roff.control("RE", []);
 }
 
 /// Appends references to the other pages, ours first.

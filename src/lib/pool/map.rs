@@ -171,11 +171,22 @@ impl Mapper {
     }
 
     /// Decides where `bio`, for `thin`, goes.
-    pub fn map(&mut self, thin: &Thin, mut bio: Box<Bio>) -> Mapped {
+    pub fn map(&mut self, thin: &Thin, bio: Box<Bio>) -> Mapped {
+        self.map_beside(thin, bio, None)
+    }
+
+    /// The same; but if it comes to a lookup, that gives up for the reason given. For models of time, in which nothing happens at once
+    /// that would happen at once on real processors.
+    pub fn map_beside(
+        &mut self,
+        thin: &Thin,
+        mut bio: Box<Bio>,
+        busy: Option<WouldBlock>,
+    ) -> Mapped {
         bio.thin = thin.number;
         self.counts.bios += 1;
         self.pool.traffic.begin();
-        let mapped = self.decide(thin, bio);
+        let mapped = self.decide(thin, bio, busy);
         self.pool.traffic.end(matches!(mapped, Mapped::Deferred(_)));
         match &mapped {
             Mapped::Remapped { .. } => self.counts.remapped += 1,
@@ -186,7 +197,7 @@ impl Mapper {
         mapped
     }
 
-    fn decide(&mut self, thin: &Thin, bio: Box<Bio>) -> Mapped {
+    fn decide(&mut self, thin: &Thin, bio: Box<Bio>, busy: Option<WouldBlock>) -> Mapped {
         let pool = &*self.pool;
         if !bio.is_within_bounds(pool.block_sectors) {
             return Mapped::Failed(bio, BioError::Invalid);
@@ -218,7 +229,11 @@ impl Mapper {
                 return Mapped::Deferred(Reason::CellHeld);
             }
         };
-        let reason = match self.reader.try_find_block(&thin.metadata, block) {
+        let found = match busy {
+            None => self.reader.try_find_block(&thin.metadata, block),
+            Some(busy) => Ok(TryLookup::WouldBlock(busy)),
+        };
+        let reason = match found {
             Ok(TryLookup::Mapped(found)) if !found.is_shared => {
                 let key = Key::of_data(thin.id(), found.block, DataBlock(found.block.0 + 1));
                 let Some(second) = second.or_else(|| pool.cells.take()) else {

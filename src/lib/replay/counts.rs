@@ -142,6 +142,12 @@ pub struct WorkCounts {
     pub bytes_passed_down: u64,
     /// Flushes of the data device that commits began with.
     pub data_flushes: u64,
+    /// Lookups that slept until a commit was over, because it held the root. Under the virtual clock.
+    #[serde(default)]
+    pub root_waits: u64,
+    /// Nanoseconds that they slept.
+    #[serde(default)]
+    pub root_wait_ns: u64,
     /// Bios that failed, no space included.
     pub failed: u64,
     /// Bios that failed for want of space.

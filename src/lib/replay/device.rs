@@ -5,6 +5,7 @@ use std::time::Duration;
 
 /// The modelled device: a time for each request and one for each 4 KiB of it. Requests do not wait for each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 pub struct DeviceModel {
     /// A read.
     pub read: Duration,
@@ -16,6 +17,12 @@ pub struct DeviceModel {
     pub discard: Duration,
     /// Beside that, each 4 KiB that is read, written, zeroed or copied.
     pub each_4k: Duration,
+    /// A block of metadata that is not in the cache.
+    pub metadata_read: Duration,
+    /// A flush of the metadata device, of which a commit has two.
+    pub metadata_flush: Duration,
+    /// Processor time of the worker for each thing that it wants done.
+    pub worker_step: Duration,
 }
 
 /// A solid-state disk of the usual kind.
@@ -27,6 +34,9 @@ impl Default for DeviceModel {
             flush: Duration::from_micros(500),
             discard: Duration::from_micros(50),
             each_4k: Duration::from_micros(1),
+            metadata_read: Duration::from_micros(80),
+            metadata_flush: Duration::from_micros(500),
+            worker_step: Duration::from_micros(1),
         }
     }
 }
@@ -51,6 +61,20 @@ impl DeviceModel {
     /// How long zeroing takes.
     pub fn zero(&self, sectors: u64) -> Duration {
         self.write + self.moved(sectors)
+    }
+
+    /// How long the worker waits for so many blocks of metadata, which it reads one by one.
+    pub fn metadata_reads(&self, blocks: u64) -> Duration {
+        self.metadata_read
+            .saturating_mul(u32::try_from(blocks).unwrap_or(u32::MAX))
+    }
+
+    /// How long commits take that write so many blocks, many at a time.
+    pub fn commits(&self, commits: u64, blocks: u64) -> Duration {
+        let commits = u32::try_from(commits).unwrap_or(u32::MAX);
+        let each = self.write.saturating_add(self.metadata_flush * 2);
+        each.saturating_mul(commits)
+            .saturating_add(self.moved(blocks.saturating_mul(8)))
     }
 
     /// How long a copy takes.

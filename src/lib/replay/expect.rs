@@ -462,6 +462,7 @@ mod tests {
     fn mark(pool: &str, thins: &[(&str, &str)]) -> Mark {
         let thins = thins.iter().map(|&(a, b)| (a.into(), b.into()));
         Mark {
+            source: None,
             name: "m".into(),
             time_ns: 0,
             pool: pool.into(),

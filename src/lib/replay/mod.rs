@@ -5,6 +5,7 @@ mod counts;
 mod device;
 mod event;
 mod expect;
+mod fan;
 mod heat;
 mod latencies;
 mod manifest;
@@ -22,6 +23,7 @@ pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
 pub use expect::{
     Difference, METADATA_TOLERANCE, MappedRun, Mappings, compare_mappings, compare_status,
 };
+pub use fan::{Fan, Share};
 pub use heat::HeatMap;
 pub use latencies::{Latencies, LatencyClasses};
 pub use manifest::{FLEET_SCHEMA, FleetPool, MANIFEST, Manifest, Volume, shard};
@@ -29,7 +31,7 @@ pub use player::{Mark, PlayOptions, Player, Sample};
 pub use prefill::{Prefill, Prefilled};
 pub use report::{
     Clock, Fill, Forecast, Map, Metadata, Noticed, Report, SCHEMA, Setup, Space, Topic, Verdict,
-    best_block_size, bytes, compare, csv, html, jsonl, merge, seconds,
+    best_block_size, bytes, compare, csv, html, jsonl, merge, seconds, ways,
 };
 pub use run::{SnapshotSchedule, play, side_events};
 pub use split::split;

@@ -10,14 +10,15 @@ use super::event::{ControlEvent, TraceIo, TraceOp};
 use super::heat::HeatMap;
 use super::latencies::LatencyClasses;
 use crate::error::{Error, ErrorKind, Result};
+use crate::pdata::txn::{LockScheme, WouldBlock};
 use crate::pool::{
     Bio, BioError, BioResult, Effect, Event, JobId, Line, MapCounts, Mapped, Mapper, Message,
     Notice, Op, Pool, PoolMode, Reason, Settings, Source, Thin, Worker, pieces,
 };
 use crate::thin::PoolMetadata;
 use crate::units::ThinId;
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -120,6 +121,7 @@ struct Request {
     then: Option<TraceIo>,
     /// Why the map half left it, or its flush, to the worker first.
     deferred: Option<Reason>,
+    is_zero: bool,
 }
 
 /// Something that ends on the data device.
@@ -127,6 +129,56 @@ struct Request {
 enum Io {
     Bio(Box<Bio>),
     Job(JobId),
+    /// A bio that the worker has ended.
+    Ended(Box<Bio>, BioResult),
+    /// A bio whose submitter slept, and its processor.
+    Map(Arc<Thin>, Box<Bio>, u16),
+    /// The worker has time again.
+    Worker,
+}
+
+/// When it ends. The number keeps things of one time in order.
+#[derive(Debug)]
+struct End {
+    at: Duration,
+    number: u64,
+    io: Io,
+}
+
+impl End {
+    fn key(&self) -> (Duration, u64) {
+        (self.at, self.number)
+    }
+}
+
+impl PartialEq for End {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for End {}
+
+impl PartialOrd for End {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for End {
+    /// The first to end is the greatest.
+    fn cmp(&self, other: &Self) -> Ordering {
+        other.key().cmp(&self.key())
+    }
+}
+
+/// A device of the trace as the requests to it need it; until the next control event.
+#[derive(Debug)]
+struct Target {
+    thin: Arc<Thin>,
+    sectors: u64,
+    /// The end of what was asked for so far.
+    seen: u64,
 }
 
 /// A trace that is being played.
@@ -137,11 +189,26 @@ pub struct Player {
     pool: Arc<Pool>,
     mappers: Vec<Mapper>,
     now: Duration,
-    /// What ends when; the second number keeps things of one time in order.
-    ends: BinaryHeap<Reverse<(Duration, u64)>>,
-    ios: HashMap<u64, Io>,
-    requests: HashMap<u64, Request>,
+    ends: BinaryHeap<End>,
+    /// By the number that their bios have, and numbers that are free.
+    requests: (Vec<Option<Request>>, Vec<u64>),
     active: BTreeMap<String, Active>,
+    /// Those of them that were asked for something, by the trace's number for them.
+    targets: Vec<Option<Target>>,
+    /// What the worker said last.
+    deadline: Option<Duration>,
+    /// The worker is busy until then, with what it was told last.
+    free_at: Duration,
+    /// A commit holds the root until then.
+    root_until: Duration,
+    /// What the worker is told when it has time.
+    told: VecDeque<Event>,
+    /// It will be looked after when it has.
+    is_awaited: bool,
+    /// Memory for the next bios.
+    #[expect(clippy::vec_box, reason = "they come and go in boxes")]
+    spare: Vec<Box<Bio>>,
+    parts: Vec<(u64, u64)>,
     next: u64,
     effects: Vec<Effect>,
     answers: HashMap<u64, Result<()>>,
@@ -190,8 +257,15 @@ impl Player {
             pool,
             now: Duration::ZERO,
             ends: BinaryHeap::new(),
-            ios: HashMap::new(),
-            requests: HashMap::new(),
+            requests: Default::default(),
+            targets: Vec::new(),
+            deadline: None,
+            free_at: Duration::ZERO,
+            root_until: Duration::ZERO,
+            told: VecDeque::new(),
+            is_awaited: false,
+            spare: Vec::new(),
+            parts: Vec::new(),
             next: 0,
             effects: Vec::new(),
             answers: HashMap::new(),
@@ -317,7 +391,7 @@ impl Player {
             TraceOp::Discard => self.input.discards += 1,
             TraceOp::Flush => {}
         }
-        let Some(thin) = self.thin_of(device, &io)? else {
+        let Some(thin) = self.target_of(device, &io)? else {
             self.input.out_of_range += 1;
             return Ok(());
         };
@@ -333,16 +407,13 @@ impl Player {
             is_preflush: false,
             ..io
         });
-        let request = self.number();
-        self.requests.insert(
-            request,
-            Request {
-                submitted: self.now,
-                left: 1,
-                then,
-                deferred: Some(Reason::Flush),
-            },
-        );
+        let request = self.begin(Request {
+            submitted: self.now,
+            left: 1,
+            then,
+            deferred: Some(Reason::Flush),
+            is_zero: false,
+        });
         self.map(&thin, Bio::flush(request), io.cpu);
         Ok(())
     }
@@ -395,7 +466,66 @@ impl Player {
         Ok(())
     }
 
+    fn begin(&mut self, request: Request) -> u64 {
+        let (requests, free) = &mut self.requests;
+        let number = free.pop().unwrap_or(requests.len() as u64);
+        match requests.get_mut(number as usize) {
+            Some(slot) => *slot = Some(request),
+            None => requests.push(Some(request)),
+        }
+        number
+    }
+
+    fn request(&mut self, number: u64) -> Option<&mut Request> {
+        self.requests.0.get_mut(number as usize)?.as_mut()
+    }
+
     /// The thin device that a request goes to; none if it goes nowhere.
+    fn target_of(&mut self, device: &str, io: &TraceIo) -> Result<Option<Arc<Thin>>> {
+        let number = io.device as usize;
+        if let Some(Some(target)) = self.targets.get_mut(number) {
+            let end = io.sector.checked_add(io.sectors);
+            let Some(end) = end.filter(|&end| end <= target.sectors) else {
+                return Ok(None);
+            };
+            target.seen = target.seen.max(end);
+            return Ok(Some(Arc::clone(&target.thin)));
+        }
+        let thin = self.thin_of(device, io)?;
+        if let (Some(thin), Some(active)) = (&thin, self.active.get(device)) {
+            if self.targets.len() <= number {
+                self.targets.resize_with(number + 1, || None);
+            }
+            self.targets[number] = Some(Target {
+                thin: Arc::clone(thin),
+                sectors: active.sectors.unwrap_or(u64::MAX),
+                seen: active.seen,
+            });
+        }
+        Ok(thin)
+    }
+
+    /// Forgets what the requests so far were to: that may change.
+    fn forget_targets(&mut self) {
+        for target in self.targets.drain(..).flatten() {
+            let number = target.thin.number();
+            let is_it = |active: &&mut Active| {
+                active
+                    .thin
+                    .as_ref()
+                    .is_some_and(|thin| thin.number() == number)
+            };
+            for active in self
+                .active
+                .values_mut()
+                .filter_map(|a| Some(a).filter(is_it))
+            {
+                active.seen = active.seen.max(target.seen);
+            }
+        }
+    }
+
+    /// The thin device that a device of the trace is; none if a request to it goes nowhere.
     fn thin_of(&mut self, device: &str, io: &TraceIo) -> Result<Option<Arc<Thin>>> {
         if !self.active.contains_key(device) && self.options.makes_devices {
             self.make_device(device)?;
@@ -449,7 +579,13 @@ impl Player {
     }
 
     /// Submits a request without its flush, cut into bios.
-    fn submit(&mut self, thin: &Thin, io: TraceIo, submitted: Duration, deferred: Option<Reason>) {
+    fn submit(
+        &mut self,
+        thin: &Arc<Thin>,
+        io: TraceIo,
+        submitted: Duration,
+        deferred: Option<Reason>,
+    ) {
         let op = match io.op {
             TraceOp::Read => Op::Read,
             TraceOp::Discard => Op::Discard,
@@ -461,9 +597,8 @@ impl Player {
         }
         let max = self.options.max_sectors.filter(|_| op != Op::Discard);
         let max = max.unwrap_or(u64::MAX).max(1);
-        let request = self.number();
-        let (mut bios, mut at) = (Vec::new(), io.sector);
-        let end = io.sector + io.sectors;
+        let mut bios = std::mem::take(&mut self.parts);
+        let (mut at, end) = (io.sector, io.sector + io.sectors);
         while at < end {
             let part = max.min(end - at);
             bios.extend(pieces(op, at, part, size));
@@ -475,18 +610,17 @@ impl Player {
         };
         let left = bios.len() as u32;
         if left == 0 {
+            self.parts = bios;
             return;
         }
-        self.requests.insert(
-            request,
-            Request {
-                submitted,
-                left,
-                then: None,
-                deferred,
-            },
-        );
-        for (sector, sectors) in bios {
+        let request = self.begin(Request {
+            submitted,
+            left,
+            then: None,
+            deferred,
+            is_zero: false,
+        });
+        for (sector, sectors) in bios.drain(..) {
             let bio = Bio::new(request, op, sector, sectors);
             let bio = if io.is_fua && op == Op::Write {
                 bio.with_fua()
@@ -495,17 +629,47 @@ impl Player {
             };
             self.map(thin, bio, io.cpu);
         }
+        self.parts = bios;
     }
 
-    fn map(&mut self, thin: &Thin, bio: Bio, cpu: u16) {
+    fn map(&mut self, thin: &Arc<Thin>, bio: Bio, cpu: u16) {
+        let bio = match self.spare.pop() {
+            Some(mut memory) => {
+                *memory = bio;
+                memory
+            }
+            None => Box::new(bio),
+        };
+        self.map_boxed(thin, bio, cpu);
+    }
+
+    fn map_boxed(&mut self, thin: &Arc<Thin>, bio: Box<Bio>, cpu: u16) {
         let id = bio.id;
         let mapper = usize::from(cpu) % self.mappers.len();
-        match self.mappers[mapper].map(thin, Box::new(bio)) {
+        let mut busy = None;
+        if self.now < self.root_until {
+            match self.options.settings.scheme {
+                LockScheme::Kernel if bio.op != Op::Flush => {
+                    self.work.root_waits += 1;
+                    let sleeps = self.root_until - self.now;
+                    self.work.root_wait_ns += sleeps.as_nanos() as u64;
+                    return self.start(Io::Map(Arc::clone(thin), bio, cpu), sleeps);
+                }
+                LockScheme::V2013 | LockScheme::B => busy = Some(WouldBlock::Root),
+                _ => {}
+            }
+        }
+        match self.mappers[mapper].map_beside(thin, bio, busy) {
             Mapped::Remapped { bio, .. } => self.issue(bio),
-            Mapped::Zero(bio) => self.end(&bio, Ok(())),
-            Mapped::Failed(bio, error) => self.end(&bio, Err(error)),
+            Mapped::Zero(bio) => {
+                if let Some(request) = self.request(id) {
+                    request.is_zero = true;
+                }
+                self.end(bio, Ok(()));
+            }
+            Mapped::Failed(bio, error) => self.end(bio, Err(error)),
             Mapped::Deferred(reason) => {
-                if let Some(request) = self.requests.get_mut(&id) {
+                if let Some(request) = self.request(id) {
                     request.deferred.get_or_insert(reason);
                 }
             }
@@ -522,50 +686,97 @@ impl Player {
 
     fn start(&mut self, io: Io, takes: Duration) {
         let number = self.number();
-        self.ends.push(Reverse((self.now + takes, number)));
-        self.ios.insert(number, io);
+        let at = self.now + takes;
+        self.ends.push(End { at, number, io });
+    }
+
+    /// Begins what the worker wants done, once it is through with wanting it.
+    fn start_at_free(&mut self, io: Io, takes: Duration) {
+        let waits = self.free_at.saturating_sub(self.now);
+        self.start(io, waits + takes);
     }
 
     /// A bio is done; so may be its request.
-    fn end(&mut self, bio: &Bio, result: BioResult) {
+    fn end(&mut self, bio: Box<Bio>, result: BioResult) {
         if let Err(error) = result {
             self.work.failed += 1;
             self.work.no_space += u64::from(error == BioError::NoSpace);
         }
-        let Some(request) = self.requests.get_mut(&bio.id) else {
-            return;
-        };
-        request.left -= 1;
-        if request.left > 0 {
-            return;
+        let (number, thin) = (bio.id, bio.thin_number());
+        self.spare.push(bio);
+        match self.request(number) {
+            Some(request) if request.left > 1 => return request.left -= 1,
+            _ => {}
         }
-        let Some(request) = self.requests.remove(&bio.id) else {
+        let ended = self.requests.0.get_mut(number as usize);
+        let Some(request) = ended.and_then(Option::take) else {
             return;
         };
+        self.requests.1.push(number);
         if let Some(io) = request.then
             && result.is_ok()
-            && let Some(thin) = self.worker.thin(bio.thin_number())
+            && let Some(thin) = self.worker.thin(thin)
         {
             return self.submit(&thin, io, request.submitted, request.deferred);
         }
         let nanos = (self.now - request.submitted).as_nanos() as u64;
-        self.latencies.record(request.deferred, nanos);
+        self.latencies
+            .record(request.deferred, request.is_zero, nanos);
     }
 
-    /// Tells the worker, and begins what it wants done.
+    /// Tells the worker, as soon as it has time.
     fn tell(&mut self, event: Event) {
+        if self.now < self.free_at {
+            // It looks at its inbox whatever it is told.
+            if !matches!(event, Event::Work) {
+                self.told.push_back(event);
+            }
+            return self.look_after_worker();
+        }
+        let mut event = Some(event);
+        while let Some(told) = event.take() {
+            let has_more = self.work_on(told);
+            if has_more || !self.told.is_empty() {
+                if self.now < self.free_at {
+                    self.look_after_worker();
+                    break;
+                }
+                event = Some(self.told.pop_front().unwrap_or(Event::Work));
+            }
+        }
+        // Only the worker changes what it goes by.
+        self.deadline = self.worker.deadline();
+    }
+
+    fn look_after_worker(&mut self) {
+        if !std::mem::replace(&mut self.is_awaited, true) {
+            self.start(Io::Worker, self.free_at - self.now);
+        }
+    }
+
+    /// The worker takes an event, and the time for it; then begins what it wants done. True if it has more to do.
+    fn work_on(&mut self, event: Event) -> bool {
         let mut effects = std::mem::take(&mut self.effects);
-        let mut has_more = self.worker.apply(self.now, event, &mut effects);
-        loop {
-            for effect in effects.drain(..) {
-                self.carry_out(effect);
-            }
-            if !has_more {
-                break;
-            }
-            has_more = self.worker.apply(self.now, Event::Work, &mut effects);
+        let counts = |pool: &Pool| (pool.inspect(PoolMetadata::block_io), pool.commits());
+        let (io, commits) = counts(&self.pool);
+        let has_more = self.worker.apply(self.now, event, &mut effects);
+        let (io_after, commits_after) = counts(&self.pool);
+        let device = &self.options.device;
+        let steps = u32::try_from(effects.len()).unwrap_or(u32::MAX);
+        let commit = match commits_after - commits {
+            0 => Duration::ZERO,
+            n => device.commits(n, io_after.written - io.written),
+        };
+        let reads = device.metadata_reads(io_after.read - io.read);
+        self.free_at = self.now + reads + commit + device.worker_step * steps;
+        if !commit.is_zero() {
+            self.root_until = self.now + commit;
+        }
+        for effect in effects.drain(..) {
+            self.carry_out(effect);
         }
         self.effects = effects;
+        has_more
     }
 
     fn carry_out(&mut self, effect: Effect) {
@@ -573,15 +784,21 @@ impl Player {
         match effect {
             Effect::Issue { bio, .. } => {
                 self.work.overwritten += u64::from(bio.fills_a_new_block());
-                self.issue(bio);
+                let takes = device.bio(bio.op, bio.sectors, bio.is_fua);
+                self.start_at_free(Io::Bio(bio), takes);
             }
-            Effect::ReadOrigin { bio, .. } => self.issue(bio),
-            Effect::End { bio, result, .. } => self.end(&bio, result),
+            Effect::ReadOrigin { bio, .. } => {
+                let takes = device.bio(bio.op, bio.sectors, bio.is_fua);
+                self.start_at_free(Io::Bio(bio), takes);
+            }
+            Effect::End { bio, result, .. } => {
+                self.start_at_free(Io::Ended(bio, result), Duration::ZERO)
+            }
             Effect::Zero { job, sectors, .. } => {
                 // Behind what was copied it is no block of its own.
                 self.work.zeroed += u64::from(sectors == self.pool.block_sectors());
                 self.work.bytes_zeroed += sectors * 512;
-                self.start(Io::Job(job), device.zero(sectors));
+                self.start_at_free(Io::Job(job), device.zero(sectors));
             }
             Effect::Copy {
                 job, from, sectors, ..
@@ -591,16 +808,16 @@ impl Player {
                     Source::Origin(_) => self.work.origin_copies += 1,
                 }
                 self.work.bytes_copied += sectors * 512;
-                self.start(Io::Job(job), device.copy(sectors));
+                self.start_at_free(Io::Job(job), device.copy(sectors));
             }
             Effect::Discard { job, sectors, .. } => {
                 self.work.passed_down += 1;
                 self.work.bytes_passed_down += sectors * 512;
-                self.start(Io::Job(job), device.discard);
+                self.start_at_free(Io::Job(job), device.discard);
             }
             Effect::Flush { job } => {
                 self.work.data_flushes += 1;
-                self.start(Io::Job(job), device.flush);
+                self.start_at_free(Io::Job(job), device.flush);
             }
             Effect::Answer { tag, result } => {
                 self.answers.insert(tag, result);
@@ -635,14 +852,14 @@ impl Player {
 
     /// When the next thing happens by itself.
     fn next_end(&self) -> Option<Duration> {
-        self.ends.peek().map(|end| end.0.0)
+        self.ends.peek().map(|end| end.at)
     }
 
     /// Lets everything happen that happens until `time`.
     fn run_until(&mut self, time: Duration) {
         loop {
             let end = self.next_end();
-            let deadline = self.worker.deadline();
+            let deadline = self.deadline.map(|at| at.max(self.free_at));
             let next = end.into_iter().chain(deadline).min();
             let Some(next) = next.filter(|&next| next <= time) else {
                 break;
@@ -657,13 +874,10 @@ impl Player {
         if end != Some(next) {
             return self.tell(Event::Work);
         }
-        let Some(Reverse((_, number))) = self.ends.pop() else {
-            return;
-        };
-        match self.ios.remove(&number) {
+        match self.ends.pop().map(|end| end.io) {
             Some(Io::Bio(bio)) => {
                 if let Some((bio, result)) = self.pool.end_io(bio, Ok(())) {
-                    self.end(&bio, result);
+                    self.end(bio, result);
                 }
                 if self.pool.has_work() {
                     self.tell(Event::Work);
@@ -673,6 +887,13 @@ impl Player {
                 job,
                 result: Ok(()),
             }),
+            Some(Io::Ended(bio, result)) => self.end(bio, result),
+            Some(Io::Map(thin, bio, cpu)) => self.map_boxed(&thin, bio, cpu),
+            Some(Io::Worker) => {
+                self.is_awaited = false;
+                let event = self.told.pop_front().unwrap_or(Event::Work);
+                self.tell(event);
+            }
             None => {}
         }
     }
@@ -717,6 +938,7 @@ impl Player {
     pub fn control(&mut self, event: &ControlEvent) -> Result<()> {
         self.run_until(Duration::from_nanos(event.time_ns));
         self.settle()?;
+        self.forget_targets();
         self.input.controls += 1;
         let refused = match event.text.parse::<Control>()? {
             Control::Message(message) => {
@@ -804,6 +1026,7 @@ impl Player {
         let size = self.pool.block_sectors();
         let sectors = self.options.data_blocks * size;
         let words = self.worker.pool_status();
+        self.forget_targets();
         for active in self.active.values_mut() {
             // In a pool that has failed none can be opened.
             active.open(&mut self.worker).ok();

@@ -135,6 +135,9 @@ pub(super) fn follow(
         for event in controls {
             each(Happening::Control(&event))?;
         }
+        if let Some((done, total)) = reader.progress() {
+            observer.progress("", done, total);
+        }
         if observer.is_cancelled() {
             return Ok(false);
         }

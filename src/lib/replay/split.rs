@@ -152,6 +152,9 @@ impl Splitter<'_> {
         let mut batch = Batch::default();
         while reader.read(&mut batch)? {
             observer.check_cancelled()?;
+            if let Some((done, total)) = reader.progress() {
+                observer.progress("", done, total);
+            }
             self.take(&batch, reader.devices());
             if self.held >= HELD {
                 self.write(HELD / 2)?;

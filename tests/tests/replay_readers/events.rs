@@ -88,7 +88,7 @@ fn event_files_are_as_documented() {
 #[test]
 fn an_event_file_that_is_cut_off_anywhere_says_so() {
     let file = event_file("a");
-    for len in 64..file.len() {
+    for len in 0..file.len() {
         let trace = contents(&file[..len], Some("events"), false).expect("what is there");
         assert!(trace.notes.is_truncated, "{len}");
         assert!(trace.ios.len() <= 3);
@@ -117,9 +117,8 @@ fn hostile_event_files_are_errors() {
         (header(2, 1, b"a"), "version 2"),
         (header(1, u32::MAX, b"a"), "a name of 4294967295 bytes"),
         (header(1, 1025, &[b'a'; 1025]), "a name of 1025 bytes"),
-        (header(1, 100, b"a"), "the header is cut off"),
         (header(1, 2, &[0xc3, 0x28]), "not UTF-8"),
-        (b"thinevts".to_vec(), "no header"),
+        (vec![b'x'; 32], "no header"),
         (reserved, "reserved bytes of the header"),
         (write(0, 1), "byte 64: reserved bytes"),
         (write(4, 5), "no operation"),

@@ -181,7 +181,7 @@ fn play_all(
                 }
             }
             let done = done.fetch_add(1, Ordering::Relaxed) + 1;
-            session.progress("pools", done as u64, pools.len() as u64);
+            session.progress("", done as u64, pools.len() as u64);
         }
     };
     std::thread::scope(|scope| {
@@ -193,15 +193,26 @@ fn play_all(
     failed.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// An observer of one pool, whose progress is not that of the fleet.
+struct OfOne<'a>(&'a Session);
+
+impl Observer for OfOne<'_> {
+    fn is_cancelled(&self) -> bool {
+        self.0.is_cancelled()
+    }
+}
+
 fn play_pool(
     pool: &FleetPool,
     play: &play::Args,
     session: &Session,
 ) -> anyhow::Result<Vec<Report>> {
-    let reports = play::reports(play, session, &|| {
-        Ok(play.trace.part_of(&pool.files, Some(Format::Events))?.1)
-    });
-    let reports = reports.with_context(|| pool.name.clone())?;
+    let shown = || pool.name.clone();
+    let (_, mut reader) = play
+        .trace
+        .part_of(&pool.files, Some(Format::Events))
+        .with_context(shown)?;
+    let reports = play::reports(play, &mut *reader, &OfOne(session)).with_context(shown)?;
     if reports.iter().any(|report| report.trace.is_truncated) {
         let message = format!(
             "{}: an event file of it is cut off; copy it again, or split the trace again",

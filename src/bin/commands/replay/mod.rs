@@ -42,13 +42,33 @@ pub(crate) const PAGE: Page = Page {
         "Without --metadata the pool is a new one in memory. Metadata that is given is read into \
          memory, as much as it takes, and the file is never changed.",
     ],
-    sections: &[(
-        "SIZES AND TIMES",
-        &[
-            "Sizes are numbers with s for sectors of 512 bytes, k, m, g or t; without a letter, \
+    sections: &[
+        (
+            "REPORTS",
+            &[
+                "A report says what became of the trace in verdicts, each with the clock that its numbers are \
+             of: virtual, the time of the trace on a modelled device, or threads, that of this machine. None of \
+             the files exists before; - is standard output, for one of them.",
+                "JSON has everything, with the schema thintools-replay/1; histograms are those of HdrHistogram \
+             (V2, compressed, base64) beside their percentiles, so that reports merge without loss. CSV has a row for \
+             each sample of the timeline, counts being those since the start. JSON lines have the \
+             field kind: sample, mark, notice, or summary for all the rest. The HTML page needs nothing \
+             else, no script and no network.",
+                "compare sets reports of the same trace side by side. merge-reports makes one report of those of \
+             parts, each of which had a pool of its own: counts add up, timelines are laid over each other, \
+             and the forecast is that of the first pool to fill.",
+                "When it is interrupted, thin_replay reports how far it came, marked as incomplete; a second signal \
+             ends it at once.",
+            ],
+        ),
+        (
+            "SIZES AND TIMES",
+            &[
+                "Sizes are numbers with s for sectors of 512 bytes, k, m, g or t; without a letter, \
              bytes. Times are numbers with s, m, h or d; without a letter, seconds.",
-        ],
-    )],
+            ],
+        ),
+    ],
     examples: &[
         (
             "Which locking scheme would hand the fewest requests to the worker?",
@@ -59,6 +79,18 @@ pub(crate) const PAGE: Page = Page {
             &[
                 "thin_replay --snap-every 1h --snap-keep 24 --data-size 1t --format msr web_0.csv.gz",
             ],
+        ),
+        (
+            "Which block size?",
+            &[
+                "thin_replay --block-size 64k --json 64k.json thin.blktrace.0",
+                "thin_replay --block-size 256k --json 256k.json thin.blktrace.0",
+                "thin_replay compare 64k.json 256k.json",
+            ],
+        ),
+        (
+            "What do the parts of a fleet come to together?",
+            &["thin_replay merge-reports --json all.json --html all.html part-*.json"],
         ),
         (
             "What do these hours of load do to the pool that is there?",
@@ -78,7 +110,10 @@ pub(crate) fn build() -> clap::Command {
     let cmd = cmd.mut_arg("traces", |arg| {
         arg.required(false).required_unless_present("manifest")
     });
-    super::tool(cmd, TITLE, &PAGE).disable_help_subcommand(true)
+    // What tools share is not given to subcommands.
+    super::tool(cmd, TITLE, &PAGE)
+        .disable_help_subcommand(true)
+        .mut_arg("help", |help| help.global(true))
 }
 
 /// The command line.

@@ -40,10 +40,9 @@ impl Outputs {
             (&self.csv, csv),
             (&self.html, html),
         ];
-        let named = forms
+        forms
             .into_iter()
-            .filter_map(|(path, form)| Some((path.as_deref()?, form)));
-        named
+            .filter_map(|(path, form)| Some((path.as_deref()?, form)))
     }
 
     /// Files that the reports go to.

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use thintools::io::{Access, BlockEngine, RamEngine, open_read, write_new};
-use thintools::observer::Silent;
+use thintools::observer::{Observer, Silent};
 use thintools::pdata::txn::LockScheme;
 use thintools::pool::{Features, PoolTable, Settings};
 use thintools::replay::{
-    DeviceModel, PlayOptions, Player, Report, SnapshotSchedule, TraceReader, play, side_events,
+    DeviceModel, Fan, PlayOptions, Player, Report, SnapshotSchedule, TraceReader, bytes, play,
+    seconds, side_events, ways as table_of_ways,
 };
 use thintools::thin::{PoolMetadata, Superblock};
 use thintools::tools::check::{CheckOptions, Severity, check};
@@ -40,9 +41,13 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["block_size", "metadata_size"])]
     metadata: Option<PathBuf>,
 
-    /// Size of a data block of a new pool.
-    #[arg(long, value_name = "SIZE", default_value = "64k", value_parser = sectors)]
-    block_size: u64,
+    /// Size of a data block of a new pool. With commas several: each is tried.
+    #[arg(long, value_name = "SIZES", default_value = "64k", value_parser = sectors, value_delimiter = ',')]
+    block_size: Vec<u64>,
+
+    /// Memory for blocks of metadata; without it there is room for all of them. With commas several: each is tried.
+    #[arg(long, value_name = "SIZES", value_parser = sectors, value_delimiter = ',')]
+    cache: Vec<u64>,
 
     /// Size of the data device; without it, that of the metadata given, or 1 TiB.
     #[arg(long, value_name = "SIZE", value_parser = sectors)]
@@ -69,16 +74,16 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
 
-    /// Snapshot every device so often.
-    #[arg(long, value_name = "TIME", value_parser = time)]
-    snap_every: Option<Duration>,
+    /// Snapshot every device so often. With commas several, or never: each is tried.
+    #[arg(long, value_name = "TIMES", value_parser = schedule, value_delimiter = ',')]
+    snap_every: Vec<Schedule>,
 
     /// Keep so many snapshots of each device.
     #[arg(long, value_name = "N", default_value_t = 24, requires = "snap_every")]
     snap_keep: usize,
 
-    /// Locking schemes, with commas: 2013, kernel, a, b, optimistic. With more than one the trace is played by each, and the last
-    /// lines compare them.
+    /// Locking schemes: 2013, kernel, a, b, optimistic. With commas several: each is tried. Of whatever is given several of, each goes
+    /// with each of the others: the trace is read once and played by all of them at the same time, and a table compares them.
     #[arg(
         long,
         value_name = "SCHEMES",
@@ -152,6 +157,28 @@ pub(super) fn time(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// Time between snapshots; none is never.
+#[derive(Clone, Copy, Debug)]
+struct Schedule(Option<Duration>);
+
+fn schedule(text: &str) -> Result<Schedule, String> {
+    Ok(Schedule(match text {
+        "never" => None,
+        text => Some(time(text)?),
+    }))
+}
+
+/// One of the ways in which a trace is played.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    /// Sectors of 512 bytes.
+    block_size: u64,
+    scheme: LockScheme,
+    /// Sectors of 512 bytes; none is room for everything.
+    cache: Option<u64>,
+    snapshots: Option<SnapshotSchedule>,
+}
+
 /// `DEV=ID[:SIZE]`
 fn mapping(text: &str) -> Result<(String, ThinId, Option<u64>), String> {
     let wrong = || format!("{text:?} is not DEV=ID or DEV=ID:SIZE");
@@ -183,16 +210,63 @@ impl Args {
         Ok(features)
     }
 
+    /// All of them, each with how it differs from the others.
+    fn ways(&self) -> Vec<(String, Way)> {
+        let some = |caches: &[u64]| caches.iter().map(|&size| Some(size)).collect();
+        let caches = match self.cache.is_empty() {
+            true => vec![None],
+            false => some(&self.cache),
+        };
+        let every: Vec<_> = match self.snap_every.is_empty() {
+            true => vec![None],
+            false => self.snap_every.iter().map(|schedule| schedule.0).collect(),
+        };
+        let mut ways = Vec::new();
+        for &block_size in &self.block_size {
+            for &scheme in &self.locks {
+                for &cache in &caches {
+                    for &every in &every {
+                        let mut differs = Vec::new();
+                        if self.block_size.len() > 1 {
+                            differs.push(bytes(block_size * 512));
+                        }
+                        if self.locks.len() > 1 {
+                            differs.push(scheme.to_string());
+                        }
+                        if let Some(cache) = cache.filter(|_| caches.len() > 1) {
+                            differs.push(format!("cache {}", bytes(cache * 512)));
+                        }
+                        if self.snap_every.len() > 1 {
+                            differs.push(every.map_or("no snapshots".into(), |every| {
+                                format!("snapshots every {}", seconds(every.as_nanos() as u64))
+                            }));
+                        }
+                        let keep = self.snap_keep;
+                        let way = Way {
+                            block_size,
+                            scheme,
+                            cache,
+                            snapshots: every.map(|every| SnapshotSchedule { every, keep }),
+                        };
+                        ways.push((differs.join(", "), way));
+                    }
+                }
+            }
+        }
+        ways
+    }
+
     /// The pool before the trace begins.
-    fn start(&self) -> anyhow::Result<(Arc<RamEngine>, PoolMetadata)> {
+    fn start(&self, way: &Way) -> anyhow::Result<(Arc<RamEngine>, PoolMetadata)> {
         let data_blocks = |size: u64| self.data_size.map(|sectors| sectors / size);
         if let Some(path) = &self.metadata {
             let shown = || path.display().to_string();
             let engine = copy(&*open_read(path, Access::Exclusive)?).with_context(shown)?;
-            let metadata = open_metadata(&engine).with_context(shown)?;
-            return Ok((engine, metadata));
+            let cache = way.cache(&*engine);
+            let metadata = PoolMetadata::open(Arc::clone(&engine) as _, cache);
+            return Ok((engine, metadata.with_context(shown)?));
         }
-        let size = u32::try_from(self.block_size).unwrap_or(u32::MAX);
+        let size = u32::try_from(way.block_size).unwrap_or(u32::MAX);
         let blocks = self.metadata_size / 8;
         if blocks > MAX_METADATA_BLOCKS {
             bail!(
@@ -200,8 +274,9 @@ impl Args {
             );
         }
         let engine = Arc::new(RamEngine::new(usize::try_from(blocks)?));
-        let mut metadata = PoolMetadata::format(Arc::clone(&engine) as _, size, cache(&*engine))?;
-        let blocks = data_blocks(self.block_size).unwrap_or((1 << 31) / self.block_size);
+        let mut metadata =
+            PoolMetadata::format(Arc::clone(&engine) as _, size, way.cache(&*engine))?;
+        let blocks = data_blocks(way.block_size).unwrap_or((1 << 31) / way.block_size);
         metadata.resize_data(blocks)?;
         metadata.commit()?;
         Ok((engine, metadata))
@@ -236,13 +311,15 @@ impl Args {
     }
 }
 
-/// Enough that every block fits.
-fn cache(engine: &dyn BlockEngine) -> usize {
-    usize::try_from(engine.nr_blocks()).map_or(usize::MAX, |n| n.saturating_mul(BLOCK_SIZE + 16))
-}
-
-fn open_metadata(engine: &Arc<RamEngine>) -> thintools::Result<PoolMetadata> {
-    PoolMetadata::open(Arc::clone(engine) as _, cache(&**engine))
+impl Way {
+    /// Bytes of cache.
+    fn cache(&self, engine: &dyn BlockEngine) -> usize {
+        let bytes = match self.cache {
+            Some(sectors) => sectors.saturating_mul(512),
+            None => engine.nr_blocks().saturating_mul(BLOCK_SIZE as u64 + 16),
+        };
+        usize::try_from(bytes).unwrap_or(usize::MAX)
+    }
 }
 
 /// The blocks of `from`, in memory.
@@ -262,12 +339,13 @@ fn copy(from: &dyn BlockEngine) -> anyhow::Result<Arc<RamEngine>> {
 
 /// Plays the trace.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
-    let session = Session::new("Replaying", args.quiet)?;
+    let session = Session::new("Replaying", args.quiet)?.heard_out();
     if args.dry_run {
         return dry_run::run(&args.trace, &session);
     }
-    if args.locks.len() > 1 && (args.output.is_some() || args.dump_at_marks.is_some()) {
-        bail!("-o and --dump-at-marks are for one locking scheme");
+    let ways = args.ways();
+    if ways.len() > 1 && (args.output.is_some() || args.dump_at_marks.is_some()) {
+        bail!("-o and --dump-at-marks are for one way of playing the trace");
     }
     // Better now than when everything is done.
     args.outputs.refuse_early()?;
@@ -280,14 +358,28 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
             );
         }
     }
-    let reports = reports(&args, &session, &|| Ok(args.trace.open(&session)?.1))?;
-    let mut text = String::new();
-    if let Some(last) = reports.last() {
-        text = last.to_string();
+    let (_, mut reader) = args.trace.open(&session)?;
+    let reports = reports(&args, &mut *reader, &session)?;
+    for (name, ..) in &args.map {
+        if !reader.devices().contains(name) {
+            let known = reader.devices().join(", ");
+            session.say(&format!(
+                "warning: the trace has no device {name}; it has {known}"
+            ));
+        }
     }
-    if reports.len() > 1 {
-        text.push_str(&compared(&reports));
-    }
+    let text = match &reports[..] {
+        [report] => report.to_string(),
+        reports => {
+            let names = ways.iter().map(|(name, _)| name.clone());
+            let named: Vec<_> = names.zip(reports.iter().cloned()).collect();
+            let mut text = table_of_ways(&named);
+            if args.locks.len() > 1 {
+                text.push_str(&compared(reports));
+            }
+            text
+        }
+    };
     args.outputs.write(&reports, &text)?;
     Ok(match reports.iter().all(|r| r.is_complete) {
         true => Exit::Ok,
@@ -295,22 +387,51 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     })
 }
 
-/// Plays what `open` gives, once for each locking scheme.
+/// Plays what `reader` has in every way that was asked for.
 pub(super) fn reports(
     args: &Args,
-    session: &Session,
-    open: &dyn Fn() -> anyhow::Result<Box<dyn TraceReader>>,
+    reader: &mut dyn TraceReader,
+    observer: &dyn Observer,
 ) -> anyhow::Result<Vec<Report>> {
-    let mut reports = Vec::new();
-    for &scheme in &args.locks {
-        let report = replay(args, &mut *open()?, scheme, session)?;
-        let is_complete = report.is_complete;
-        reports.push(report);
-        if !is_complete {
-            break;
-        }
+    match &args.ways()[..] {
+        ways if ways.len() > MOST_WAYS => bail!(
+            "{} ways to play the trace at once; {MOST_WAYS} are possible",
+            ways.len()
+        ),
+        [(_, way)] => Ok(vec![replay(args, way, reader, observer)?]),
+        ways => sweep(args, ways, reader, observer),
     }
-    Ok(reports)
+}
+
+/// Ways to play a trace at once: a thread and a pool each.
+const MOST_WAYS: usize = 256;
+
+/// Plays the trace in several ways at once.
+fn sweep(
+    args: &Args,
+    ways: &[(String, Way)],
+    reader: &mut dyn TraceReader,
+    observer: &dyn Observer,
+) -> anyhow::Result<Vec<Report>> {
+    let (fan, shares) = Fan::new(ways.len());
+    std::thread::scope(|scope| {
+        let mut players = Vec::new();
+        for (mut share, (name, way)) in shares.into_iter().zip(ways) {
+            let play = move || replay(args, way, &mut share, observer);
+            let player = std::thread::Builder::new().spawn_scoped(scope, play)?;
+            players.push((name, player));
+        }
+        let read = fan.hand_out(reader, observer);
+        let mut reports = Vec::new();
+        for (name, player) in players {
+            match player.join() {
+                Ok(report) => reports.push(report.with_context(|| name.clone())?),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        read?;
+        Ok(reports)
+    })
 }
 
 /// What locking schemes made of the same trace.
@@ -339,9 +460,9 @@ fn compared(reports: &[Report]) -> String {
 
 fn replay(
     args: &Args,
+    way: &Way,
     reader: &mut dyn TraceReader,
-    scheme: LockScheme,
-    session: &Session,
+    observer: &dyn Observer,
 ) -> anyhow::Result<Report> {
     let beside = match &args.events {
         Some(path) => {
@@ -350,14 +471,10 @@ fn replay(
         }
         None => Vec::new(),
     };
-    let (engine, metadata) = args.start()?;
-    let options = args.options(&metadata, scheme)?;
+    let (engine, metadata) = args.start(way)?;
+    let options = args.options(&metadata, way.scheme)?;
     let mut player = Player::new(metadata, options.clone())?;
     player.make_mapped_devices()?;
-    let schedule = args.snap_every.map(|every| SnapshotSchedule {
-        every,
-        keep: args.snap_keep,
-    });
     let mut marks = 0;
     let mut at_control = |player: &Player| {
         let (Some(folder), Some(mark)) = (&args.dump_at_marks, player.marks().get(marks)) else {
@@ -373,20 +490,14 @@ fn replay(
         &mut player,
         reader,
         beside,
-        schedule,
+        way.snapshots,
         &mut at_control,
-        session,
+        observer,
     )?;
-    for (name, ..) in &args.map {
-        if !reader.devices().contains(name) {
-            let known = reader.devices().join(", ");
-            session.say(&format!(
-                "warning: the trace has no device {name}; it has {known}"
-            ));
-        }
-    }
     let mut report = Report::new(&player, &options, reader.notes(), is_complete)?;
     drop(player);
+    let snapshots = way.snapshots.map(|s| (s.every.as_secs(), s.keep as u64));
+    report.setup.snapshots = snapshots;
     // Whoever wishes to stop does not wish to wait for it.
     if is_complete {
         judge(&*engine)?;

@@ -2,7 +2,8 @@
 
 use super::text::{bytes, seconds};
 use super::{Clock, Report, Topic, Verdict};
-use crate::replay::latencies::{Latencies, MAPPED};
+use crate::pool::Reason;
+use crate::replay::latencies::{Latencies, MAPPED, is_fast};
 use std::fmt::Write;
 
 /// Something that a report says, of which less is better.
@@ -54,7 +55,7 @@ fn written(report: &Report) -> u64 {
 
 fn slow(report: &Report, percent: f64) -> u64 {
     let mut all = Latencies::default();
-    let deferred = report.latency.iter().filter(|(class, _)| *class != MAPPED);
+    let deferred = report.latency.iter().filter(|(class, _)| !is_fast(class));
     deferred.for_each(|(_, latencies)| all.add(latencies));
     all.percentile(percent)
 }
@@ -67,7 +68,7 @@ fn fast(report: &Report, percent: f64) -> u64 {
 }
 
 /// What matters, in the order of the table.
-const FIGURES: [Figure; 20] = [
+const FIGURES: [Figure; 21] = [
     figure("requests", None, |r| r.input.requests, plain),
     figure(
         "bytes written by requests",
@@ -118,13 +119,17 @@ const FIGURES: [Figure; 20] = [
         "lookups that would have waited",
         Some("fewest lookups that would have waited"),
         |r| {
-            let locks = &r.locks;
-            locks
-                .would_block_root
-                .saturating_add(locks.would_block_block)
-                .saturating_add(locks.would_block_cache)
+            let waiting = [Reason::RootBusy, Reason::BlockBusy, Reason::CacheMiss];
+            let of = |reason| r.map.deferred.0[reason as usize];
+            waiting.into_iter().map(of).fold(0, u64::saturating_add)
         },
         plain,
+    ),
+    figure(
+        "time that lookups slept behind commits",
+        Some("least sleep behind commits"),
+        |r| r.work.root_wait_ns,
+        seconds,
     ),
     figure(
         "locks taken",
@@ -178,7 +183,7 @@ pub fn compare(reports: &[(String, Report)]) -> String {
         let _ = writeln!(text, "{name} against {first_name}, {clock}");
         let _ = writeln!(
             text,
-            "{:<31} {:>14} {:>14} {:>14} {:>8}",
+            "{:<39} {:>14} {:>14} {:>14} {:>8}",
             "", "first", "this", "difference", "ratio"
         );
         for figure in &FIGURES {
@@ -196,7 +201,7 @@ pub fn compare(reports: &[(String, Report)]) -> String {
             };
             let _ = writeln!(
                 text,
-                "{:<31} {:>14} {:>14} {difference:>14} {ratio:>8}",
+                "{:<39} {:>14} {:>14} {difference:>14} {ratio:>8}",
                 figure.name,
                 (figure.shown)(a),
                 (figure.shown)(b)
@@ -204,6 +209,13 @@ pub fn compare(reports: &[(String, Report)]) -> String {
         }
         text.push('\n');
     }
+    text.push_str(&judge(reports));
+    text
+}
+
+/// Which of them is best by what.
+fn judge(reports: &[(String, Report)]) -> String {
+    let mut text = String::new();
     if first_differs(reports) {
         text.push_str("NOTE       they asked for different amounts: these are not replays of the same trace\n");
     }
@@ -234,6 +246,35 @@ pub fn compare(reports: &[(String, Report)]) -> String {
     }
     if !text.contains("VERDICT") {
         text.push_str("VERDICT    no difference in what is compared\n");
+    }
+    text
+}
+
+/// What each of many ways to play one trace came to, a line each, after which is best by what.
+pub fn ways(reports: &[(String, Report)]) -> String {
+    let mut text = judge(reports);
+    let width = reports.iter().map(|(name, _)| name.len()).max();
+    let width = width.unwrap_or(0);
+    // A string takes whatever is written to it.
+    let _ = writeln!(
+        text,
+        "\n{:width$} {:>10} {:>10} {:>10} {:>10} {:>8} {:>8} {:>10} {:>10}",
+        "", "data", "metadata", "copied", "zeroed", "deferred", "commits", "p99 fast", "p99 other"
+    );
+    for (name, report) in reports {
+        let deferred = report.map.deferred.total() as f64 / report.map.bios.max(1) as f64;
+        let _ = writeln!(
+            text,
+            "{name:width$} {:>10} {:>10} {:>10} {:>10} {:>6.1} % {:>8} {:>10} {:>10}",
+            bytes(data_bytes(report)),
+            bytes(metadata_bytes(report)),
+            bytes(report.work.bytes_copied),
+            bytes(report.work.bytes_zeroed),
+            100.0 * deferred,
+            report.worker.commits.total(),
+            seconds(fast(report, 99.0)),
+            seconds(slow(report, 99.0))
+        );
     }
     text
 }

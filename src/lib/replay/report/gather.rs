@@ -66,6 +66,7 @@ impl Report {
                 table: options.settings.table.to_string().trim_end().into(),
                 cpus: options.cpus,
                 device: options.device,
+                snapshots: None,
             },
             trace: trace.clone(),
             trace_ns: player.now().as_nanos() as u64,

@@ -20,7 +20,7 @@ use super::latencies::Latencies;
 use super::player::{Mark, Sample};
 use crate::pdata::txn::LookupCounts;
 use crate::pool::WorkerCounts;
-pub use compare::{best_block_size, compare};
+pub use compare::{best_block_size, compare, ways};
 pub use forecast::{Fill, Forecast};
 pub use html::html;
 pub use merge::merge;
@@ -121,6 +121,9 @@ pub struct Setup {
     pub cpus: usize,
     /// The data device.
     pub device: DeviceModel,
+    /// Snapshots that were taken whatever the trace says: seconds between them, and how many of each device were kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshots: Option<(u64, u64)>,
 }
 
 /// What the map half did.

@@ -3,7 +3,7 @@
 use super::{Report, SCHEMA};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::Reason;
-use crate::replay::latencies::MAPPED;
+use crate::replay::latencies::is_fast;
 use serde_json::{Deserializer, Value};
 use std::io::Read;
 
@@ -89,7 +89,7 @@ fn report(value: Value) -> Result<Report> {
         return Err(wrong("time goes back in the timeline"));
     }
     let is_class =
-        |name: &str| name == MAPPED || Reason::ALL.iter().any(|reason| reason.to_string() == name);
+        |name: &str| is_fast(name) || Reason::ALL.iter().any(|reason| reason.to_string() == name);
     if let Some(name) = report.latency.keys().find(|name| !is_class(name)) {
         return Err(wrong(format!("there is no class of latencies {name:?}")));
     }

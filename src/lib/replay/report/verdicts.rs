@@ -3,7 +3,7 @@
 use super::text::{bytes, per, percent, seconds};
 use super::{Clock, Fill, Report};
 use crate::pool::Reason;
-use crate::replay::latencies::{Latencies, MAPPED};
+use crate::replay::latencies::{Latencies, MAPPED, is_fast};
 use serde::Serialize;
 use std::fmt;
 
@@ -176,7 +176,7 @@ impl Report {
             .saturating_sub(self.space.mapped_blocks);
         format!(
             "{} taken, {} devices deleted; {} blocks copied because a snapshot had them ({}, {} for each byte asked for); snapshots alone \
-             hold {} at the end; metadata in use changed by {} blocks, whatever for",
+             hold {} at the end; metadata in use changed by {} blocks in all",
             input.snapshots,
             input.deletions,
             work.copies,
@@ -198,7 +198,7 @@ impl Report {
         let size = self.block_bytes();
         let kept = worker.unmapped.saturating_sub(worker.freed);
         let mut text = format!(
-            "{} of them asked for {}, of which {} is no whole block ({} had such edges); {} mapped blocks were unmapped, which freed {} ({}); {} \
+            "{} asked for {}, of which {} is no whole block ({} had such edges); {} mapped blocks were unmapped, which freed {} ({}); {} \
              stay in use because a snapshot has them; {} went on to the data device",
             input.discards,
             bytes(input.bytes_discarded),
@@ -265,14 +265,14 @@ impl Report {
             .saturating_add(deferred.of(Reason::BlockBusy));
         text.push_str(&format!("; because of a lock {of_locks}"));
         let mut slow = Latencies::default();
-        for (_, latencies) in self.latency.iter().filter(|(class, _)| *class != MAPPED) {
+        for (_, latencies) in self.latency.iter().filter(|(class, _)| !is_fast(class)) {
             slow.add(latencies);
         }
         if let Some(fast) = self.latency.get(MAPPED)
             && !slow.is_empty()
         {
             text.push_str(&format!(
-                "; half of the requests that stayed on it took {} or less, of the others {}, and 99 in 100 {} and {}",
+                "; half of the mapped requests took {} or less, of the others {}, and 99 in 100 {} and {}",
                 seconds(fast.percentile(50.0)),
                 seconds(slow.percentile(50.0)),
                 seconds(fast.percentile(99.0)),
@@ -286,9 +286,14 @@ impl Report {
         let locks = &self.locks;
         let gave_up = locks
             .would_block_root
-            .saturating_add(locks.would_block_block);
+            .saturating_add(locks.would_block_block)
+            .max(self.map.deferred.0[Reason::RootBusy as usize]);
         let waited = match self.setup.clock {
-            Clock::Virtual => "; one thread plays, so nobody contended for one".into(),
+            Clock::Virtual => format!(
+                "; {} slept until a commit was over, {} in all",
+                self.work.root_waits,
+                seconds(self.work.root_wait_ns)
+            ),
             Clock::Threads => format!(
                 "; {} had to be waited for, {} in all",
                 locks.contended,
@@ -335,9 +340,15 @@ impl Report {
             true => String::new(),
             false => format!(" ({})", causes.join(", ")),
         };
+        let flushes = match commits.flush {
+            0 => String::new(),
+            n => format!(
+                "; {:.1} flushes and durable writes to one that is for them",
+                per(self.worker.flushes_committed, n)
+            ),
+        };
         format!(
-            "{total}{why}; {:.1} flushes and durable writes to one that is for them, {:.1} metadata blocks written by each",
-            per(self.worker.flushes_committed, commits.flush),
+            "{total}{why}{flushes}; {:.1} metadata blocks written by each",
             per(self.metadata.blocks_written, total)
         )
     }

@@ -1,11 +1,13 @@
 //! The last step of every reader: time starts at the first event, unless the trace says where it starts, and never goes back.
 
+use super::input::Progress;
 use crate::Result;
 use crate::replay::event::{Batch, TraceNotes, TraceReader};
 
 /// A reader whose times are those that the trace has.
 pub(super) struct Clock {
     from: Box<dyn TraceReader>,
+    inputs: Vec<Option<Progress>>,
     notes: TraceNotes,
     events: u64,
     regressed: u64,
@@ -15,9 +17,14 @@ pub(super) struct Clock {
 
 impl Clock {
     /// With a `base`, time starts there.
-    pub(super) fn new(from: Box<dyn TraceReader>, base: Option<u64>) -> Self {
+    pub(super) fn new(
+        from: Box<dyn TraceReader>,
+        inputs: Vec<Option<Progress>>,
+        base: Option<u64>,
+    ) -> Self {
         Self {
             from,
+            inputs,
             notes: TraceNotes::default(),
             events: 0,
             regressed: 0,
@@ -65,5 +72,9 @@ impl TraceReader for Clock {
 
     fn notes(&self) -> &TraceNotes {
         &self.notes
+    }
+
+    fn progress(&self) -> Option<(u64, u64)> {
+        Progress::sum(&self.inputs)
     }
 }

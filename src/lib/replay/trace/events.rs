@@ -114,7 +114,11 @@ impl Events {
     }
 
     fn header(&mut self) -> Result<()> {
-        if !self.input.want(RECORD)? || !is_events(self.input.data()) {
+        if !self.input.want(RECORD)? {
+            self.cut();
+            return Ok(());
+        }
+        if !is_events(self.input.data()) {
             return Err(self.bad("no header of an event file"));
         }
         let data = self.input.data();
@@ -133,7 +137,8 @@ impl Events {
             return Err(self.bad("reserved bytes of the header are not zero"));
         }
         if !self.input.want(RECORD + padded(len))? {
-            return Err(self.bad("the header is cut off"));
+            self.cut();
+            return Ok(());
         }
         let name = &self.input.data()[RECORD..RECORD + len];
         let Ok(name) = std::str::from_utf8(name).map(str::to_owned) else {
@@ -247,6 +252,8 @@ impl Events {
 
     /// The last record is always the one that says how many there were.
     fn cut(&mut self) {
+        self.input.consume(self.input.data().len());
+        self.is_begun = true;
         self.is_ended = true;
         self.sink.notes.is_truncated = true;
     }

@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io::{self, Cursor, ErrorKind as IoError, Read};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
@@ -16,6 +18,38 @@ const QUEUE: usize = 4;
 /// What xz may use to expand; its largest preset needs 65 MiB.
 const XZ_MEMORY: u64 = 256 << 20;
 
+/// How much of a file was read, before it is expanded.
+#[derive(Clone)]
+pub(super) struct Progress {
+    done: Arc<AtomicU64>,
+    total: u64,
+}
+
+impl Progress {
+    /// Of all inputs together; none if one of them does not know.
+    pub(super) fn sum(all: &[Option<Self>]) -> Option<(u64, u64)> {
+        all.iter().try_fold((0u64, 0u64), |(done, total), one| {
+            let one = one.as_ref()?;
+            let here = one.done.load(Ordering::Relaxed);
+            Some((done.saturating_add(here), total.saturating_add(one.total)))
+        })
+    }
+}
+
+/// A file that tells how much of it was read.
+struct Counted {
+    from: File,
+    done: Arc<AtomicU64>,
+}
+
+impl Read for Counted {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = self.from.read(buf)?;
+        self.done.fetch_add(n as u64, Ordering::Relaxed);
+        Ok(n)
+    }
+}
+
 /// A window that slides over the bytes of a trace.
 pub(super) struct Input {
     name: String,
@@ -25,6 +59,8 @@ pub(super) struct Input {
     end: usize,
     offset: u64,
     is_cut: bool,
+    is_live: bool,
+    progress: Option<Progress>,
 }
 
 impl Input {
@@ -36,11 +72,22 @@ impl Input {
         } else {
             path.display().to_string()
         };
+        let mut progress = None;
         let mut raw: Box<dyn Read + Send> = if is_stdin {
             Box::new(io::stdin())
         } else {
-            let file = File::open(path);
-            Box::new(file.map_err(|e| Error::io(format!("cannot open the trace {name}"), e))?)
+            let cannot = |e| Error::io(format!("cannot open the trace {name}"), e);
+            let from = File::open(path).map_err(cannot)?;
+            let about = from.metadata().map_err(cannot)?;
+            let done = Arc::new(AtomicU64::new(0));
+            if about.is_file() {
+                let done = Arc::clone(&done);
+                progress = Some(Progress {
+                    done,
+                    total: about.len(),
+                });
+            }
+            Box::new(Counted { from, done })
         };
         let mut head = Vec::new();
         (&mut raw)
@@ -49,7 +96,11 @@ impl Input {
             .map_err(|e| Error::io(format!("cannot read the trace {name}"), e))?;
         let from = expanded(head, raw)
             .map_err(|e| Error::io(format!("cannot expand the trace {name}"), e))?;
-        Ok(Self::new(name, from))
+        Ok(Self {
+            is_live: is_stdin,
+            progress,
+            ..Self::new(name, from)
+        })
     }
 
     pub(super) fn new(name: String, from: Box<dyn Read + Send>) -> Self {
@@ -61,7 +112,19 @@ impl Input {
             end: 0,
             offset: 0,
             is_cut: false,
+            is_live: false,
+            progress: None,
         }
+    }
+
+    /// What comes may be still in the making: whoever has something does not wait for more.
+    pub(super) fn is_live(&self) -> bool {
+        self.is_live
+    }
+
+    /// How much of it was read, if it is known how much there is.
+    pub(super) fn progress(&self) -> Option<Progress> {
+        self.progress.clone()
     }
 
     /// The file's name, for messages.

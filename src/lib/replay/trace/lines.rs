@@ -169,6 +169,10 @@ impl<F: LineFormat> Lines<F> {
             if self.is_ended || self.sink.is_full() {
                 break;
             }
+            let Batch { ios, controls } = &self.sink.batch;
+            if self.input.is_live() && !(ios.is_empty() && controls.is_empty()) {
+                break;
+            }
             if self.input.data().len() > MAX_LINE {
                 if !self.is_overlong {
                     self.line += 1;

@@ -1,5 +1,6 @@
 //! Traces as other programs recorded them, a format in a file.
 
+mod ahead;
 mod biosnoop;
 mod blkparse;
 mod blktrace;

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::ahead::Ahead;
 use super::biosnoop::Biosnoop;
 use super::blkparse::Blkparse;
 use super::blktrace::Blktrace;
@@ -28,6 +29,8 @@ use crate::replay::event::TraceReader;
 
 /// As much of a file as is looked at to tell its format.
 const HEAD: usize = 64 << 10;
+/// Of what comes slowly.
+const LIVE_HEAD: usize = 4 << 10;
 /// Lines of it that are tried.
 const TRIED: usize = 200;
 
@@ -46,10 +49,13 @@ pub fn open(
     let mut readers: Vec<Box<dyn TraceReader>> = Vec::new();
     let mut processors = Vec::new();
     let mut missing = Vec::new();
+    let (mut inputs, mut is_live) = (Vec::new(), false);
     for group in Group::of(paths)? {
         let is_processors = group.is_processors && matches!(format, None | Some(Format::Blktrace));
         for path in &group.paths {
             let mut input = Input::open(path)?;
+            inputs.push(input.progress());
+            is_live |= input.is_live();
             let here = match &format {
                 Some(format) => format.clone(),
                 None if is_processors => Format::Blktrace,
@@ -84,7 +90,11 @@ pub fn open(
     };
     // Parts of one trace stay in step.
     let base = (format == Format::Events).then_some(0);
-    Ok((format, Box::new(Clock::new(one, base))))
+    let reader = Box::new(Clock::new(one, inputs, base));
+    match is_live {
+        true => Ok((format, Box::new(Ahead::new(reader)?))),
+        false => Ok((format, reader)),
+    }
 }
 
 fn reader(format: &Format, input: Input, lenient: bool) -> Box<dyn TraceReader> {
@@ -119,7 +129,7 @@ fn reader(format: &Format, input: Input, lenient: bool) -> Box<dyn TraceReader> 
 
 /// Tells the format from the contents.
 fn detect(input: &mut Input, path: &Path) -> Result<Format> {
-    input.want(HEAD)?;
+    input.want(if input.is_live() { LIVE_HEAD } else { HEAD })?;
     let head = input.data();
     let named = NAMED.into_iter().map(|(_, format)| format);
     let format = named.into_iter().find(|format| is(format, head));
