@@ -8,10 +8,12 @@ mod expect;
 mod fan;
 mod heat;
 mod latencies;
+mod manifest;
 mod player;
 mod prefill;
 mod report;
 mod run;
+mod split;
 mod trace;
 
 pub use control::Control;
@@ -24,6 +26,7 @@ pub use expect::{
 pub use fan::{Fan, Share};
 pub use heat::HeatMap;
 pub use latencies::{Latencies, LatencyClasses};
+pub use manifest::{FLEET_SCHEMA, FleetPool, MANIFEST, Manifest, Volume, shard};
 pub use player::{Mark, PlayOptions, Player, Sample};
 pub use prefill::{Prefill, Prefilled};
 pub use report::{
@@ -31,4 +34,5 @@ pub use report::{
     best_block_size, bytes, compare, csv, html, jsonl, merge, seconds, ways,
 };
 pub use run::{SnapshotSchedule, play, side_events};
+pub use split::split;
 pub use trace::{CsvSpec, Format, Window, open};

@@ -3,10 +3,12 @@
 mod compare;
 mod dry_run;
 mod expect;
+mod fleet;
 mod merge_reports;
 mod outputs;
 mod play;
 mod saved;
+mod split;
 mod trace;
 
 use super::Page;
@@ -111,6 +113,10 @@ pub(crate) const PAGE: Page = Page {
 /// Makes the parser of the command line.
 pub(crate) fn build() -> clap::Command {
     let cmd = <Args as clap::Args>::augment_args(clap::Command::new(NAME));
+    // A manifest stands for its traces.
+    let cmd = cmd.mut_arg("traces", |arg| {
+        arg.required(false).required_unless_present("manifest")
+    });
     // What tools share is not given to subcommands.
     super::tool(cmd, TITLE, &PAGE)
         .disable_help_subcommand(true)
@@ -125,6 +131,9 @@ pub(crate) struct Args {
     beside: Option<Beside>,
 
     #[command(flatten)]
+    fleet: fleet::Args,
+
+    #[command(flatten)]
     play: play::Args,
 }
 
@@ -135,6 +144,8 @@ enum Beside {
     Compare(compare::Args),
     /// Merge reports of parts that each had a pool of its own, without loss
     MergeReports(merge_reports::Args),
+    /// Split a trace of many volumes into a file for each
+    Split(split::Args),
 }
 
 /// Plays a trace, or does what was asked for beside.
@@ -142,6 +153,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     match &args.beside {
         Some(Beside::Compare(args)) => compare::run(args),
         Some(Beside::MergeReports(args)) => merge_reports::run(args),
-        None => play::run(args.play),
+        Some(Beside::Split(args)) => split::run(args),
+        None => match &args.fleet.manifest {
+            Some(manifest) => fleet::run(&args.fleet, manifest, &args.play),
+            None => play::run(args.play),
+        },
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use thintools::io::{Access, BlockEngine, RamEngine, open_read, write_new};
-use thintools::observer::Silent;
+use thintools::observer::{Observer, Silent};
 use thintools::pdata::txn::LockScheme;
 use thintools::pool::{Features, PoolTable, Settings};
 use thintools::replay::{
@@ -29,9 +29,10 @@ use crate::session::Session;
 
 /// The command line.
 #[derive(Debug, clap::Args)]
+#[group(skip)]
 pub(crate) struct Args {
     #[command(flatten)]
-    trace: TraceArgs,
+    pub(super) trace: TraceArgs,
 
     /// Read the trace, say what is in it, and play nothing.
     #[arg(long, conflicts_with_all = ["json", "output", "dump_at_marks"])]
@@ -125,7 +126,7 @@ pub(crate) struct Args {
 
     /// Print no progress and no warnings; errors and the report are printed.
     #[arg(short, long)]
-    quiet: bool,
+    pub(super) quiet: bool,
 }
 
 /// What is mapped before a trace begins.
@@ -351,7 +352,7 @@ impl Args {
         beside: &[ControlEvent],
         metadata: &mut PoolMetadata,
         options: &mut PlayOptions,
-        session: &Session,
+        observer: &dyn Observer,
     ) -> anyhow::Result<Option<Prefilled>> {
         if self.prefill == Fill::None {
             return Ok(None);
@@ -363,7 +364,7 @@ impl Args {
             metadata,
             &options.devices,
             options.makes_devices,
-            session,
+            observer,
         )?;
         let named = prefill.named().iter();
         options
@@ -398,12 +399,6 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     if ways.len() > 1 && (args.output.is_some() || args.dump_at_marks.is_some()) {
         bail!("-o and --dump-at-marks are for one way of playing the trace");
     }
-    if ways.len() > MOST_WAYS {
-        bail!(
-            "{} ways to play the trace at once; {MOST_WAYS} are possible",
-            ways.len()
-        );
-    }
     // Better now than when everything is done.
     args.outputs.refuse_early()?;
     if let Some(path) = &args.output {
@@ -419,10 +414,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         args.trace.refuse_streams()?;
     }
     let (_, mut reader) = args.trace.open(&session)?;
-    let reports = match &ways[..] {
-        [(_, way)] => vec![replay(&args, way, &mut *reader, &session)?],
-        ways => sweep(&args, ways, &mut *reader, &session)?,
-    };
+    let reports = reports(&args, &mut *reader, &session)?;
     for (name, ..) in &args.map {
         if !reader.devices().contains(name) {
             let known = reader.devices().join(", ");
@@ -452,6 +444,22 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     })
 }
 
+/// Plays what `reader` has in every way that was asked for.
+pub(super) fn reports(
+    args: &Args,
+    reader: &mut dyn TraceReader,
+    observer: &dyn Observer,
+) -> anyhow::Result<Vec<Report>> {
+    match &args.ways()[..] {
+        ways if ways.len() > MOST_WAYS => bail!(
+            "{} ways to play the trace at once; {MOST_WAYS} are possible",
+            ways.len()
+        ),
+        [(_, way)] => Ok(vec![replay(args, way, reader, observer)?]),
+        ways => sweep(args, ways, reader, observer),
+    }
+}
+
 /// Ways to play a trace at once: a thread and a pool each.
 const MOST_WAYS: usize = 256;
 
@@ -460,17 +468,17 @@ fn sweep(
     args: &Args,
     ways: &[(String, Way)],
     reader: &mut dyn TraceReader,
-    session: &Session,
+    observer: &dyn Observer,
 ) -> anyhow::Result<Vec<Report>> {
     let (fan, shares) = Fan::new(ways.len());
     std::thread::scope(|scope| {
         let mut players = Vec::new();
         for (mut share, (name, way)) in shares.into_iter().zip(ways) {
-            let play = move || replay(args, way, &mut share, session);
+            let play = move || replay(args, way, &mut share, observer);
             let player = std::thread::Builder::new().spawn_scoped(scope, play)?;
             players.push((name, player));
         }
-        let read = fan.hand_out(reader, session);
+        let read = fan.hand_out(reader, observer);
         let mut reports = Vec::new();
         for (name, player) in players {
             match player.join() {
@@ -511,7 +519,7 @@ fn replay(
     args: &Args,
     way: &Way,
     reader: &mut dyn TraceReader,
-    session: &Session,
+    observer: &dyn Observer,
 ) -> anyhow::Result<Report> {
     let beside = match &args.events {
         Some(path) => {
@@ -522,7 +530,7 @@ fn replay(
     };
     let (engine, mut metadata) = args.start(way)?;
     let mut options = args.options(&metadata, way.scheme)?;
-    let prefilled = args.prefill(&beside, &mut metadata, &mut options, session)?;
+    let prefilled = args.prefill(&beside, &mut metadata, &mut options, observer)?;
     let mut player = Player::new(metadata, options.clone())?;
     player.make_mapped_devices()?;
     let mut marks = 0;
@@ -533,7 +541,7 @@ fn replay(
         };
         marks += 1;
         if let Some(expectations) = &mut expectations {
-            expectations.at_mark(player, mark, session)?;
+            expectations.at_mark(player, mark, observer)?;
         }
         let Some(folder) = &args.dump_at_marks else {
             return Ok(());
@@ -549,7 +557,7 @@ fn replay(
         beside,
         way.snapshots,
         &mut at_control,
-        session,
+        observer,
     )?;
     let mut report = Report::new(&player, &options, reader.notes(), is_complete)?;
     report.prefilled = prefilled;

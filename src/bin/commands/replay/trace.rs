@@ -18,7 +18,7 @@ pub(super) struct TraceArgs {
     #[arg(value_name = "TRACE", required = true)]
     traces: Vec<PathBuf>,
 
-    /// The format of the trace, if it is not to be told from the contents: blktrace, blkparse, iolog, msr, alibaba, tencent, spc, load,
+    /// The format of the trace, if it is not to be told from the contents: events, blktrace, blkparse, iolog, msr, alibaba, tencent, spc, load,
     /// disksim, ftrace, biosnoop, vscsi, log-writes, or csv: and a description such as csv:dev=0,op=1,off=2:bytes,len=3:bytes,ts=4:us.
     #[arg(long, value_name = "FORMAT", default_value = "auto")]
     format: String,
@@ -89,7 +89,16 @@ impl TraceArgs {
             "auto" => None,
             name => Some(name.parse::<Format>()?),
         };
-        let (format, reader) = open(&self.traces, format, self.lenient)?;
+        self.part_of(&self.traces, format)
+    }
+
+    /// Opens other files with the same part of them left out.
+    pub(super) fn part_of(
+        &self,
+        paths: &[PathBuf],
+        format: Option<Format>,
+    ) -> anyhow::Result<(Format, Box<dyn TraceReader>)> {
+        let (format, reader) = open(paths, format, self.lenient)?;
         let without = match &self.only {
             Some(only) => {
                 let all = TraceOp::ALL.into_iter();
