@@ -32,7 +32,7 @@ pub(crate) const PAGE: Page = Page {
          the format is told from the contents: blktrace's files for each processor, or a dump \
          that blkparse -d made of them; blkparse's text; fio's logs; CSV (msr, alibaba, tencent, \
          spc, or columns that are described); block events of tracefs and perf; biosnoop; \
-         vscsiStats; blkreplay's loads; DiskSim; dm-log-writes. Of a blktrace one file is \
+         vscsiStats; blkreplay's loads; DiskSim; dm-log-writes; the event files of split. Of a blktrace one file is \
          enough, the others are found beside it. - is standard input.",
         "Control events change the pool on the way. They are messages in a blktrace that begin \
          with ctl, or lines of the file of --events, with a time in seconds in front: create_thin \
@@ -69,6 +69,23 @@ pub(crate) const PAGE: Page = Page {
             ],
         ),
         (
+            "FLEETS",
+            &[
+                "split makes an event file for each volume of a trace, however many take turns in it, with \
+                 bounded memory and open files; last comes manifest.jsonl, a volume on each line. Event files are traces \
+                 like any other. Control events are in a file of their own, which the manifest names with \
+                 each volume. Times are those of the whole trace.",
+                "With --manifest each volume is played in a pool of its own, with the other options \
+                 given, and has a report of its own in the folder of --reports; those of --pools share \
+                 pools. A report is there when it is complete, so that --resume goes on \
+                 wherever the replay was interrupted. --shard I/N plays a part; all N parts are the whole fleet, \
+                 on as many machines. Each of the pools that are played at once, --jobs of them, takes memory as large as \
+                 --metadata-size says. A volume that cannot be read spares the others; the exit status tells. \
+                 The folder recipes of the sources has ways to do this with GNU parallel, SLURM, \
+                 Kubernetes and Spark.",
+            ],
+        ),
+        (
             "SIZES AND TIMES",
             &[
                 "Sizes are numbers with s for sectors of 512 bytes, k, m, g or t; without a letter, \
@@ -96,8 +113,12 @@ pub(crate) const PAGE: Page = Page {
             ],
         ),
         (
-            "What do the parts of a fleet come to together?",
-            &["thin_replay merge-reports --json all.json --html all.html part-*.json"],
+            "What do a thousand volumes come to together?",
+            &[
+                "thin_replay split --output fleet io_traces.csv",
+                "thin_replay --manifest fleet/manifest.jsonl --reports reports --metadata-size 16m",
+                "thin_replay merge-reports --json all.json --html all.html reports/*.json",
+            ],
         ),
         (
             "What do these hours of load do to the pool that is there?",
@@ -144,7 +165,7 @@ enum Beside {
     Compare(compare::Args),
     /// Merge reports of parts that each had a pool of its own, without loss
     MergeReports(merge_reports::Args),
-    /// Split a trace of many volumes into a file for each
+    /// Split a trace of many volumes into a file for each, and a manifest
     Split(split::Args),
 }
 
