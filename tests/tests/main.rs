@@ -23,6 +23,7 @@ mod replay_fleet;
 mod replay_kernel;
 mod replay_readers;
 mod replay_report;
+mod replay_threads;
 mod shapes;
 mod support;
 mod undelete;

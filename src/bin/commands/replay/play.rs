@@ -9,10 +9,11 @@ use anyhow::{Context, bail};
 use thintools::io::{Access, BlockEngine, RamEngine, open_read, write_new};
 use thintools::observer::{Observer, Silent};
 use thintools::pdata::txn::LockScheme;
-use thintools::pool::{Features, PoolTable, Settings};
+use thintools::pool::{AllocationOrder, Features, PoolTable, Settings};
 use thintools::replay::{
-    ControlEvent, DeviceModel, Fan, PlayOptions, Player, Prefill, Prefilled, Report,
-    SnapshotSchedule, TraceReader, bytes, play, seconds, side_events, ways as table_of_ways,
+    Clock, ControlEvent, DeviceModel, Fan, PlayOptions, Player, Prefill, Prefilled, Report,
+    SnapshotSchedule, TraceReader, bytes, cell_pools, play, play_on_threads, schemes, seconds,
+    side_events, ways as table_of_ways,
 };
 use thintools::thin::{PoolMetadata, Superblock};
 use thintools::tools::check::{CheckOptions, Severity, check};
@@ -106,7 +107,17 @@ pub(crate) struct Args {
     )]
     locks: Vec<LockScheme>,
 
-    /// Processors that submit.
+    /// Whose time it is: virtual, in which one thread plays and the same trace gives the same report; or threads, in which the trace is
+    /// played as fast as it goes, on real threads and with real locks, and the data device takes no time.
+    #[arg(long, value_name = "CLOCK", default_value = "virtual")]
+    clock: Clock,
+
+    /// Take cells one by one, each when it is needed, of a pool of so many, as in 2013: the report says whether they were waited for
+    /// in a cycle. With several numbers, and commas, the trace is played with each, and then with cells that are reserved.
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(2..=1_048_576))]
+    cell_pool: Vec<u32>,
+
+    /// Processors that submit, a thread each by the clock of threads.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1024))]
     cpus: u16,
 
@@ -200,6 +211,8 @@ struct Way {
     /// Sectors of 512 bytes; none is room for everything.
     cache: Option<u64>,
     snapshots: Option<SnapshotSchedule>,
+    /// Cells that are taken one by one; none is that both are reserved.
+    cells: Option<u32>,
 }
 
 /// `DEV=ID[:SIZE]`
@@ -233,6 +246,33 @@ impl Args {
         Ok(features)
     }
 
+    /// How a way differs from the others.
+    fn name(&self, way: &Way) -> String {
+        let mut differs = Vec::new();
+        if self.block_size.len() > 1 {
+            differs.push(bytes(way.block_size * 512));
+        }
+        if self.locks.len() > 1 {
+            differs.push(way.scheme.to_string());
+        }
+        if let Some(cache) = way.cache.filter(|_| self.cache.len() > 1) {
+            differs.push(format!("cache {}", bytes(cache * 512)));
+        }
+        if self.snap_every.len() > 1 {
+            differs.push(way.snapshots.map_or("no snapshots".into(), |schedule| {
+                let every = schedule.every.as_nanos() as u64;
+                format!("snapshots every {}", seconds(every))
+            }));
+        }
+        if self.cell_pool.len() > 1 {
+            differs.push(
+                way.cells
+                    .map_or("cells reserved".into(), |n| format!("{n} cells")),
+            );
+        }
+        differs.join(", ")
+    }
+
     /// All of them, each with how it differs from the others.
     fn ways(&self) -> Vec<(String, Way)> {
         let some = |caches: &[u64]| caches.iter().map(|&size| Some(size)).collect();
@@ -244,34 +284,27 @@ impl Args {
             true => vec![None],
             false => self.snap_every.iter().map(|schedule| schedule.0).collect(),
         };
+        // By comparison with the cells that are reserved.
+        let mut pools: Vec<Option<u32>> = self.cell_pool.iter().copied().map(Some).collect();
+        if pools.len() != 1 {
+            pools.push(None);
+        }
         let mut ways = Vec::new();
         for &block_size in &self.block_size {
             for &scheme in &self.locks {
                 for &cache in &caches {
                     for &every in &every {
-                        let mut differs = Vec::new();
-                        if self.block_size.len() > 1 {
-                            differs.push(bytes(block_size * 512));
+                        for &cells in &pools {
+                            let keep = self.snap_keep;
+                            let way = Way {
+                                block_size,
+                                scheme,
+                                cache,
+                                snapshots: every.map(|every| SnapshotSchedule { every, keep }),
+                                cells,
+                            };
+                            ways.push((self.name(&way), way));
                         }
-                        if self.locks.len() > 1 {
-                            differs.push(scheme.to_string());
-                        }
-                        if let Some(cache) = cache.filter(|_| caches.len() > 1) {
-                            differs.push(format!("cache {}", bytes(cache * 512)));
-                        }
-                        if self.snap_every.len() > 1 {
-                            differs.push(every.map_or("no snapshots".into(), |every| {
-                                format!("snapshots every {}", seconds(every.as_nanos() as u64))
-                            }));
-                        }
-                        let keep = self.snap_keep;
-                        let way = Way {
-                            block_size,
-                            scheme,
-                            cache,
-                            snapshots: every.map(|every| SnapshotSchedule { every, keep }),
-                        };
-                        ways.push((differs.join(", "), way));
                     }
                 }
             }
@@ -305,7 +338,7 @@ impl Args {
         Ok((engine, metadata))
     }
 
-    fn options(&self, metadata: &PoolMetadata, scheme: LockScheme) -> anyhow::Result<PlayOptions> {
+    fn options(&self, metadata: &PoolMetadata, way: &Way) -> anyhow::Result<PlayOptions> {
         let status = metadata.status()?;
         let block_sectors = status.data_block_size;
         let table = PoolTable {
@@ -316,11 +349,16 @@ impl Args {
             features: self.features()?,
         };
         let devices = self.map.iter().cloned();
+        let mut settings = Settings {
+            scheme: way.scheme,
+            ..Settings::new(table)
+        };
+        if let Some(cells) = way.cells {
+            settings.cells = cells as usize;
+            settings.allocation_order = AllocationOrder::OneByOne;
+        }
         Ok(PlayOptions {
-            settings: Settings {
-                scheme,
-                ..Settings::new(table)
-            },
+            settings,
             data_blocks: match self.data_size {
                 Some(sectors) => sectors / u64::from(block_sectors),
                 None => status.data_blocks,
@@ -430,7 +468,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
             let named: Vec<_> = names.zip(reports.iter().cloned()).collect();
             let mut text = table_of_ways(&named);
             if args.locks.len() > 1 {
-                text.push_str(&compared(reports));
+                text.push('\n');
+                text.push_str(&schemes(reports));
+            }
+            if args.cell_pool.len() > 1 {
+                text.push_str(&cell_pools(reports));
             }
             text
         }
@@ -491,30 +533,6 @@ fn sweep(
     })
 }
 
-/// What locking schemes made of the same trace.
-fn compared(reports: &[Report]) -> String {
-    let mut text = String::from(
-        "\nlocks        deferred   would block: root      block      cache   acquisitions  read-modify-writes a lookup\n",
-    );
-    for report in reports {
-        let locks = &report.locks;
-        let deferred = report.map.deferred.total();
-        let rmws = locks.atomic_rmws as f64 / locks.lookups.max(1) as f64;
-        text.push_str(&format!(
-            "{:<11} {deferred:>9} {:>19} {:>10} {:>10} {:>14} {rmws:>28.1}\n",
-            report.setup.locks,
-            locks.would_block_root,
-            locks.would_block_block,
-            locks.would_block_cache,
-            locks.acquisitions,
-        ));
-    }
-    text.push_str(
-        "One thread plays the trace in virtual time, so nobody contends for a lock here.\n",
-    );
-    text
-}
-
 fn replay(
     args: &Args,
     way: &Way,
@@ -529,7 +547,7 @@ fn replay(
         None => Vec::new(),
     };
     let (engine, mut metadata) = args.start(way)?;
-    let mut options = args.options(&metadata, way.scheme)?;
+    let mut options = args.options(&metadata, way)?;
     let prefilled = args.prefill(&beside, &mut metadata, &mut options, observer)?;
     let mut player = Player::new(metadata, options.clone())?;
     player.make_mapped_devices()?;
@@ -550,6 +568,10 @@ fn replay(
             &*engine,
             &folder.join(format!("{}.xml", file_name(&mark.name))),
         )
+    };
+    let play = match args.clock {
+        Clock::Virtual => play,
+        Clock::Threads => play_on_threads,
     };
     let is_complete = play(
         &mut player,

@@ -115,6 +115,15 @@ pub struct LookupCounts {
     pub wait_ns: u64,
     /// Atomic read-modify-write operations.
     pub atomic_rmws: u64,
+    /// Of the locks that were taken, those of the root.
+    #[serde(default)]
+    pub root_acquisitions: u64,
+    /// Of those that were not free, the root's.
+    #[serde(default)]
+    pub root_contended: u64,
+    /// Of the waiting, that for the root's.
+    #[serde(default)]
+    pub root_wait_ns: u64,
 }
 
 impl LookupCounts {
@@ -129,6 +138,9 @@ impl LookupCounts {
         self.contended += other.contended;
         self.wait_ns += other.wait_ns;
         self.atomic_rmws += other.atomic_rmws;
+        self.root_acquisitions += other.root_acquisitions;
+        self.root_contended += other.root_contended;
+        self.root_wait_ns += other.root_wait_ns;
     }
 }
 
@@ -197,7 +209,7 @@ impl Roots {
     }
 }
 
-/// Taking something that may be held.
+/// Taking a lock of the root.
 fn take<G, T: Tally>(
     wait: bool,
     tally: &mut T,
@@ -207,18 +219,26 @@ fn take<G, T: Tally>(
 ) -> Option<G> {
     tally.with(|c| {
         c.acquisitions += 1;
+        c.root_acquisitions += 1;
         c.atomic_rmws += rmws;
     });
     if let Some(guard) = try_it() {
         return Some(guard);
     }
-    tally.with(|c| c.contended += 1);
+    tally.with(|c| {
+        c.contended += 1;
+        c.root_contended += 1;
+    });
     if !wait {
         return None;
     }
     let since = T::IS_ON.then(Instant::now);
     let guard = wait_for();
-    tally.with(|c| c.wait_ns += since.map_or(0, |s| s.elapsed().as_nanos() as u64));
+    tally.with(|c| {
+        let waited = since.map_or(0, |s| s.elapsed().as_nanos() as u64);
+        c.wait_ns += waited;
+        c.root_wait_ns += waited;
+    });
     Some(guard)
 }
 

@@ -1,7 +1,7 @@
 //! How full the pool gets, and when it would be.
 
 use super::chart::{Chart, ceiling, figure as framed, table, ticks, time_ticks};
-use crate::replay::player::Sample;
+use crate::replay::books::Sample;
 use crate::replay::report::text::{percent, seconds};
 use crate::replay::report::{Fill, Report};
 
