@@ -26,7 +26,7 @@ fn named_csv(volumes: &[String], rounds: u64) -> String {
     for round in 0..rounds {
         for (number, volume) in volumes.iter().enumerate() {
             // The first have more to do than the last.
-            if number as u64 > 3 && (number as u64 + round) % 3 == 0 {
+            if number as u64 > 3 && (number as u64 + round).is_multiple_of(3) {
                 continue;
             }
             state = state

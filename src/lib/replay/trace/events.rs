@@ -69,7 +69,7 @@ pub(in crate::replay) fn request(out: &mut Vec<u8>, io: &TraceIo) {
         TraceOp::WriteZeroes => 3,
         TraceOp::Flush => 4,
     };
-    record[29] = u8::from(io.is_preflush) * PREFLUSH | u8::from(io.is_fua) * FUA;
+    record[29] = (u8::from(io.is_preflush) * PREFLUSH) | (u8::from(io.is_fua) * FUA);
     record[30..].copy_from_slice(&io.cpu.to_le_bytes());
     out.extend_from_slice(&record);
 }
