@@ -74,8 +74,9 @@ impl fmt::Display for Key {
 
 const SHARDS: usize = 256;
 
-/// The memory of a cell.
+/// The memory of a cell. Cells are made side by side and then belong to different threads.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Cell {
     key: Key,
     inmates: List<Bio>,

@@ -169,9 +169,9 @@ pub fn cell_pools(reports: &[Report]) -> String {
         .rev()
         .take_while(|(_, deadlocks)| *deadlocks == 0);
     let verdict = match free.last() {
-        Some((cells, _)) => format!(
-            "{cells} is the smallest of these pools from which on no cell is waited for in a cycle, on this trace"
-        ),
+        Some((cells, _)) => {
+            format!("from {cells} on no cell of these pools was waited for in a cycle")
+        }
         None => "in every one of these pools somebody waited in a cycle".into(),
     };
     let _ = write!(text, "taken one by one: {verdict}");
@@ -185,6 +185,11 @@ pub fn cell_pools(reports: &[Report]) -> String {
             }
         );
     }
-    text.push('\n');
+    let clock = reports.first().map(|r| r.setup.clock).unwrap_or_default();
+    let chance = match clock {
+        Clock::Virtual => "",
+        Clock::Threads => "; another run may find other cycles",
+    };
+    let _ = writeln!(text, "{chance} [{clock}]");
     text
 }

@@ -79,6 +79,7 @@ impl Desk {
 
 /// What a thread has of its own, also between two stretches.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(super) struct Submitter {
     number: usize,
     max_sectors: Option<u64>,
