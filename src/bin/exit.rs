@@ -21,6 +21,8 @@ pub(crate) enum Exit {
     Unexpected,
     /// A signal ended the command early.
     Interrupted,
+    /// The status of a command that was run.
+    Command(u8),
 }
 
 impl Exit {
@@ -35,6 +37,7 @@ impl Exit {
             Self::Fatal => 5,
             Self::Unexpected => 6,
             Self::Interrupted => 130,
+            Self::Command(status) => status,
         }
     }
 }

@@ -41,6 +41,21 @@ pub enum ErrorKind {
     Interrupted,
 }
 
+impl ErrorKind {
+    /// The name of the kernel's error, and what programs print for it; none for what never comes from the state of a pool.
+    pub fn errno(self) -> Option<(&'static str, &'static str)> {
+        Some(match self {
+            Self::Exists => ("EEXIST", "File exists"),
+            Self::NotFound => ("ENODATA", "No data available"),
+            Self::InvalidArgument => ("EINVAL", "Invalid argument"),
+            Self::Busy => ("EBUSY", "Device or resource busy"),
+            Self::NoSpace => ("ENOSPC", "No space left on device"),
+            Self::ReadOnly => ("EOPNOTSUPP", "Operation not supported"),
+            _ => return None,
+        })
+    }
+}
+
 /// An error with its class, a message for people, and its cause.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]

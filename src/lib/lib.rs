@@ -11,6 +11,7 @@ pub mod observer;
 pub mod pdata;
 pub mod pool;
 pub mod replay;
+pub mod runtime;
 mod sync;
 pub mod thin;
 pub mod tools;

@@ -301,37 +301,16 @@ impl Args {
         match text.parse() {
             Ok(number) if number <= most => Ok(number),
             _ => Err(format!(
-                "{} {text:?}: {}: {}: a number from 0 to {most} is possible",
+                "{} {text:?}: EINVAL: Invalid argument: a number from 0 to {most} is possible",
                 self.message.arguments().get(at).unwrap_or(&"ARGUMENT"),
-                EINVAL.0,
-                EINVAL.1
             )),
         }
     }
 }
 
-/// An error of the kernel: its name, and what programs print for it.
-type Errno = (&'static str, &'static str);
-
-/// What the kernel answers to a wrong argument.
-const EINVAL: Errno = ("EINVAL", "Invalid argument");
-
-/// What the kernel would answer; none for what never comes from the state of a pool.
-fn errno(kind: ErrorKind) -> Option<Errno> {
-    Some(match kind {
-        ErrorKind::Exists => ("EEXIST", "File exists"),
-        ErrorKind::NotFound => ("ENODATA", "No data available"),
-        ErrorKind::InvalidArgument => EINVAL,
-        ErrorKind::Busy => ("EBUSY", "Device or resource busy"),
-        ErrorKind::NoSpace => ("ENOSPC", "No space left on device"),
-        ErrorKind::ReadOnly => ("EOPNOTSUPP", "Operation not supported"),
-        _ => return None,
-    })
-}
-
 /// The error of a message, as the kernel would name it.
 fn refused(change: Change, error: Error) -> anyhow::Error {
-    let context = match errno(error.kind()) {
+    let context = match error.kind().errno() {
         Some((name, sentence)) => format!("{change}: {name}: {sentence}"),
         None => change.to_string(),
     };
@@ -385,7 +364,7 @@ fn send(input: &Path, change: Change, session: &Session) -> anyhow::Result<Exit>
 }
 
 /// Refuses metadata in which a change could make damage worse. Leaks do no harm.
-fn refuse_damage(
+pub(super) fn refuse_damage(
     engine: &dyn BlockEngine,
     input: &Path,
     session: &Session,

@@ -13,6 +13,7 @@ pub(crate) mod repair_in_place;
 mod repair_undelete;
 pub(crate) mod replay;
 pub(crate) mod restore;
+pub(crate) mod serve;
 
 use std::ffi::OsStr;
 
@@ -135,6 +136,15 @@ pub(crate) static COMMANDS: &[Spec] = &[
         page: Some(&restore::PAGE),
         build: restore::build,
         run: |m| parsed(m, restore::run),
+    },
+    Spec {
+        name: serve::NAME,
+        short: "serve",
+        title: serve::TITLE,
+        hidden: false,
+        page: Some(&serve::PAGE),
+        build: serve::build,
+        run: |m| parsed(m, serve::run),
     },
     Spec {
         name: install_links::NAME,

@@ -8,6 +8,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Requests in flight on a block device: enough to keep a disk array or an NVMe drive busy.
 const DEVICE_DEPTH: usize = 16;
@@ -16,7 +17,7 @@ const DEVICE_DEPTH: usize = 16;
 #[derive(Debug)]
 pub struct FileEngine {
     file: File,
-    nr_blocks: u64,
+    nr_blocks: AtomicU64,
     is_device: bool,
 }
 
@@ -72,14 +73,31 @@ impl FileEngine {
         Self::from_file(file, flags.is_device)
     }
 
-    /// An engine over an open file; its size is taken now.
-    pub fn from_file(mut file: File, is_device: bool) -> io::Result<Self> {
-        let bytes = file.seek(SeekFrom::End(0))?;
-        Ok(Self {
+    /// An engine over an open file; its size is taken now, and again by [`measure`](Self::measure).
+    pub fn from_file(file: File, is_device: bool) -> io::Result<Self> {
+        let engine = Self {
             file,
-            nr_blocks: bytes / BLOCK_SIZE as u64,
+            nr_blocks: AtomicU64::new(0),
             is_device,
-        })
+        };
+        engine.measure()?;
+        Ok(engine)
+    }
+
+    /// Takes the size that the file or device has now, in whole blocks: it may have grown.
+    pub fn measure(&self) -> io::Result<u64> {
+        let blocks = (&self.file).seek(SeekFrom::End(0))? / BLOCK_SIZE as u64;
+        self.nr_blocks.store(blocks, Ordering::Release);
+        Ok(blocks)
+    }
+
+    /// Makes a regular file larger, and takes the new size.
+    pub fn grow(&self, blocks: u64) -> io::Result<u64> {
+        if !self.is_device && blocks > self.measure()? {
+            self.file
+                .set_len(blocks.saturating_mul(BLOCK_SIZE as u64))?;
+        }
+        self.measure()
     }
 }
 
@@ -91,7 +109,7 @@ fn accepts_direct(file: &File) -> bool {
 
 impl BlockEngine for FileEngine {
     fn nr_blocks(&self) -> u64 {
-        self.nr_blocks
+        self.nr_blocks.load(Ordering::Acquire)
     }
 
     fn read(&self, start: MetadataBlock, buf: &mut [u8]) -> io::Result<()> {

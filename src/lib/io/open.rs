@@ -110,6 +110,11 @@ pub fn open_read(path: &Path, access: Access) -> Result<Box<dyn BlockEngine>> {
 
 /// Opens metadata to change it in place; compressed images are refused.
 pub fn open_write(path: &Path) -> Result<Box<dyn BlockEngine>> {
+    Ok(Box::new(open_pool(path)?))
+}
+
+/// The same for a running pool, whose metadata device may grow.
+pub fn open_pool(path: &Path) -> Result<FileEngine> {
     let flags = Flags {
         write: true,
         exclusive: true,
@@ -131,7 +136,7 @@ pub fn open_write(path: &Path) -> Result<Box<dyn BlockEngine>> {
     }
     let engine = open_engine(path, "input", flags)?;
     refuse_small(path, &engine)?;
-    Ok(Box::new(engine))
+    Ok(engine)
 }
 
 /// Opens the device or file that a restore or repair fills. It must exist, and must not be the input.

@@ -52,11 +52,25 @@ impl Features {
         .filter_map(|(is_on, word)| is_on.then_some(word))
     }
 
+    /// Those that are named.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a word that is none.
+    pub fn from_words<S: AsRef<str>>(words: &[S]) -> Result<Self, Error> {
+        let mut features = Self::default();
+        for word in words {
+            let word = word.as_ref();
+            *features.switch(word).ok_or_else(|| {
+                refused(format!("Unrecognised pool feature requested: {word:?}"))
+            })? = true;
+        }
+        Ok(features)
+    }
+
     /// Reads the number of words, and the words.
     fn parse(words: &[&str]) -> Result<Self, Error> {
-        let mut features = Self::default();
         let Some((count, words)) = words.split_first() else {
-            return Ok(features);
+            return Ok(Self::default());
         };
         if count.parse() != Ok(words.len()) || words.len() > MOST_WORDS {
             return Err(refused(format!(
@@ -64,12 +78,7 @@ impl Features {
                 words.len()
             )));
         }
-        for word in words {
-            *features.switch(word).ok_or_else(|| {
-                refused(format!("Unrecognised pool feature requested: {word:?}"))
-            })? = true;
-        }
-        Ok(features)
+        Self::from_words(words)
     }
 }
 

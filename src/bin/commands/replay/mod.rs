@@ -14,6 +14,8 @@ mod trace;
 use super::Page;
 use crate::exit::Exit;
 
+pub(super) use play::sectors;
+
 /// The name of the command.
 pub(crate) const NAME: &str = "thin_replay";
 

@@ -166,7 +166,7 @@ fn scaled(text: &str, letters: &[(char, u64)]) -> Result<u64, String> {
 }
 
 /// A size in sectors of 512 bytes.
-fn sectors(text: &str) -> Result<u64, String> {
+pub(in crate::commands) fn sectors(text: &str) -> Result<u64, String> {
     let letters = [
         ('s', 512),
         ('k', 1 << 10),

@@ -1,0 +1,297 @@
+//! `thin_serve`: a thin pool without the kernel, its devices served to NBD clients.
+
+mod ready;
+mod run;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use thintools::runtime::Autoextend;
+use thintools::units::{MAX_THIN_ID, ThinId, is_legal_data_block_size};
+
+use super::Page;
+use super::replay::sectors;
+
+pub(crate) use run::run;
+
+/// The name of the command.
+pub(crate) const NAME: &str = "thin_serve";
+
+/// What the command does, in one line.
+pub(crate) const TITLE: &str =
+    "Serve the thin devices of a pool to NBD clients, without the kernel";
+
+/// The text of the manual page.
+pub(crate) const PAGE: Page = Page {
+    description: &[
+        "thin_serve runs a thin pool in user space, on the metadata and data devices, or files, that \
+         the kernel would use, and serves its thin devices to NBD clients. What it writes is what the \
+         kernel would have written: a pool may be used by one today and by the other tomorrow, but \
+         not by both at once. Devices are opened exclusively, files are locked.",
+        "It stays in the foreground until SIGTERM, SIGINT or SIGHUP; then it commits, and ends with \
+         status 0. A second signal ends it at once, which loses what was not flushed, as a crash \
+         would, and no more.",
+        "Without --thin every thin device of the pool is exported under its id, those included that \
+         are made later; it ends with its last mapped block. With --thin the devices that are named \
+         are exported, with the size that is given. A client that names no export gets the only one.",
+        "A flush, and a write with FUA, is answered when data and metadata are durable; flushes at \
+         the same time share one commit, and one that finds no mapping changed flushes the data \
+         device only. A write that needs a block when there is none fails at once with ENOSPC, unless \
+         --queue-when-full says for how long it waits.",
+    ],
+    sections: &[
+        (
+            "WHAT IS REFUSED",
+            &[
+                "Metadata that needs a check, or whose superblock or space maps cannot be used; a data \
+                 device that is smaller than the pool; metadata and data given the wrong way round. With \
+                 --check all of the metadata is checked first, as thin_check does. A device that is \
+                 larger than the pool is used at once.",
+                "--read-only opens both devices to read, and never writes anything. It serves metadata \
+                 that needs a check or is damaged: what cannot be found any more is an I/O error, and \
+                 the rest can be read.",
+            ],
+        ),
+        (
+            "READINESS",
+            &[
+                "Clients can connect once READY=1 was sent to the socket in NOTIFY_SOCKET, as systemd \
+                 expects it of Type=notify; once a line was written to the descriptor of --ready-fd; \
+                 or, with --run, when the command runs. Sockets in LISTEN_FDS are served, so that \
+                 socket activation works, that of libnbd included.",
+                "--run CMD runs CMD with sh when clients can connect, with the URI of the first export in \
+                 $uri and the path of the socket in $unixsocket, and ends with its status when it ends. \
+                 Without --nbd it makes a socket in a folder of its own.",
+            ],
+        ),
+        (
+            "CONTROL",
+            &[
+                "With --control a socket takes the messages that dmsetup sends to a pool, and more; \
+                 thin_ctl --socket speaks to it. Each line is a JSON object whose member command is \
+                 message (with message: the words), status or table (with thin: an id, or without for \
+                 the pool), suspend, resume (features: words), resize (data, metadata: blocks), \
+                 activate (thin, size in bytes, origin), deactivate (thin), exported, events (after: a \
+                 number), stats or metrics. The answer is {\"ok\": ...} or {\"error\": {\"errno\": ..., \
+                 \"message\": ...}}. Only the owner of the socket may use it.",
+                "A device that clients use cannot be deleted or deactivated. A snapshot of one waits \
+                 until its I/O under way has ended, and holds back what comes meanwhile.",
+            ],
+        ),
+        (
+            "SIZES",
+            &[
+                "Sizes are numbers with s for sectors of 512 bytes, k, m, g or t; without a letter, bytes.",
+            ],
+        ),
+    ],
+    examples: &[
+        (
+            "Make a pool of 100 GiB in two files, with a thin device of 1 TiB, and serve it:",
+            &[
+                "thin_serve --metadata meta --data data --create --data-size 100g --thin 0:1t --nbd unix:/run/pool.sock",
+            ],
+        ),
+        (
+            "Copy a device out of a pool that the kernel refuses:",
+            &[
+                "thin_serve --read-only --metadata tmeta --data tdata --thin 7 --run 'nbdcopy \"$uri\" saved.img'",
+            ],
+        ),
+        (
+            "Grow the files by a fifth whenever four fifths are in use:",
+            &[
+                "thin_serve --metadata meta --data data --autoextend 80:20 --nbd tcp:127.0.0.1:10809",
+            ],
+        ),
+    ],
+    files: &[],
+    see_also: &[
+        ("nbdinfo", "1"),
+        ("nbdcopy", "1"),
+        ("qemu-nbd", "8"),
+        ("dmsetup", "8"),
+    ],
+};
+
+/// The command line.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The metadata device or file.
+    #[arg(long, value_name = "META")]
+    metadata: PathBuf,
+
+    /// The data device or file.
+    #[arg(long, value_name = "DATA")]
+    data: PathBuf,
+
+    /// Serve NBD on a socket: unix:PATH, or tcp:ADDRESS:PORT. May be given several times.
+    #[arg(long, value_name = "WHERE", value_parser = nbd)]
+    nbd: Vec<Nbd>,
+
+    /// Serve the control socket at this path.
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+
+    /// Export this thin device, with this size. May be given several times.
+    #[arg(long, value_name = "ID[:SIZE]", value_parser = thin)]
+    thin: Vec<(ThinId, Option<u64>)>,
+
+    /// What was never written to this thin device is read from this file or device.
+    #[arg(long, value_name = "ID=FILE", value_parser = origin, requires = "thin")]
+    origin: Vec<(ThinId, PathBuf)>,
+
+    /// Write nothing, and serve what can be read.
+    #[arg(long, conflicts_with_all = ["create", "autoextend", "queue_when_full"])]
+    read_only: bool,
+
+    /// Check all of the metadata first.
+    #[arg(long)]
+    check: bool,
+
+    /// Make what is not there: the pool, its metadata file, its data file if --data-size is given, and the devices of --thin.
+    #[arg(long)]
+    create: bool,
+
+    /// With --create: the size of data blocks, a multiple of 64k up to 1g.
+    #[arg(long, value_name = "SIZE", default_value = "64k", value_parser = block_size, requires = "create")]
+    block_size: u32,
+
+    /// With --create: the size of a data file that is not there.
+    #[arg(long, value_name = "SIZE", value_parser = sectors, requires = "create")]
+    data_size: Option<u64>,
+
+    /// Tell an event when no more than this many data blocks are free.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    low_water: u64,
+
+    /// A feature word of the pool's table: skip_block_zeroing, ignore_discard, no_discard_passdown, read_only.
+    #[arg(long, value_name = "WORD")]
+    feature: Vec<String>,
+
+    /// Let writes wait for space for this long before they fail; 0 is for ever.
+    #[arg(long, value_name = "SECONDS")]
+    queue_when_full: Option<u64>,
+
+    /// Grow the backing files by PERCENT of their size when THRESHOLD percent are in use.
+    #[arg(long, value_name = "THRESHOLD:PERCENT", value_parser = autoextend)]
+    autoextend: Option<Autoextend>,
+
+    /// Keep up to this much metadata in memory.
+    #[arg(long, value_name = "SIZE", default_value = "64m", value_parser = sectors)]
+    metadata_cache: u64,
+
+    /// Write a line to this file descriptor when clients can connect.
+    #[arg(long, value_name = "N")]
+    ready_fd: Option<u32>,
+
+    /// Run this command with sh when clients can connect, and end with it.
+    #[arg(long, value_name = "CMD")]
+    run: Option<String>,
+
+    /// Print nothing but errors.
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+/// Where NBD is served.
+#[derive(Clone, Debug)]
+enum Nbd {
+    Unix(PathBuf),
+    Tcp(String),
+}
+
+fn nbd(text: &str) -> Result<Nbd, String> {
+    match text.split_once(':') {
+        Some(("unix", path)) if !path.is_empty() => Ok(Nbd::Unix(path.into())),
+        Some(("tcp", address)) if address.contains(':') => Ok(Nbd::Tcp(address.into())),
+        _ => Err("neither unix:PATH nor tcp:ADDRESS:PORT".into()),
+    }
+}
+
+fn id(text: &str) -> Result<ThinId, String> {
+    match text.parse() {
+        Ok(id) if id <= MAX_THIN_ID => Ok(ThinId(id)),
+        _ => Err(format!(
+            "{text:?} is no device id; 0 to {MAX_THIN_ID} are possible"
+        )),
+    }
+}
+
+fn thin(text: &str) -> Result<(ThinId, Option<u64>), String> {
+    match text.split_once(':') {
+        Some((number, size)) => Ok((id(number)?, Some(sectors(size)? * 512))),
+        None => Ok((id(text)?, None)),
+    }
+}
+
+fn origin(text: &str) -> Result<(ThinId, PathBuf), String> {
+    let (number, path) = text.split_once('=').ok_or("not ID=FILE")?;
+    Ok((id(number)?, path.into()))
+}
+
+fn block_size(text: &str) -> Result<u32, String> {
+    match u32::try_from(sectors(text)?) {
+        Ok(size) if is_legal_data_block_size(size) => Ok(size),
+        _ => Err("a multiple of 64k from 64k to 1g is possible".into()),
+    }
+}
+
+fn autoextend(text: &str) -> Result<Autoextend, String> {
+    let parsed = text.split_once(':').and_then(|(threshold, percent)| {
+        let how = Autoextend {
+            threshold: threshold.parse().ok()?,
+            percent: percent.parse().ok()?,
+        };
+        ((1..=100).contains(&how.threshold) && how.percent > 0).then_some(how)
+    });
+    parsed.ok_or_else(|| {
+        "two numbers: percent in use, 1 to 100, and percent to grow by, 1 to 65535".into()
+    })
+}
+
+impl Args {
+    /// For how long writes wait for space, if they do; within, none is for ever.
+    fn patience(&self) -> Option<Option<Duration>> {
+        let seconds = self.queue_when_full?;
+        Some((seconds > 0).then(|| Duration::from_secs(seconds)))
+    }
+}
+
+/// Makes the parser of the command line.
+pub(crate) fn build() -> clap::Command {
+    super::tool(
+        <Args as clap::Args>::augment_args(clap::Command::new(NAME)),
+        TITLE,
+        &PAGE,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_at_their_edges() {
+        assert_eq!(thin("16777215:1g"), Ok((ThinId(16_777_215), Some(1 << 30))));
+        assert_eq!(thin("0"), Ok((ThinId(0), None)));
+        for bad in ["", "x", "16777216", "1:", "1:7", "-1"] {
+            assert!(thin(bad).is_err(), "{bad}");
+        }
+        assert_eq!(
+            (block_size("64k"), block_size("1g")),
+            (Ok(128), Ok(2_097_152))
+        );
+        for bad in ["0", "32k", "65k", "2g"] {
+            assert!(block_size(bad).is_err(), "{bad}");
+        }
+        assert!(autoextend("80:20").is_ok());
+        for bad in ["80", "0:20", "101:20", "80:0", "80:20:1"] {
+            assert!(autoextend(bad).is_err(), "{bad}");
+        }
+        for bad in ["", "unix:", "tcp:10809", "file"] {
+            assert!(nbd(bad).is_err(), "{bad}");
+        }
+        assert_eq!(origin("3=a=b"), Ok((ThinId(3), "a=b".into())));
+    }
+}

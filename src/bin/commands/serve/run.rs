@@ -1,0 +1,352 @@
+//! From the command line to a pool that is served, and to its end.
+
+use std::fs::{self, File};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context;
+use listenfd::ListenFd;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use thintools::io::{Access, open_read};
+use thintools::pool::{Features, Message};
+use thintools::runtime::control::Control;
+use thintools::runtime::nbd::{Listener, Server};
+use thintools::runtime::{Activation, DataDevice, Options, Runtime, bind_socket};
+use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, ThinId};
+use thintools::{Error, ErrorKind};
+
+use super::{Args, Nbd, ready};
+use crate::commands::ctl::refuse_damage;
+use crate::exit::Exit;
+use crate::output;
+use crate::session::Session;
+
+/// Bytes of metadata that a new file has for each data block, as LVM reckons.
+const METADATA_BYTES: u64 = 64;
+/// The smallest new metadata file: 2 MiB.
+const LEAST_METADATA: u64 = 2 << 20;
+
+/// Why it ends.
+enum End {
+    Signal,
+    /// The command of --run ended, with this status.
+    Command(u8),
+}
+
+/// Sockets to serve NBD on.
+#[derive(Default)]
+struct Sockets {
+    listeners: Vec<Listener>,
+    /// The first of them, for --run.
+    first: Option<Address>,
+    /// Made here, and removed at the end.
+    paths: Vec<PathBuf>,
+    /// Has the socket that nobody named.
+    _folder: Option<tempfile::TempDir>,
+}
+
+/// How clients reach a socket.
+enum Address {
+    Unix(PathBuf),
+    Tcp(String),
+}
+
+impl Address {
+    fn uri(&self, export: &str) -> String {
+        match self {
+            Self::Unix(path) => format!("nbd+unix:///{export}?socket={}", path.display()),
+            Self::Tcp(address) => format!("nbd://{address}/{export}"),
+        }
+    }
+}
+
+impl Sockets {
+    /// Those of the command line, those that whoever started the command had opened, or one of our own for --run.
+    fn open(args: &Args) -> anyhow::Result<Self> {
+        let mut this = Self::default();
+        for nbd in &args.nbd {
+            match nbd {
+                Nbd::Unix(path) => this.add_unix(path)?,
+                Nbd::Tcp(address) => {
+                    let listener = TcpListener::bind(address)
+                        .with_context(|| format!("cannot listen on {address}"))?;
+                    let address = listener
+                        .local_addr()
+                        .map_or_else(|_| address.clone(), |at| at.to_string());
+                    this.first.get_or_insert(Address::Tcp(address));
+                    this.listeners.push(Listener::Tcp(listener));
+                }
+            }
+        }
+        let mut given = ListenFd::from_env();
+        for at in 0..given.len() {
+            let listener = match given.take_unix_listener(at) {
+                Ok(listener) => listener.map(Listener::Unix),
+                Err(_) => given
+                    .take_tcp_listener(at)
+                    .with_context(|| {
+                        format!("socket {at} of LISTEN_FDS is neither a Unix nor a TCP socket")
+                    })?
+                    .map(Listener::Tcp),
+            };
+            this.listeners.extend(listener);
+        }
+        if this.listeners.is_empty() && args.run.is_some() {
+            let folder = tempfile::tempdir().context("cannot make a folder for the socket")?;
+            this.add_unix(&folder.path().join("nbd.sock"))?;
+            this._folder = Some(folder);
+        }
+        if this.listeners.is_empty() {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                "there is nowhere to serve: give --nbd, --run, or sockets in LISTEN_FDS",
+            )
+            .into());
+        }
+        Ok(this)
+    }
+
+    fn add_unix(&mut self, path: &Path) -> anyhow::Result<()> {
+        self.listeners.push(Listener::Unix(bind_socket(path)?));
+        self.first.get_or_insert(Address::Unix(path.into()));
+        self.paths.push(path.into());
+        Ok(())
+    }
+}
+
+impl Drop for Sockets {
+    fn drop(&mut self) {
+        for path in &self.paths {
+            // Somebody else may have removed it.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Serves a pool until a signal comes or the command ends.
+pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
+    if args.check {
+        check(&args)?;
+    }
+    let (end, ends) = mpsc::channel();
+    watch_signals(end.clone())?;
+    let runtime = open(&args)?;
+    let mut sockets = Sockets::open(&args)?;
+    let control = args
+        .control
+        .as_deref()
+        .map(|path| Control::serve(path, Arc::clone(&runtime)))
+        .transpose()?;
+    if let Some(how) = args.autoextend {
+        runtime.autoextend(how)?;
+    }
+    let listeners = std::mem::take(&mut sockets.listeners);
+    let server = Server::start(listeners, Arc::clone(&runtime))?;
+    say_events(&runtime, args.quiet)?;
+    ready::tell(args.ready_fd)?;
+    let child = match &args.run {
+        Some(command) => Some(start(command, &args, &runtime, &sockets, end)?),
+        None => None,
+    };
+    let why = ends.recv().unwrap_or(End::Signal);
+    if let (Some(child), End::Signal) = (child, &why) {
+        // It may have ended by itself.
+        let _ = child.lock().unwrap_or_else(PoisonError::into_inner).kill();
+    }
+    server.stop();
+    let stopped = runtime.stop();
+    drop(control);
+    drop(sockets);
+    stopped.context("what was not flushed may be lost")?;
+    Ok(match why {
+        End::Signal | End::Command(0) => Exit::Ok,
+        End::Command(status) => Exit::Command(status),
+    })
+}
+
+/// Checks the metadata as thin_check does.
+fn check(args: &Args) -> anyhow::Result<()> {
+    let session = Session::new("Checking", args.quiet)?;
+    let engine = open_read(&args.metadata, Access::Exclusive)?;
+    refuse_damage(&*engine, &args.metadata, &session)?;
+    Ok(())
+}
+
+/// Tells of the first signal; the second ends the process.
+fn watch_signals(end: Sender<End>) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for (n, _) in signals.forever().enumerate() {
+                if n > 0 || end.send(End::Signal).is_err() {
+                    std::process::exit(Exit::Interrupted.code().into());
+                }
+            }
+        })?;
+    Ok(())
+}
+
+/// Opens the pool, or makes it, with the devices that are to be exported.
+fn open(args: &Args) -> anyhow::Result<Arc<Runtime>> {
+    if args.create {
+        make_files(args)?;
+    }
+    let mut features = Features::from_words(&args.feature)?;
+    features.error_if_no_space |= args.queue_when_full.is_none();
+    let mut options = Options {
+        is_read_only: args.read_only,
+        create: args.create.then_some(args.block_size),
+        low_water_blocks: args.low_water,
+        features,
+        no_space_timeout: args.patience().flatten(),
+        cache_bytes: usize::try_from(args.metadata_cache.saturating_mul(512))?,
+        ..Options::new(&args.metadata, &args.data)
+    };
+    if let Some(how) = args.autoextend {
+        let data = DataDevice::open(&args.data, false)?;
+        let blocks = data.sectors()? / u64::from(args.block_size);
+        options.low_water_blocks = options.low_water_blocks.max(how.low_water(blocks));
+    }
+    let runtime = Arc::new(Runtime::open(&options)?);
+    if args.thin.is_empty() {
+        runtime.export_all();
+    }
+    for (id, size) in &args.thin {
+        activate(args, &runtime, *id, *size)?;
+    }
+    Ok(runtime)
+}
+
+fn activate(args: &Args, runtime: &Runtime, id: ThinId, size: Option<u64>) -> anyhow::Result<()> {
+    let origin = args.origin.iter().find(|(of, _)| *of == id);
+    let open = |(_, path): &(ThinId, PathBuf)| DataDevice::open(path, false).map(Arc::new);
+    let activation = Activation {
+        size,
+        origin: origin.map(open).transpose()?,
+    };
+    match runtime.activate(id, activation.clone()) {
+        Err(e) if e.kind() == ErrorKind::NotFound && args.create => {
+            runtime.message(Message::CreateThin(id))?;
+            runtime.activate(id, activation)?;
+        }
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            return Err(e
+                .context("--create makes devices that are not there")
+                .into());
+        }
+        other => other?,
+    }
+    Ok(())
+}
+
+/// Makes the files of a new pool that are not there.
+fn make_files(args: &Args) -> anyhow::Result<()> {
+    let make = |path: &Path, bytes: u64| -> anyhow::Result<()> {
+        let shown = path.display();
+        let file = File::create_new(path).with_context(|| format!("cannot make {shown}"))?;
+        file.set_len(bytes)
+            .with_context(|| format!("cannot make {shown} {bytes} bytes long"))
+    };
+    if let Some(sectors) = args.data_size
+        && !args.data.exists()
+    {
+        make(&args.data, sectors * 512)?;
+    }
+    if !args.metadata.exists() {
+        let sectors = DataDevice::open(&args.data, false)?.sectors()?;
+        let blocks = sectors / u64::from(args.block_size);
+        let most = MAX_METADATA_BLOCKS * BLOCK_SIZE as u64;
+        let bytes = blocks
+            .saturating_mul(METADATA_BYTES)
+            .next_multiple_of(BLOCK_SIZE as u64);
+        make(&args.metadata, bytes.clamp(LEAST_METADATA, most))?;
+    }
+    Ok(())
+}
+
+/// Prints events on standard error.
+fn say_events(runtime: &Arc<Runtime>, quiet: bool) -> anyhow::Result<()> {
+    let runtime = Arc::downgrade(runtime);
+    let say = move || {
+        let mut last = 0;
+        while let Some(events) = runtime
+            .upgrade()
+            .and_then(|r| r.events().after(last, Duration::from_secs(1)))
+        {
+            for event in events {
+                last = event.number;
+                if !quiet {
+                    output::stderr_line(&format!(
+                        "{}: {}: {}",
+                        output::program(),
+                        event.event,
+                        event.detail
+                    ));
+                }
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("events".into())
+        .spawn(say)?;
+    Ok(())
+}
+
+/// Starts the command of --run.
+fn start(
+    command: &str,
+    args: &Args,
+    runtime: &Runtime,
+    sockets: &Sockets,
+    end: Sender<End>,
+) -> anyhow::Result<Arc<Mutex<Child>>> {
+    let export = match args.thin.first() {
+        Some((id, _)) => id.to_string(),
+        None => runtime
+            .exported()?
+            .first()
+            .map_or_else(String::new, ToString::to_string),
+    };
+    let mut shell = Command::new("sh");
+    shell.args(["-c", command]);
+    if let Some(address) = &sockets.first {
+        shell.env("uri", address.uri(&export));
+        if let Address::Unix(path) = address {
+            shell.env("unixsocket", path);
+        }
+    }
+    let child = shell.spawn().context("cannot start the command of --run")?;
+    let child = Arc::new(Mutex::new(child));
+    let waited = Arc::clone(&child);
+    std::thread::Builder::new()
+        .name("run".into())
+        .spawn(move || {
+            loop {
+                let status = waited
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .try_wait();
+                match status {
+                    Ok(None) => std::thread::sleep(Duration::from_millis(20)),
+                    Ok(Some(status)) => {
+                        let code = status.code().and_then(|code| u8::try_from(code).ok());
+                        // As shells tell it.
+                        let signal =
+                            std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or(0);
+                        let code = code.unwrap_or_else(|| {
+                            128_u8.saturating_add(signal.try_into().unwrap_or(0))
+                        });
+                        return end.send(End::Command(code)).ok();
+                    }
+                    Err(_) => return end.send(End::Command(Exit::Failure.code())).ok(),
+                }
+            }
+        })?;
+    Ok(child)
+}

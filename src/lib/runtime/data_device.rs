@@ -1,0 +1,324 @@
+//! Where data blocks are: a regular file through the page cache, or a block device.
+//!
+//! 1. Reads and writes may come from any number of threads; they are complete, or an error.
+//! 2. A write that has returned is durable after the next [`flush`](DataDevice::flush) that is asked for has succeeded. One call of the
+//!    system serves everybody who asked before it began.
+//! 3. Once a flush has failed, it is not known what was lost, and the system tells it once only: every later flush fails, too.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{FileId, file_id};
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fallocate, flock};
+use rustix::io::{Errno, ReadWriteFlags, pwritev2};
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex, PoisonError};
+
+/// Bytes in a sector.
+pub(super) const SECTOR: u64 = 512;
+/// Bytes that a copy or zeros move at once.
+const CHUNK: u64 = 1 << 20;
+
+/// Flushes: who asked, and what was done.
+#[derive(Debug, Default)]
+struct Flushes {
+    /// Flushes that have begun.
+    begun: u64,
+    /// The last of them that has ended.
+    ended: u64,
+    is_running: bool,
+    failure: Option<i32>,
+}
+
+/// A device of sectors of 512 bytes.
+#[derive(Debug)]
+pub struct DataDevice {
+    file: File,
+    path: PathBuf,
+    is_file: bool,
+    flushes: Mutex<Flushes>,
+    has_flushed: Condvar,
+}
+
+impl DataDevice {
+    /// Opens it for nobody else to use, to be written or only read.
+    ///
+    /// # Errors
+    /// `Unsuitable` for what is neither a block device nor a regular file, `Busy`, `Io`.
+    pub fn open(path: &Path, is_written: bool) -> Result<Self> {
+        let shown = path.display();
+        let is_file =
+            match file_id(path).map_err(|e| Error::io(format!("cannot find {shown}"), e))? {
+                FileId::File(..) => true,
+                FileId::Device(_) => false,
+                FileId::Other(..) => {
+                    return Err(Error::new(
+                        ErrorKind::Unsuitable,
+                        format!("{shown} is neither a block device nor a regular file"),
+                    ));
+                }
+            };
+        let mut flags = OFlags::CLOEXEC;
+        if !is_file && is_written {
+            flags |= OFlags::EXCL;
+        }
+        let busy = |e: io::Error| match e.kind() {
+            io::ErrorKind::ResourceBusy => Error::with_source(
+                ErrorKind::Busy,
+                format!("{shown} is in use; only one pool, or one program, may have it"),
+                e,
+            ),
+            _ => Error::io(format!("cannot open {shown}"), e),
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(is_written)
+            .custom_flags(flags.bits() as i32)
+            .open(path)
+            .map_err(busy)?;
+        // Readers share it. Where locks are not known, nothing is lost.
+        let lock = match is_written {
+            true => FlockOperation::NonBlockingLockExclusive,
+            false => FlockOperation::NonBlockingLockShared,
+        };
+        if is_file && flock(&file, lock) == Err(Errno::WOULDBLOCK) {
+            return Err(busy(io::ErrorKind::ResourceBusy.into()));
+        }
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            is_file,
+            flushes: Mutex::default(),
+            has_flushed: Condvar::new(),
+        })
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its size now, in whole sectors.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn sectors(&self) -> Result<u64> {
+        let end = (&self.file).seek(SeekFrom::End(0));
+        let bytes =
+            end.map_err(|e| Error::io(format!("cannot measure {}", self.path.display()), e))?;
+        Ok(bytes / SECTOR)
+    }
+
+    /// Makes a regular file larger; the new part takes no room yet.
+    ///
+    /// # Errors
+    /// `Unsuitable` for a block device, `Io`.
+    pub fn grow(&self, sectors: u64) -> Result<()> {
+        let shown = self.path.display();
+        if !self.is_file {
+            return Err(Error::new(
+                ErrorKind::Unsuitable,
+                format!("{shown} is a block device, which grows by other means"),
+            ));
+        }
+        if sectors > self.sectors()? {
+            let grown = self.file.set_len(sectors.saturating_mul(SECTOR));
+            grown.map_err(|e| Error::io(format!("cannot grow {shown}"), e))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn read(&self, buffer: &mut [u8], byte: u64) -> io::Result<()> {
+        self.file.read_exact_at(buffer, byte)
+    }
+
+    pub(super) fn write(&self, data: &[u8], byte: u64) -> io::Result<()> {
+        self.file.write_all_at(data, byte)
+    }
+
+    /// Writes what is durable when this returns.
+    pub(super) fn write_durably(&self, mut data: &[u8], mut byte: u64) -> io::Result<()> {
+        while !data.is_empty() {
+            match pwritev2(
+                &self.file,
+                &[IoSlice::new(data)],
+                byte,
+                ReadWriteFlags::DSYNC,
+            ) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => {
+                    data = &data[n..];
+                    byte += n as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+                    self.write(data, byte)?;
+                    return self.flush();
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes zeros. In a file they take no room until they are written to.
+    pub(super) fn zero(&self, sector: u64, sectors: u64) -> io::Result<()> {
+        let how = match self.is_file {
+            true => FallocateFlags::PUNCH_HOLE,
+            false => FallocateFlags::ZERO_RANGE,
+        };
+        let (mut byte, len) = (sector * SECTOR, sectors * SECTOR);
+        let done = fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, byte, len);
+        if !matches!(done, Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL)) {
+            return Ok(done?);
+        }
+        let zeros = vec![0; len.min(CHUNK) as usize];
+        let end = byte + len;
+        while byte < end {
+            let n = (end - byte).min(CHUNK);
+            self.write(&zeros[..n as usize], byte)?;
+            byte += n;
+        }
+        Ok(())
+    }
+
+    /// Writes zeros to bytes, which may be no whole sectors.
+    pub(super) fn write_zeros(&self, byte: u64, len: u64) -> io::Result<()> {
+        if byte.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR) {
+            return self.zero(byte / SECTOR, len / SECTOR);
+        }
+        self.write(&vec![0; len as usize], byte)
+    }
+
+    /// Gives room back to whoever provides it; what is there afterwards is undefined, in practice zeros.
+    pub(super) fn discard(&self, sector: u64, sectors: u64) -> io::Result<()> {
+        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(fallocate(
+            &self.file,
+            how,
+            sector * SECTOR,
+            sectors * SECTOR,
+        )?)
+    }
+
+    /// Copies sectors of `from`, which may be the same device.
+    pub(super) fn copy(
+        &self,
+        from: &Self,
+        from_sector: u64,
+        sector: u64,
+        sectors: u64,
+    ) -> io::Result<()> {
+        let len = sectors * SECTOR;
+        let mut buffer = vec![0; len.min(CHUNK) as usize];
+        let mut at = 0;
+        while at < len {
+            let part = &mut buffer[..(len - at).min(CHUNK) as usize];
+            from.read(part, from_sector * SECTOR + at)?;
+            self.write(part, sector * SECTOR + at)?;
+            at += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Makes everything durable that was written before.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        let mut flushes = self.flushes.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that runs already may have missed what was written since it began.
+        let wanted = flushes.begun + 1;
+        while flushes.ended < wanted {
+            if flushes.is_running {
+                flushes = self
+                    .has_flushed
+                    .wait(flushes)
+                    .unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            flushes.is_running = true;
+            flushes.begun += 1;
+            let number = flushes.begun;
+            drop(flushes);
+            let flushed = self.file.sync_data();
+            flushes = self.flushes.lock().unwrap_or_else(PoisonError::into_inner);
+            flushes.is_running = false;
+            flushes.ended = number;
+            if let Err(e) = flushed {
+                flushes.failure = e.raw_os_error().or(Some(Errno::IO.raw_os_error()));
+            }
+            self.has_flushed.notify_all();
+        }
+        match flushes.failure {
+            Some(number) => Err(io::Error::from_raw_os_error(number)),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(sectors: u64) -> (tempfile::TempDir, DataDevice) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("data");
+        File::create(&path)
+            .unwrap()
+            .set_len(sectors * SECTOR)
+            .unwrap();
+        let device = DataDevice::open(&path, true).unwrap();
+        (folder, device)
+    }
+
+    #[test]
+    fn what_was_written_is_read_copied_and_zeroed() {
+        let (_folder, device) = device(8192);
+        device.write(&[7; 5000], 1000).unwrap();
+        device.write_durably(&[8; 3000], 6000).unwrap();
+        device.copy(&device, 0, 4096, 4096).unwrap();
+        let mut found = vec![0; 9000];
+        device.read(&mut found, 4096 * SECTOR + 1000).unwrap();
+        assert!(found[..5000].iter().all(|&b| b == 7) && found[5000..8000].iter().all(|&b| b == 8));
+        device.zero(4097, 16).unwrap();
+        device.read(&mut found, 4096 * SECTOR).unwrap();
+        assert!(
+            found[SECTOR as usize..17 * SECTOR as usize]
+                .iter()
+                .all(|&b| b == 0)
+        );
+        device.flush().unwrap();
+        assert!(
+            device.read(&mut found, 8192 * SECTOR - 1).is_err(),
+            "past the end"
+        );
+        device.grow(9000).unwrap();
+        assert_eq!(device.sectors().unwrap(), 9000);
+        device.grow(10).unwrap();
+        assert_eq!(device.sectors().unwrap(), 9000, "never smaller");
+    }
+
+    #[test]
+    fn a_device_that_is_written_is_nobody_elses() {
+        let (folder, _device) = device(8);
+        for is_written in [false, true] {
+            let refusal = DataDevice::open(&folder.path().join("data"), is_written).unwrap_err();
+            assert_eq!(refusal.kind(), ErrorKind::Busy);
+        }
+        assert_eq!(
+            DataDevice::open(folder.path(), true).unwrap_err().kind(),
+            ErrorKind::Unsuitable
+        );
+    }
+
+    #[test]
+    fn flushes_at_once_all_end() {
+        let (_folder, device) = device(8);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| (0..50).for_each(|_| device.flush().unwrap()));
+            }
+        });
+        let flushes = device.flushes.lock().unwrap();
+        assert!(flushes.begun <= 400 && flushes.ended == flushes.begun && !flushes.is_running);
+    }
+}

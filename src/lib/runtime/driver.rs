@@ -1,0 +1,364 @@
+//! Drives the pool engine: one thread is the worker, some carry its effects out.
+//!
+//! Whatever waits for the disk on behalf of the data device is done by the latter, but for the flush that begins a commit: the worker
+//! would do nothing meanwhile. The metadata is read and written by the worker itself.
+
+use super::data_device::DataDevice;
+use super::event_log::EventLog;
+use super::transfer::{Parts, bio_error};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pool::{BioError, BioResult, Effect, Event, JobId, Pool, PoolTable, Source, Worker};
+use std::collections::{HashMap, VecDeque};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Threads that carry effects out: enough to keep a disk busy.
+const CARRIERS: usize = 8;
+/// The worker looks around no more often than this while nothing happens.
+const SHORTEST_WAIT: Duration = Duration::from_millis(1);
+
+type Answer = Sender<Result<()>>;
+
+/// What the worker's thread is told.
+enum Told {
+    Event(Event),
+    /// An event that is answered.
+    Ask(Box<dyn FnOnce(u64) -> Event + Send>, Answer),
+    /// Something to be done with the worker itself.
+    Call(Box<dyn FnOnce(&mut Worker) + Send>),
+    Stop,
+}
+
+/// What the carriers do.
+enum Task {
+    Effect(Effect),
+    Run(Box<dyn FnOnce() + Send>),
+}
+
+/// Tasks that wait for a thread.
+#[derive(Default)]
+struct Queue {
+    tasks: VecDeque<Task>,
+    is_over: bool,
+}
+
+/// What all threads of a running pool share.
+pub(super) struct Driver {
+    pub(super) pool: Arc<Pool>,
+    pub(super) data: Arc<DataDevice>,
+    pub(super) parts: Parts,
+    pub(super) events: EventLog,
+    /// External origins of open thin devices, by the devices' numbers.
+    pub(super) origins: RwLock<HashMap<u32, Arc<DataDevice>>>,
+    table: RwLock<PoolTable>,
+    told: Sender<Told>,
+    queue: Mutex<Queue>,
+    has_task: Condvar,
+}
+
+/// The threads of a pool.
+pub(super) struct Threads {
+    worker: Option<JoinHandle<()>>,
+    carriers: Vec<JoinHandle<()>>,
+}
+
+fn gone() -> Error {
+    Error::new(ErrorKind::Io, "the pool is being stopped")
+}
+
+impl Driver {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// `Io` if there are none to be had.
+    pub(super) fn start(
+        worker: Worker,
+        table: PoolTable,
+        data: Arc<DataDevice>,
+    ) -> Result<(Arc<Self>, Threads)> {
+        let (told, inbox) = mpsc::channel();
+        let pool = Arc::clone(worker.pool());
+        let waker = told.clone();
+        pool.set_waker(move || drop(waker.send(Told::Event(Event::Work))));
+        let driver = Arc::new(Self {
+            pool,
+            data,
+            parts: Parts::default(),
+            events: EventLog::default(),
+            origins: RwLock::default(),
+            table: RwLock::new(table),
+            told,
+            queue: Mutex::default(),
+            has_task: Condvar::new(),
+        });
+        let mut threads = Threads {
+            worker: None,
+            carriers: Vec::new(),
+        };
+        let started = driver.start_threads(worker, inbox, &mut threads);
+        if let Err(e) = started {
+            driver.stop(threads);
+            return Err(Error::io("cannot start the threads of the pool", e));
+        }
+        Ok((driver, threads))
+    }
+
+    fn start_threads(
+        self: &Arc<Self>,
+        worker: Worker,
+        inbox: Receiver<Told>,
+        threads: &mut Threads,
+    ) -> std::io::Result<()> {
+        for _ in 0..CARRIERS {
+            let driver = Arc::clone(self);
+            let builder = std::thread::Builder::new().name("carrier".into());
+            threads
+                .carriers
+                .push(builder.spawn(move || driver.be_carrier())?);
+        }
+        let driver = Arc::clone(self);
+        let builder = std::thread::Builder::new().name("worker".into());
+        threads.worker = Some(builder.spawn(move || driver.be_worker(worker, &inbox))?);
+        Ok(())
+    }
+
+    /// The pool's table.
+    pub(super) fn table(&self) -> PoolTable {
+        self.table
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Notes the table that the pool was resumed with.
+    pub(super) fn set_table(&self, table: PoolTable) {
+        *self.table.write().unwrap_or_else(PoisonError::into_inner) = table;
+    }
+
+    /// Ends the threads. Nothing is under way any more.
+    pub(super) fn stop(&self, threads: Threads) {
+        self.tell(Told::Stop);
+        if let Some(worker) = threads.worker {
+            // A panic was printed when it happened; there is nobody else to tell.
+            worker.join().ok();
+        }
+        self.queue().is_over = true;
+        self.has_task.notify_all();
+        for carrier in threads.carriers {
+            carrier.join().ok();
+        }
+    }
+
+    fn tell(&self, told: Told) {
+        // Who comes last may find the worker gone.
+        self.told.send(told).ok();
+    }
+
+    /// Has the worker take an event that it answers, and waits for the answer.
+    ///
+    /// # Errors
+    /// The answer's.
+    pub(super) fn ask(&self, event: impl FnOnce(u64) -> Event + Send + 'static) -> Result<()> {
+        let (answer, answered) = mpsc::channel();
+        self.tell(Told::Ask(Box::new(event), answer));
+        answered.recv().unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// Has the worker's thread do something with the worker, and waits for what comes of it.
+    ///
+    /// # Errors
+    /// `Io` if the pool is being stopped.
+    pub(super) fn call<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&mut Worker) -> T + Send + 'static,
+    ) -> Result<T> {
+        let (answer, answered) = mpsc::channel();
+        self.tell(Told::Call(Box::new(move |worker| {
+            answer.send(call(worker)).ok();
+        })));
+        answered.recv().map_err(|_| gone())
+    }
+
+    /// The same, without waiting.
+    pub(super) fn call_later(&self, call: impl FnOnce(&mut Worker) + Send + 'static) {
+        self.tell(Told::Call(Box::new(call)));
+    }
+
+    fn be_worker(&self, mut worker: Worker, inbox: &Receiver<Told>) {
+        let start = Instant::now();
+        let mut effects = Vec::new();
+        let mut answers: HashMap<u64, Answer> = HashMap::new();
+        let mut next_tag = 0;
+        loop {
+            let told = match worker.deadline() {
+                None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(at) => {
+                    let wait = at.saturating_sub(start.elapsed()).max(SHORTEST_WAIT);
+                    inbox.recv_timeout(wait)
+                }
+            };
+            let event = match told {
+                Ok(Told::Event(event)) => event,
+                Ok(Told::Ask(event, answer)) => {
+                    next_tag += 1;
+                    answers.insert(next_tag, answer);
+                    event(next_tag)
+                }
+                Ok(Told::Call(call)) => {
+                    call(&mut worker);
+                    continue;
+                }
+                Err(RecvTimeoutError::Timeout) => Event::Work,
+                Ok(Told::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+            };
+            self.apply(&mut worker, (start, event), &mut effects, &mut answers);
+        }
+    }
+
+    /// Has the worker take an event, and whatever follows from it at once.
+    fn apply(
+        &self,
+        worker: &mut Worker,
+        (start, event): (Instant, Event),
+        effects: &mut Vec<Effect>,
+        answers: &mut HashMap<u64, Answer>,
+    ) {
+        let mut next = Some(event);
+        while let Some(event) = next.take() {
+            let has_more = worker.apply(start.elapsed(), event, effects);
+            let mut flush = None;
+            let mut queue = None;
+            for effect in effects.drain(..) {
+                match effect {
+                    Effect::End { bio, result, .. } => self.parts.end(bio.id, result),
+                    Effect::Answer { tag, result } => {
+                        if let Some(answer) = answers.remove(&tag) {
+                            // Whoever asked may have given up.
+                            answer.send(result).ok();
+                        }
+                    }
+                    Effect::Notice(notice) => self.events.add_notice(&notice),
+                    Effect::Flush { job } => flush = Some(job),
+                    other => {
+                        let queue: &mut MutexGuard<'_, Queue> =
+                            queue.get_or_insert_with(|| self.queue());
+                        queue.tasks.push_back(Task::Effect(other));
+                        self.has_task.notify_one();
+                    }
+                }
+            }
+            drop(queue);
+            next = match flush {
+                Some(job) => Some(Event::Done {
+                    job,
+                    result: self.data.flush().map_err(|e| bio_error(&e)),
+                }),
+                None => has_more.then_some(Event::Work),
+            };
+        }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has a carrier do something that may take a while.
+    pub(super) fn run(&self, run: impl FnOnce() + Send + 'static) {
+        self.queue().tasks.push_back(Task::Run(Box::new(run)));
+        self.has_task.notify_one();
+    }
+
+    fn be_carrier(&self) {
+        let mut queue = self.queue();
+        loop {
+            if let Some(task) = queue.tasks.pop_front() {
+                drop(queue);
+                match task {
+                    Task::Effect(effect) => self.carry_out(effect),
+                    Task::Run(run) => run(),
+                }
+                queue = self.queue();
+                continue;
+            }
+            if queue.is_over {
+                return;
+            }
+            queue = self
+                .has_task
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The external origin of the open device of this number.
+    fn origin(&self, number: u32) -> Option<Arc<DataDevice>> {
+        let origins = self.origins.read().unwrap_or_else(PoisonError::into_inner);
+        origins.get(&number).cloned()
+    }
+
+    fn done(&self, job: JobId, result: std::io::Result<()>) {
+        let result = result.map_err(|e| bio_error(&e));
+        self.tell(Told::Event(Event::Done { job, result }));
+    }
+
+    fn carry_out(&self, effect: Effect) {
+        match effect {
+            Effect::Issue { bio, sector } => {
+                let part = self.parts.get(bio.id);
+                let done = part.map_or(Ok(()), |part| part.carry_out(&bio, &self.data, sector));
+                self.end_io(bio, done);
+            }
+            Effect::ReadOrigin { bio, sectors } => {
+                let part = self.parts.get(bio.id).zip(self.origin(bio.thin_number()));
+                let done = part.map_or(Err(BioError::Io), |(part, origin)| {
+                    part.read_origin(&bio, &origin, sectors)
+                });
+                self.end_io(bio, done);
+            }
+            Effect::Zero {
+                job,
+                sector,
+                sectors,
+            } => {
+                self.done(job, self.data.zero(sector, sectors));
+            }
+            Effect::Copy {
+                job,
+                from,
+                from_sector,
+                sector,
+                sectors,
+            } => {
+                let from = match from {
+                    Source::Data => Some(Arc::clone(&self.data)),
+                    Source::Origin(number) => self.origin(number),
+                };
+                let lost = || std::io::Error::other("the external origin is closed");
+                let copied = from
+                    .ok_or_else(lost)
+                    .and_then(|from| self.data.copy(&from, from_sector, sector, sectors));
+                self.done(job, copied);
+            }
+            Effect::Discard {
+                job,
+                sector,
+                sectors,
+            } => {
+                self.done(job, self.data.discard(sector, sectors));
+            }
+            // These are the worker's thread's own.
+            Effect::Flush { .. }
+            | Effect::End { .. }
+            | Effect::Answer { .. }
+            | Effect::Notice(_) => {}
+        }
+    }
+
+    fn end_io(&self, bio: Box<crate::pool::Bio>, result: BioResult) {
+        if let Some((bio, result)) = self.pool.end_io(bio, result) {
+            self.parts.end(bio.id, result);
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! The thin pool on real devices, for clients that come over a socket.
+//!
+//! [`Runtime`] is a pool: a metadata device, a data device, the worker on a thread of its own, and threads that carry out what it
+//! wants done. A client's requests are cut into bios ([`cut`]) and mapped on the thread of its connection, which reads and writes what
+//! is mapped itself ([`submitter`]); what the worker has of a request is kept as [`transfer`].
+
+mod autoextend;
+pub mod control;
+mod cut;
+mod data_device;
+mod driver;
+mod event_log;
+pub mod nbd;
+#[expect(clippy::module_inception, reason = "the runtime of the pool")]
+mod runtime;
+mod submitter;
+mod thin_export;
+mod transfer;
+
+pub use autoextend::Autoextend;
+pub use control::bind_socket;
+pub use data_device::DataDevice;
+pub use event_log::{EventLog, PoolEvent};
+pub use runtime::{Activation, Options, Runtime};

@@ -1,0 +1,492 @@
+//! A pool on real devices: opened, managed by the kernel's messages, and stopped with everything committed.
+
+use super::data_device::{DataDevice, SECTOR};
+use super::driver::{Driver, Threads};
+use super::event_log::EventLog;
+use super::thin_export::ThinExport;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Access, AlignedBuffer, BlockEngine, FileEngine, open_pool, open_read};
+use crate::pdata::txn::LockScheme;
+use crate::pool::{
+    Event, Features, Line, Message, PoolMode, PoolStatusLine, PoolTable, Settings, ThinStatus,
+    ThinTable, Worker,
+};
+use crate::thin::{DEFAULT_CACHE, PoolMetadata, Superblock};
+use crate::units::{MetadataBlock, ThinId};
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+/// How a pool is opened.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Device or file of the metadata.
+    pub metadata: PathBuf,
+    /// Device or file of the data.
+    pub data: PathBuf,
+    /// Nothing is written anywhere; what can be read is served, however damaged the rest is.
+    pub is_read_only: bool,
+    /// Make a pool with data blocks of so many sectors if the metadata begins with zeros, as the kernel does.
+    pub create: Option<u32>,
+    /// Free data blocks at which whoever manages the pool is told.
+    pub low_water_blocks: u64,
+    /// The words of the pool's table.
+    pub features: Features,
+    /// For how long writes wait for space if they wait; none is for ever.
+    pub no_space_timeout: Option<Duration>,
+    /// Bytes of metadata that are cached.
+    pub cache_bytes: usize,
+}
+
+impl Options {
+    /// The defaults: a pool that exists, writes that fail at once where there is no space.
+    pub fn new(metadata: &Path, data: &Path) -> Self {
+        Self {
+            metadata: metadata.to_owned(),
+            data: data.to_owned(),
+            is_read_only: false,
+            create: None,
+            low_water_blocks: 0,
+            features: Features {
+                error_if_no_space: true,
+                ..Features::default()
+            },
+            no_space_timeout: Some(Duration::from_secs(60)),
+            cache_bytes: DEFAULT_CACHE,
+        }
+    }
+}
+
+/// How a thin device is exported.
+#[derive(Clone, Debug, Default)]
+pub struct Activation {
+    /// Its size in bytes; if none is given it ends with the last mapped block, or with its origin.
+    pub size: Option<u64>,
+    /// The read-only device that has what was never written.
+    pub origin: Option<Arc<DataDevice>>,
+}
+
+#[derive(Default)]
+struct Thins {
+    /// Every device of the pool is exported, whether active or not.
+    is_all: bool,
+    active: BTreeMap<u64, Activation>,
+    open: HashMap<u64, Weak<ThinExport>>,
+}
+
+/// A running pool. All methods may be called from any thread.
+pub struct Runtime {
+    pub(super) driver: Arc<Driver>,
+    threads: Mutex<Option<Threads>>,
+    /// None of a pool that is only read, which does not grow.
+    metadata: Option<Arc<FileEngine>>,
+    is_read_only: bool,
+    thins: Mutex<Thins>,
+}
+
+impl Runtime {
+    /// Opens a pool and starts it. A data or metadata device that has grown is used at once.
+    ///
+    /// # Errors
+    /// `Busy`, `Io`; `NotMetadata`, `Damaged` and `Unsuitable`, each with what to do.
+    pub fn open(options: &Options) -> Result<Self> {
+        let data = Arc::new(DataDevice::open(&options.data, !options.is_read_only)?);
+        let (engine, metadata): (Arc<dyn BlockEngine>, _) = match options.is_read_only {
+            true => (
+                Arc::from(open_read(&options.metadata, Access::Exclusive)?),
+                None,
+            ),
+            false => {
+                let engine = Arc::new(open_pool(&options.metadata)?);
+                (Arc::clone(&engine) as _, Some(engine))
+            }
+        };
+        let pool = open_metadata(engine, &data, options)?;
+        let status = pool.status()?;
+        let table = PoolTable {
+            metadata_device: options.metadata.display().to_string(),
+            data_device: options.data.display().to_string(),
+            block_sectors: status.data_block_size,
+            low_water_blocks: options.low_water_blocks,
+            features: Features {
+                read_only: options.is_read_only || options.features.read_only,
+                ..options.features
+            },
+        };
+        let data_blocks = data.sectors()? / u64::from(status.data_block_size);
+        if data_blocks < status.data_blocks && !options.is_read_only {
+            return Err(Error::new(
+                ErrorKind::Unsuitable,
+                format!(
+                    "{} has {data_blocks} blocks of {} sectors, and the pool {}: this is not all of its data; \
+                     give the right device, or serve what there is with --read-only",
+                    options.data.display(),
+                    status.data_block_size,
+                    status.data_blocks
+                ),
+            ));
+        }
+        let settings = Settings {
+            // Lookups go on while a commit waits for the disk.
+            scheme: LockScheme::Optimistic,
+            no_space_timeout: options.no_space_timeout,
+            ..Settings::new(table.clone())
+        };
+        let worker = Worker::start(pool, settings)?;
+        let (driver, threads) = Driver::start(worker, table, data)?;
+        let runtime = Self {
+            driver,
+            threads: Mutex::new(Some(threads)),
+            metadata,
+            is_read_only: options.is_read_only,
+            thins: Mutex::default(),
+        };
+        if !runtime.is_read_only {
+            runtime.resume(None)?;
+        }
+        Ok(runtime)
+    }
+
+    /// What happened.
+    pub fn events(&self) -> &EventLog {
+        &self.driver.events
+    }
+
+    /// The mode that the pool is in.
+    pub fn mode(&self) -> PoolMode {
+        self.driver.pool.mode()
+    }
+
+    /// Sends a message, and waits until what it changed is committed.
+    ///
+    /// # Errors
+    /// Those of the kernel, by kind.
+    pub fn message(&self, message: Message) -> Result<()> {
+        if let Message::Delete(id) = message {
+            let mut thins = self.thins();
+            if thins.active.contains_key(&id.0) {
+                return Err(Error::new(
+                    ErrorKind::Busy,
+                    format!("thin device {id} is active; deactivate it first"),
+                ));
+            }
+            thins.open.retain(|_, export| export.strong_count() > 0);
+        }
+        self.driver.ask(move |tag| Event::Message { tag, message })
+    }
+
+    /// Commits what has changed.
+    ///
+    /// # Errors
+    /// `Io`, `ReadOnly`.
+    pub fn commit(&self) -> Result<()> {
+        self.driver.ask(|tag| Event::Commit { tag })
+    }
+
+    /// Finishes what was accepted, commits, and holds back what comes then.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if it is suspended already.
+    pub fn suspend(&self) -> Result<()> {
+        self.driver.ask(|tag| Event::Suspend {
+            tag,
+            is_noflush: false,
+        })
+    }
+
+    /// Goes on, with other features if any are given, and with devices of the size that they have now.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a device that has become smaller; `Io`, `NoSpace`.
+    pub fn resume(&self, features: Option<Features>) -> Result<()> {
+        if let Some(metadata) = &self.metadata {
+            let measured = metadata.measure();
+            measured.map_err(|e| Error::io("cannot measure the metadata device", e))?;
+        }
+        let mut table = self.driver.table();
+        let data_blocks = self.driver.data.sectors()? / u64::from(table.block_sectors);
+        let new = features.map(|features| {
+            table.features = features;
+            table
+        });
+        let given = new.clone();
+        self.driver.ask(move |tag| Event::Resume {
+            tag,
+            table: given,
+            data_blocks,
+        })?;
+        if let Some(table) = new {
+            self.driver.set_table(table);
+        }
+        Ok(())
+    }
+
+    /// Makes backing files larger, to so many data blocks and metadata blocks, and uses what is there. Devices are looked at only.
+    ///
+    /// # Errors
+    /// `Unsuitable`, `Io`, `NoSpace`.
+    pub fn grow(&self, data_blocks: Option<u64>, metadata_blocks: Option<u64>) -> Result<()> {
+        if let Some(blocks) = data_blocks {
+            let sectors = blocks.saturating_mul(self.driver.pool.block_sectors());
+            if sectors > self.driver.data.sectors()? {
+                self.driver.data.grow(sectors)?;
+            }
+        }
+        if let (Some(blocks), Some(metadata)) = (metadata_blocks, &self.metadata) {
+            let grown = metadata.grow(blocks);
+            grown.map_err(|e| Error::io("cannot grow the metadata file", e))?;
+        }
+        self.resume(None)
+    }
+
+    /// The status line of the pool.
+    ///
+    /// # Errors
+    /// `Io` if the pool is being stopped.
+    pub fn status(&self) -> Result<Line<PoolStatusLine>> {
+        Ok(Line {
+            sectors: self.driver.data.sectors()?,
+            words: self.driver.call(|worker| worker.pool_status())?,
+        })
+    }
+
+    /// The table line of the pool.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn table(&self) -> Result<Line<PoolTable>> {
+        Ok(Line {
+            sectors: self.driver.data.sectors()?,
+            words: self.driver.table(),
+        })
+    }
+
+    /// The status line of a thin device.
+    ///
+    /// # Errors
+    /// `NotFound`, `Io`, `Damaged`.
+    pub fn thin_status(&self, id: ThinId) -> Result<Line<ThinStatus>> {
+        let export = self.export(id)?;
+        let thin = Arc::clone(&export.thin);
+        Ok(Line {
+            sectors: export.size / SECTOR,
+            words: self.driver.call(move |worker| worker.thin_status(&thin))?,
+        })
+    }
+
+    /// The table line of a thin device.
+    ///
+    /// # Errors
+    /// `NotFound`, `Io`, `Damaged`.
+    pub fn thin_table(&self, id: ThinId) -> Result<Line<ThinTable>> {
+        let export = self.export(id)?;
+        Ok(Line {
+            sectors: export.size / SECTOR,
+            words: ThinTable {
+                pool: self.driver.table().metadata_device,
+                id,
+                origin: export
+                    .origin
+                    .as_ref()
+                    .map(|origin| origin.path().display().to_string()),
+            },
+        })
+    }
+
+    /// Exports every thin device of the pool, those included that are yet to be made.
+    pub fn export_all(&self) {
+        self.thins().is_all = true;
+    }
+
+    /// Exports a thin device.
+    ///
+    /// # Errors
+    /// `NotFound`; `Exists` if it is active already; `InvalidArgument` for a size that is no multiple of 512.
+    pub fn activate(&self, id: ThinId, activation: Activation) -> Result<()> {
+        if let Some(size) = activation.size
+            && !size.is_multiple_of(SECTOR)
+        {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!(
+                    "a size of {size} bytes for thin device {id}: it has to be a multiple of {SECTOR}"
+                ),
+            ));
+        }
+        self.driver.pool.inspect(|pool| pool.details(id))?;
+        let mut thins = self.thins();
+        if thins.active.contains_key(&id.0) {
+            return Err(Error::new(
+                ErrorKind::Exists,
+                format!("thin device {id} is active already"),
+            ));
+        }
+        thins.active.insert(id.0, activation);
+        Ok(())
+    }
+
+    /// No longer exports a thin device.
+    ///
+    /// # Errors
+    /// `NotFound` if it is not active; `Busy` while clients use it.
+    pub fn deactivate(&self, id: ThinId) -> Result<()> {
+        let mut thins = self.thins();
+        if thins
+            .open
+            .get(&id.0)
+            .is_some_and(|export| export.strong_count() > 0)
+        {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("thin device {id} is in use by clients"),
+            ));
+        }
+        let was_active = thins.active.remove(&id.0);
+        let not_active = || {
+            Error::new(
+                ErrorKind::NotFound,
+                format!("thin device {id} is not active"),
+            )
+        };
+        was_active.map(drop).ok_or_else(not_active)
+    }
+
+    /// The thin devices that are exported.
+    ///
+    /// # Errors
+    /// `Io`, `Damaged`.
+    pub fn exported(&self) -> Result<Vec<ThinId>> {
+        let thins = self.thins();
+        if thins.is_all {
+            return self.driver.pool.inspect(PoolMetadata::devices);
+        }
+        Ok(thins.active.keys().map(|&id| ThinId(id)).collect())
+    }
+
+    /// Opens a thin device that is exported, or shares it with those who have it open.
+    pub(super) fn export(&self, id: ThinId) -> Result<Arc<ThinExport>> {
+        let mut thins = self.thins();
+        if let Some(open) = thins.open.get(&id.0).and_then(Weak::upgrade) {
+            return Ok(open);
+        }
+        let activation = match thins.active.get(&id.0) {
+            Some(activation) => activation.clone(),
+            None if thins.is_all => Activation::default(),
+            None => {
+                return Err(Error::new(
+                    ErrorKind::NotFound,
+                    format!("thin device {id} is not active"),
+                ));
+            }
+        };
+        let Activation { size, origin } = activation;
+        let export = ThinExport::open(&self.driver, id, size, origin, self.is_read_only)?;
+        thins.open.retain(|_, export| export.strong_count() > 0);
+        thins.open.insert(id.0, Arc::downgrade(&export));
+        Ok(export)
+    }
+
+    fn thins(&self) -> MutexGuard<'_, Thins> {
+        self.thins.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finishes what was accepted, commits, and ends the threads.
+    ///
+    /// # Errors
+    /// `Io` if something could not be committed.
+    pub fn stop(&self) -> Result<()> {
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(threads) = threads.take() else {
+            return Ok(());
+        };
+        let committed = match self.is_read_only {
+            true => Ok(()),
+            // A pool that is suspended has committed everything.
+            false => self.suspend().or_else(|e| match e.kind() {
+                ErrorKind::InvalidArgument => Ok(()),
+                _ => Err(e),
+            }),
+        };
+        self.driver.events.end();
+        self.driver.stop(threads);
+        committed
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        // Whoever wants to know how it went has called it before.
+        self.stop().ok();
+    }
+}
+
+/// Opens the metadata, or makes it.
+fn open_metadata(
+    engine: Arc<dyn BlockEngine>,
+    data: &DataDevice,
+    options: &Options,
+) -> Result<PoolMetadata> {
+    let shown = options.metadata.display();
+    let mut block = AlignedBuffer::new(1);
+    let read = engine.read(MetadataBlock(0), block.blocks_mut(1));
+    read.map_err(|e| Error::io(format!("cannot read the superblock of {shown}"), e))?;
+    let is_blank = block.blocks(1).iter().all(|&byte| byte == 0);
+    let superblock = Superblock::read(&*engine);
+    if superblock.is_err() && is_superblock(data, engine.nr_blocks()) {
+        return Err(Error::new(
+            ErrorKind::Unsuitable,
+            format!(
+                "{shown} has no superblock, and {} has one: the metadata and the data are given the wrong way round",
+                data.path().display()
+            ),
+        ));
+    }
+    match options.create {
+        Some(block_sectors) if is_blank => {
+            return PoolMetadata::format(engine, block_sectors, options.cache_bytes)
+                .map_err(|e| e.context(format!("cannot make a pool on {shown}")));
+        }
+        Some(_) if superblock.is_err() => {
+            return Err(Error::new(
+                ErrorKind::Unsuitable,
+                format!(
+                    "{shown} has no superblock and does not begin with zeros either, and is not overwritten; \
+                     clear its first 4096 bytes if nothing in it is needed"
+                ),
+            ));
+        }
+        None if is_blank => {
+            return Err(Error::new(
+                ErrorKind::NotMetadata,
+                format!("{shown} begins with zeros: there is no pool yet; --create makes one"),
+            ));
+        }
+        // What is there already need not be made.
+        _ => {}
+    }
+    let superblock =
+        superblock.map_err(|e| e.context(format!("cannot use the metadata {shown}")))?;
+    if superblock.needs_check() && !options.is_read_only {
+        return Err(Error::new(
+            ErrorKind::ReadOnly,
+            format!(
+                "the needs_check flag of {shown} is set, which makes the pool read-only; \
+                 thin_check --clear-needs-check-flag clears it if the check passes, \
+                 and --read-only serves what is there meanwhile"
+            ),
+        ));
+    }
+    PoolMetadata::open(engine, options.cache_bytes)
+        .map_err(|e| e.context(format!("cannot use the metadata {shown}")))
+}
+
+/// True if what should be data begins with a superblock.
+fn is_superblock(data: &DataDevice, device_blocks: u64) -> bool {
+    let mut block = AlignedBuffer::new(1);
+    let bytes = block.blocks_mut(1);
+    data.read(bytes, 0).is_ok()
+        && Superblock::verify(bytes, MetadataBlock(0), device_blocks)
+            .0
+            .is_some()
+}

@@ -1,0 +1,553 @@
+//! A connection's way into the pool: cuts requests into bios, moves what is mapped itself, and leaves the rest to the worker.
+
+use super::cut::cut;
+use super::data_device::SECTOR;
+use super::driver::Driver;
+use super::thin_export::ThinExport;
+use super::transfer::{Part, Payload, Told, Transfer, bio_error};
+use crate::pool::{Bio, BioError, BioResult, DISCARD_BLOCKS, Mapped, Mapper, Op, pieces};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// One for each thread that submits.
+pub(super) struct Submitter {
+    thin: Arc<ThinExport>,
+    mapper: Mapper,
+    /// It may be held up while the worker is behind.
+    is_client: bool,
+    /// The last bio was left to the worker.
+    was_deferred: bool,
+}
+
+/// A request as its bios are submitted. Nothing is shared before the first of them is left to the worker.
+struct Request {
+    told: Option<Told>,
+    buffer: Vec<u8>,
+    data: Vec<u8>,
+    transfer: Option<Arc<Transfer>>,
+    result: BioResult,
+}
+
+impl Request {
+    fn new(buffer: Vec<u8>, data: Vec<u8>, told: Told) -> Self {
+        Self {
+            told: Some(told),
+            buffer,
+            data,
+            transfer: None,
+            result: Ok(()),
+        }
+    }
+
+    /// The request, to be shared with whoever carries its parts out.
+    fn share(&mut self, thin: &Arc<ThinExport>) -> &Arc<Transfer> {
+        self.transfer.get_or_insert_with(|| {
+            let told = self.told.take().unwrap_or_else(|| Box::new(|_| {}));
+            let (buffer, data) = (
+                std::mem::take(&mut self.buffer),
+                std::mem::take(&mut self.data),
+            );
+            Transfer::new(thin, buffer, data, told)
+        })
+    }
+
+    fn data(&self) -> &[u8] {
+        self.transfer
+            .as_ref()
+            .map_or(&self.data, |transfer| transfer.data())
+    }
+
+    fn fill<T>(&mut self, fill: impl FnOnce(&mut [u8]) -> T) -> T {
+        match &self.transfer {
+            Some(transfer) => transfer.fill(fill),
+            None => fill(&mut self.buffer),
+        }
+    }
+
+    /// All its bios are submitted.
+    fn submitted(self) {
+        match (self.transfer, self.told) {
+            (Some(transfer), _) => transfer.end(self.result),
+            (None, Some(told)) => told(self.result.map(|()| self.buffer)),
+            (None, None) => {}
+        }
+    }
+}
+
+impl Submitter {
+    /// Of a connection, which is held up while the worker is behind.
+    pub(super) fn new(thin: Arc<ThinExport>) -> Self {
+        Self {
+            is_client: true,
+            ..Self::of_carrier(thin)
+        }
+    }
+
+    /// Of a thread that the worker may depend on.
+    fn of_carrier(thin: Arc<ThinExport>) -> Self {
+        Self {
+            mapper: Mapper::new(&thin.driver.pool, false),
+            thin,
+            is_client: false,
+            was_deferred: false,
+        }
+    }
+
+    pub(super) fn thin(&self) -> &Arc<ThinExport> {
+        &self.thin
+    }
+
+    /// Reads `len` bytes.
+    pub(super) fn read(&mut self, byte: u64, len: usize, told: Told) {
+        let mut request = Request::new(vec![0; len], Vec::new(), told);
+        for cut in cut(byte, len as u64, self.thin.block_sectors()) {
+            let range = cut.range.start as usize..cut.range.end as usize;
+            let payload = Payload::Buffer(range.clone());
+            let bio = self.bio(Op::Read, cut.sector, cut.sectors);
+            self.submit(
+                &mut request,
+                bio,
+                payload,
+                cut.skip,
+                |driver, request, byte| {
+                    request.fill(|buffer| driver.data.read(&mut buffer[range], byte))
+                },
+            );
+        }
+        request.submitted();
+    }
+
+    /// Writes bytes.
+    pub(super) fn write(&mut self, byte: u64, data: Vec<u8>, is_fua: bool, told: Told) {
+        let len = data.len() as u64;
+        let mut request = Request::new(Vec::new(), data, told);
+        for cut in cut(byte, len, self.thin.block_sectors()) {
+            let range = cut.range.start as usize..cut.range.end as usize;
+            let payload = Payload::Buffer(range.clone());
+            let mut bio = self.bio(Op::Write, cut.sector, cut.sectors);
+            bio.is_fua = is_fua;
+            self.submit(
+                &mut request,
+                bio,
+                payload,
+                cut.skip,
+                |driver, request, byte| driver.data.write(&request.data()[range], byte),
+            );
+        }
+        request.submitted();
+    }
+
+    /// Makes durable what was written.
+    pub(super) fn flush(&mut self, told: Told) {
+        let bio = self.bio(Op::Flush, 0, 0);
+        self.submit_one(bio, told);
+    }
+
+    /// Unmaps the whole blocks of a range.
+    pub(super) fn trim(&mut self, byte: u64, len: u64, is_fua: bool, told: Told) {
+        let told = self.durably(is_fua, told);
+        let (first, end) = (byte.div_ceil(SECTOR), (byte + len) / SECTOR);
+        self.discard(first..end.max(first), told);
+    }
+
+    fn discard(&mut self, sectors: Range<u64>, told: Told) {
+        let mut request = Request::new(Vec::new(), Vec::new(), told);
+        let all = sectors.end - sectors.start;
+        let size = self.thin.block_sectors();
+        let is_long = all > size * DISCARD_BLOCKS;
+        for (sector, sectors) in pieces(Op::Discard, sectors.start, all, size) {
+            // Of a device that is mapped here and there most pieces have nothing to unmap.
+            let bytes = sector * SECTOR..(sector + sectors) * SECTOR;
+            if is_long && self.thin.mapped(bytes).next().is_none() {
+                continue;
+            }
+            let bio = self.bio(Op::Discard, sector, sectors);
+            self.submit(&mut request, bio, Payload::Nothing, 0, |_, _, _| Ok(()));
+        }
+        request.submitted();
+    }
+
+    /// Makes a range read as zeros. Whole blocks are unmapped unless `keeps_blocks`; what is not mapped reads as zeros already.
+    pub(super) fn write_zeroes(
+        &mut self,
+        byte: u64,
+        len: u64,
+        (is_fua, keeps_blocks): (bool, bool),
+        told: Told,
+    ) {
+        let told = self.durably(is_fua, told);
+        if keeps_blocks || !self.thin.is_unmapped_zero() {
+            return self.zero_ranges(vec![byte..byte + len], told);
+        }
+        let thin = Arc::clone(&self.thin);
+        let size = thin.block_sectors() * SECTOR;
+        let end = byte + len;
+        let (head, tail) = (byte.next_multiple_of(size).min(end), end - end % size);
+        let tail = tail.max(head);
+        // What is mapped of the partial blocks is zeroed in place.
+        let edges = [byte..head, tail..end]
+            .into_iter()
+            .flat_map(|edge| thin.mapped(edge))
+            .collect();
+        if thin.mapped(head..tail).next().is_none() {
+            return self.zero_ranges(edges, told);
+        }
+        // A discard is a hint: what is still mapped afterwards is zeroed in place, too.
+        let told: Told = Box::new(move |unmapped| match unmapped {
+            Err(e) => told(Err(e)),
+            Ok(_) => thin.clone().driver.run(move || {
+                let left = edges.into_iter().chain(thin.mapped(head..tail)).collect();
+                Submitter::of_carrier(thin).zero_ranges(left, told);
+            }),
+        });
+        self.discard(head / SECTOR..tail / SECTOR, told);
+    }
+
+    /// Writes zeros to ranges of bytes.
+    fn zero_ranges(&mut self, ranges: Vec<Range<u64>>, told: Told) {
+        let mut request = Request::new(Vec::new(), Vec::new(), told);
+        for range in ranges {
+            for cut in cut(
+                range.start,
+                range.end - range.start,
+                self.thin.block_sectors(),
+            ) {
+                let len = cut.range.end - cut.range.start;
+                let bio = self.bio(Op::Write, cut.sector, cut.sectors);
+                self.submit(
+                    &mut request,
+                    bio,
+                    Payload::Zeros(len),
+                    cut.skip,
+                    |driver, _, byte| driver.data.write_zeros(byte, len),
+                );
+            }
+        }
+        request.submitted();
+    }
+
+    /// Has a flush follow before the answer, if what was asked for is to be durable.
+    fn durably(&self, is_fua: bool, told: Told) -> Told {
+        if !is_fua {
+            return told;
+        }
+        let thin = Arc::clone(&self.thin);
+        Box::new(move |done| match done {
+            Ok(_) => thin
+                .clone()
+                .driver
+                .run(move || Submitter::of_carrier(thin).flush(told)),
+            Err(e) => told(Err(e)),
+        })
+    }
+
+    fn bio(&self, op: Op, sector: u64, sectors: u64) -> Box<Bio> {
+        Box::new(Bio::new(
+            self.thin.driver.parts.number(),
+            op,
+            sector,
+            sectors,
+        ))
+    }
+
+    fn submit_one(&mut self, bio: Box<Bio>, told: Told) {
+        let mut request = Request::new(Vec::new(), Vec::new(), told);
+        self.submit(&mut request, bio, Payload::Nothing, 0, |_, _, _| Ok(()));
+        request.submitted();
+    }
+
+    /// Submits a bio of a request; `carry_out` moves its data to or from a byte of the data device if it is mapped.
+    fn submit(
+        &mut self,
+        request: &mut Request,
+        bio: Box<Bio>,
+        payload: Payload,
+        skip: u64,
+        carry_out: impl FnOnce(&Driver, &mut Request, u64) -> std::io::Result<()>,
+    ) {
+        let driver = &*self.thin.driver;
+        if std::mem::take(&mut self.was_deferred) && self.is_client {
+            driver.pool.throttle();
+            if let Some(transfer) = &request.transfer {
+                transfer.wait_for_room();
+            }
+        }
+        let id = bio.id;
+        let mut table = driver.parts.table(id);
+        match self.mapper.map(&self.thin.thin, bio) {
+            Mapped::Deferred(_) => {
+                let transfer = Arc::clone(request.share(&self.thin));
+                transfer.begin();
+                table.insert(
+                    id,
+                    Part {
+                        transfer,
+                        payload,
+                        skip,
+                    },
+                );
+                self.was_deferred = true;
+            }
+            Mapped::Zero(_) => {}
+            Mapped::Failed(_, error) => request.result = request.result.and(Err(error)),
+            Mapped::Remapped { bio, sector } => {
+                drop(table);
+                let done = carry_out(driver, request, sector * SECTOR + skip);
+                let done = done.map_err(|e| bio_error(&e));
+                if let Some((_, result)) = driver.pool.end_io(bio, done) {
+                    request.result = request.result.and(result);
+                }
+            }
+        }
+    }
+}
+
+/// What an error means to a client of the system.
+pub(super) fn errno(error: BioError) -> rustix::io::Errno {
+    use rustix::io::Errno;
+    match error {
+        BioError::Io | BioError::Requeue => Errno::IO,
+        BioError::NoSpace => Errno::NOSPC,
+        BioError::Unsupported => Errno::OPNOTSUPP,
+        BioError::Invalid => Errno::INVAL,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::observer::Silent;
+    use crate::runtime::{Activation, Options, Runtime};
+    use crate::tools::check::{CheckOptions, check};
+    use crate::units::ThinId;
+    use std::fs::File;
+    use std::sync::mpsc;
+
+    const BLOCK: usize = 65536;
+
+    struct Scene {
+        folder: tempfile::TempDir,
+        runtime: Arc<Runtime>,
+    }
+
+    fn options(folder: &tempfile::TempDir) -> Options {
+        Options::new(&folder.path().join("meta"), &folder.path().join("data"))
+    }
+
+    impl Scene {
+        /// A new pool of so many data blocks with thin device 0.
+        fn new(data_blocks: u64) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            for (name, len) in [("meta", 1 << 20), ("data", data_blocks * BLOCK as u64)] {
+                File::create(folder.path().join(name))
+                    .unwrap()
+                    .set_len(len)
+                    .unwrap();
+            }
+            let options = Options {
+                create: Some(128),
+                ..options(&folder)
+            };
+            let runtime = Arc::new(Runtime::open(&options).unwrap());
+            runtime.message("create_thin 0".parse().unwrap()).unwrap();
+            Self { folder, runtime }
+        }
+
+        fn open(&self, id: u64) -> Submitter {
+            let size = Some(64 * BLOCK as u64);
+            let activation = Activation { size, origin: None };
+            // Whoever opens it again shares it.
+            self.runtime.activate(ThinId(id), activation).ok();
+            Submitter::new(self.runtime.export(ThinId(id)).unwrap())
+        }
+
+        /// Stops the pool, has the metadata checked, and starts it again.
+        fn restart(self) -> Self {
+            let Self { folder, runtime } = self;
+            runtime.stop().unwrap();
+            assert_eq!(Arc::strong_count(&runtime), 1, "somebody still has it");
+            drop(runtime);
+            let engine = open_metadata(&folder);
+            let report = check(&*engine, &CheckOptions::default(), &Silent)
+                .unwrap()
+                .report;
+            assert!(report.damages.is_empty(), "{:?}", report.damages);
+            drop(engine);
+            let runtime = Arc::new(Runtime::open(&options(&folder)).unwrap());
+            Self { folder, runtime }
+        }
+    }
+
+    fn open_metadata(folder: &tempfile::TempDir) -> Box<dyn crate::io::BlockEngine> {
+        crate::io::open_read(&folder.path().join("meta"), crate::io::Access::Exclusive).unwrap()
+    }
+
+    fn wait(ask: impl FnOnce(Told)) -> Result<Vec<u8>, BioError> {
+        let (sender, receiver) = mpsc::channel();
+        ask(Box::new(move |done| sender.send(done).unwrap()));
+        receiver
+            .recv_timeout(std::time::Duration::from_secs(60))
+            .expect("it ends")
+    }
+
+    impl Submitter {
+        fn write_now(&mut self, byte: u64, data: &[u8]) -> Result<Vec<u8>, BioError> {
+            wait(|told| self.write(byte, data.to_vec(), false, told))
+        }
+
+        fn read_now(&mut self, byte: u64, len: usize) -> Vec<u8> {
+            wait(|told| self.read(byte, len, told)).unwrap()
+        }
+
+        fn zero_now(&mut self, byte: u64, len: u64, keeps_blocks: bool) {
+            wait(|told| self.write_zeroes(byte, len, (true, keeps_blocks), told)).unwrap();
+        }
+
+        fn mapped_blocks(&self) -> u64 {
+            let id = self.thin.thin.id();
+            self.thin
+                .driver
+                .pool
+                .inspect(|pool| pool.details(id))
+                .unwrap()
+                .mapped_blocks
+        }
+    }
+
+    #[test]
+    fn what_was_written_is_there_after_a_restart() {
+        let scene = Scene::new(32);
+        let mut thin = scene.open(0);
+        assert_eq!(thin.read_now(0, 3 * BLOCK), vec![0; 3 * BLOCK]);
+        let data: Vec<u8> = (0..2 * BLOCK + 777).map(|i| (i % 251) as u8 + 1).collect();
+        thin.write_now(1001, &data).unwrap();
+        thin.write_now(1001, &data).unwrap();
+        wait(|told| thin.write(5 * BLOCK as u64, vec![9; BLOCK], true, told)).unwrap();
+        wait(|told| thin.flush(told)).unwrap();
+        drop(thin);
+        let scene = scene.restart();
+        let mut thin = scene.open(0);
+        let found = thin.read_now(0, 3 * BLOCK);
+        assert_eq!(found[1001..1001 + data.len()], data);
+        assert!(
+            found[..1001]
+                .iter()
+                .chain(&found[1001 + data.len()..])
+                .all(|&b| b == 0)
+        );
+        assert_eq!(thin.read_now(5 * BLOCK as u64, BLOCK), vec![9; BLOCK]);
+        assert_eq!(thin.mapped_blocks(), 4);
+    }
+
+    #[test]
+    fn a_snapshot_keeps_what_its_origin_had() {
+        let scene = Scene::new(32);
+        let mut origin = scene.open(0);
+        origin.write_now(0, &vec![1; 2 * BLOCK]).unwrap();
+        scene
+            .runtime
+            .message("create_snap 1 0".parse().unwrap())
+            .unwrap();
+        origin.write_now(100, &[2; 50]).unwrap();
+        let mut snapshot = scene.open(1);
+        assert_eq!(snapshot.read_now(0, 2 * BLOCK), vec![1; 2 * BLOCK]);
+        snapshot.write_now(BLOCK as u64, &vec![3; BLOCK]).unwrap();
+        let found = origin.read_now(0, 2 * BLOCK);
+        assert!(found[100..150].iter().all(|&b| b == 2));
+        assert!(found[..100].iter().chain(&found[150..]).all(|&b| b == 1));
+        drop((origin, snapshot));
+        scene.restart();
+    }
+
+    #[test]
+    fn zeros_are_written_where_something_is_and_whole_blocks_are_unmapped() {
+        let scene = Scene::new(32);
+        let mut thin = scene.open(0);
+        thin.write_now(0, &vec![7; 4 * BLOCK]).unwrap();
+        thin.zero_now(BLOCK as u64 - 100, BLOCK as u64 + 200, false);
+        assert_eq!(thin.mapped_blocks(), 3);
+        let found = thin.read_now(0, 4 * BLOCK);
+        let zeros = BLOCK - 100..2 * BLOCK + 100;
+        assert!(found[zeros.clone()].iter().all(|&b| b == 0));
+        assert!(
+            found[..zeros.start]
+                .iter()
+                .chain(&found[zeros.end..])
+                .all(|&b| b == 7)
+        );
+        thin.zero_now(0, 64 * BLOCK as u64, false);
+        assert_eq!(thin.mapped_blocks(), 0);
+        thin.zero_now(10, 2 * BLOCK as u64, true);
+        assert_eq!(
+            thin.mapped_blocks(),
+            3,
+            "blocks are there if they are asked for"
+        );
+        wait(|told| thin.trim(5, 64 * BLOCK as u64 - 5, true, told)).unwrap();
+        assert_eq!(
+            thin.mapped_blocks(),
+            1,
+            "a trim leaves what it covers in part"
+        );
+        drop(thin);
+        scene.restart();
+    }
+
+    #[test]
+    fn a_full_pool_says_so_and_goes_on_once_it_has_grown() {
+        let scene = Scene::new(2);
+        let mut thin = scene.open(0);
+        thin.write_now(0, &vec![1; 2 * BLOCK]).unwrap();
+        assert_eq!(
+            thin.write_now(2 * BLOCK as u64, &[1; 512]),
+            Err(BioError::NoSpace)
+        );
+        scene.runtime.grow(Some(4), Some(512)).unwrap();
+        thin.write_now(2 * BLOCK as u64, &[1; 512]).unwrap();
+        let status = scene.runtime.status().unwrap().to_string();
+        assert!(status.contains("/512 3/4 - rw "), "{status}");
+        drop(thin);
+        scene.restart();
+    }
+
+    #[test]
+    fn only_whole_pools_are_opened() {
+        let scene = Scene::new(8);
+        let refused = |options: &Options, text: &str| {
+            let refusal = Runtime::open(options).err().expect("refused");
+            assert!(refusal.to_string().contains(text), "{refusal}");
+        };
+        let good = options(&scene.folder);
+        refused(&good, "in use");
+        scene.runtime.stop().unwrap();
+        let Scene { folder, runtime } = scene;
+        drop(runtime);
+        // A pool that is there is not made again.
+        let again = Runtime::open(&Options {
+            create: Some(256),
+            ..good.clone()
+        });
+        assert!(
+            again
+                .unwrap()
+                .table()
+                .unwrap()
+                .to_string()
+                .contains(" 128 0 ")
+        );
+        refused(&Options::new(&good.data, &good.metadata), "wrong way round");
+        File::options()
+            .write(true)
+            .open(&good.data)
+            .unwrap()
+            .set_len(7 * BLOCK as u64)
+            .unwrap();
+        refused(&good, "--read-only");
+        Runtime::open(&Options {
+            is_read_only: true,
+            ..good
+        })
+        .unwrap();
+        drop(folder);
+    }
+}

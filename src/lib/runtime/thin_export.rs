@@ -1,0 +1,129 @@
+//! An open thin device as clients see it: a disk of a size, with what is known of its blocks.
+
+use super::data_device::{DataDevice, SECTOR};
+use super::driver::Driver;
+use crate::error::{Error, ErrorKind, Result};
+use crate::pool::{Features, Thin};
+use crate::units::{ThinBlock, ThinId};
+use std::ops::Range;
+use std::sync::{Arc, PoisonError};
+
+/// A thin device that clients use. It is closed when the last of them has gone.
+pub(super) struct ThinExport {
+    pub(super) driver: Arc<Driver>,
+    pub(super) thin: Arc<Thin>,
+    /// Size in bytes.
+    pub(super) size: u64,
+    /// Has what was never written.
+    pub(super) origin: Option<Arc<DataDevice>>,
+    pub(super) is_read_only: bool,
+}
+
+impl Drop for ThinExport {
+    fn drop(&mut self) {
+        let mut origins = self
+            .driver
+            .origins
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        origins.remove(&self.thin.number());
+        drop(origins);
+        let thin = Arc::clone(&self.thin);
+        self.driver
+            .call_later(move |worker| worker.close_thin(&thin));
+    }
+}
+
+impl ThinExport {
+    /// Opens thin device `id`, of `size` bytes; if none is given it ends with its last mapped block.
+    ///
+    /// # Errors
+    /// `NotFound`, `Io`, `Damaged`; `InvalidArgument` for a size that no thin device can have.
+    pub(super) fn open(
+        driver: &Arc<Driver>,
+        id: ThinId,
+        size: Option<u64>,
+        origin: Option<Arc<DataDevice>>,
+        is_read_only: bool,
+    ) -> Result<Arc<Self>> {
+        let origin_sectors = origin.as_ref().map(|origin| origin.sectors()).transpose()?;
+        let thin = driver.call(move |worker| worker.open_thin(id, origin_sectors))??;
+        if let Some(origin) = &origin {
+            let mut origins = driver
+                .origins
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            origins.insert(thin.number(), Arc::clone(origin));
+        }
+        let mut export = Self {
+            driver: Arc::clone(driver),
+            thin,
+            size: 0,
+            origin,
+            is_read_only,
+        };
+        let block_bytes = export.block_sectors() * SECTOR;
+        export.size = match size {
+            Some(size) => size,
+            None => {
+                let highest = driver.pool.inspect(|pool| pool.highest_block(id))?;
+                let of_blocks = highest.map_or(0, |block| {
+                    block.0.saturating_add(1).saturating_mul(block_bytes)
+                });
+                of_blocks.max(origin_sectors.unwrap_or(0) * SECTOR)
+            }
+        };
+        if export.size > MOST_BYTES {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!(
+                    "a size of {} bytes for thin device {id}: up to {MOST_BYTES} are possible",
+                    export.size
+                ),
+            ));
+        }
+        Ok(Arc::new(export))
+    }
+
+    /// Sectors in a block of the pool.
+    pub(super) fn block_sectors(&self) -> u64 {
+        self.driver.pool.block_sectors()
+    }
+
+    pub(super) fn features(&self) -> Features {
+        self.driver.table().features
+    }
+
+    /// True if what is not mapped reads as zeros, and stays so when a part of the block is written.
+    pub(super) fn is_unmapped_zero(&self) -> bool {
+        let features = self.features();
+        self.origin.is_none() && !features.skip_block_zeroing && !features.ignore_discard
+    }
+
+    /// What of a range of bytes is mapped, block by block.
+    pub(super) fn mapped(&self, bytes: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        let size = self.block_sectors() * SECTOR;
+        let mut at = bytes.start;
+        std::iter::from_fn(move || {
+            if at >= bytes.end {
+                return None;
+            }
+            let from = ThinBlock(at / size);
+            let found = self
+                .driver
+                .pool
+                .inspect(|pool| pool.next_block(self.thin.id(), from));
+            // Where the metadata cannot be read, whoever goes on to read or write is told.
+            let block = found.map_or(Some(from.0), |next| next.map(|(block, _)| block.0));
+            let begin = block?.saturating_mul(size).max(at);
+            if begin >= bytes.end {
+                return None;
+            }
+            at = (begin - begin % size + size).min(bytes.end);
+            Some(begin..at)
+        })
+    }
+}
+
+/// The last byte that a signed offset can name.
+const MOST_BYTES: u64 = i64::MAX as u64;

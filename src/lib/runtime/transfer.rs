@@ -1,0 +1,217 @@
+//! A client's request while parts of it are with the worker: its data, and what is to be told when the last part has ended.
+
+use super::data_device::{DataDevice, SECTOR};
+use super::thin_export::ThinExport;
+use crate::pool::{Bio, BioError, BioResult, Op};
+use rustix::io::Errno;
+use std::collections::HashMap;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+/// Parts of one request that are under way at once.
+const MOST_PARTS: usize = 1024;
+
+/// Told how a request went; a read brings its data.
+pub(super) type Told = Box<dyn FnOnce(Result<Vec<u8>, BioError>) + Send>;
+
+/// What a part of a request moves.
+#[derive(Clone, Debug)]
+pub(super) enum Payload {
+    /// Nothing: a flush, or a discard.
+    Nothing,
+    /// These bytes of the request's buffer.
+    Buffer(Range<usize>),
+    /// This many zeros.
+    Zeros(u64),
+}
+
+struct State {
+    /// Parts that have not ended, and one for whoever still adds some.
+    left: usize,
+    result: BioResult,
+    /// Filled by the parts of a read.
+    buffer: Vec<u8>,
+    told: Option<Told>,
+}
+
+/// A request of which parts are under way.
+pub(super) struct Transfer {
+    /// What a write writes.
+    data: Vec<u8>,
+    state: Mutex<State>,
+    has_ended: Condvar,
+    /// Open until the last part has ended.
+    _thin: Arc<ThinExport>,
+}
+
+impl Transfer {
+    /// Of a read that fills `buffer`, or of a write of `data`. Whoever makes it [ends](Self::end) it once when it has added its parts.
+    pub(super) fn new(
+        thin: &Arc<ThinExport>,
+        buffer: Vec<u8>,
+        data: Vec<u8>,
+        told: Told,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            data,
+            state: Mutex::new(State {
+                left: 1,
+                result: Ok(()),
+                buffer,
+                told: Some(told),
+            }),
+            has_ended: Condvar::new(),
+            _thin: Arc::clone(thin),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a write writes.
+    pub(super) fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// Has `fill` put bytes into the buffer of a read.
+    pub(super) fn fill<T>(&self, fill: impl FnOnce(&mut [u8]) -> T) -> T {
+        fill(&mut self.state().buffer)
+    }
+
+    /// One more part is under way.
+    pub(super) fn begin(&self) {
+        self.state().left += 1;
+    }
+
+    /// Waits while many parts are under way, so that a request of any size takes so much memory only.
+    pub(super) fn wait_for_room(&self) {
+        let is_full = |state: &mut State| state.left > MOST_PARTS;
+        let waited = self.has_ended.wait_while(self.state(), is_full);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// A part has ended. The first error is the request's.
+    pub(super) fn end(&self, result: BioResult) {
+        let mut state = self.state();
+        state.result = state.result.and(result);
+        state.left -= 1;
+        self.has_ended.notify_all();
+        if state.left > 0 {
+            return;
+        }
+        let told = state.told.take();
+        let buffer = std::mem::take(&mut state.buffer);
+        let result = state.result;
+        drop(state);
+        if let Some(told) = told {
+            told(result.map(|()| buffer));
+        }
+    }
+}
+
+/// A part of a request that the worker has.
+#[derive(Clone)]
+pub(super) struct Part {
+    pub(super) transfer: Arc<Transfer>,
+    pub(super) payload: Payload,
+    /// Bytes of the first sector that it leaves out.
+    pub(super) skip: u64,
+}
+
+impl Part {
+    /// Moves its data, to or from a device on which it begins at `sector`.
+    pub(super) fn carry_out(&self, bio: &Bio, device: &DataDevice, sector: u64) -> BioResult {
+        let byte = sector * SECTOR + self.skip;
+        let done = match (bio.op, &self.payload) {
+            (Op::Flush, _) => device.flush(),
+            (Op::Read, Payload::Buffer(range)) => {
+                let mut own = vec![0; range.len()];
+                let read = device.read(&mut own, byte);
+                self.transfer
+                    .fill(|all| all[range.clone()].copy_from_slice(&own));
+                read
+            }
+            (Op::Write, Payload::Buffer(range)) => {
+                let data = &self.transfer.data()[range.clone()];
+                // What fills a new block is flushed by the commit that follows.
+                match bio.is_fua && !bio.fills_a_new_block() {
+                    true => device.write_durably(data, byte),
+                    false => device.write(data, byte),
+                }
+            }
+            (Op::Write, Payload::Zeros(len)) => device.write_zeros(byte, *len),
+            _ => Ok(()),
+        };
+        done.map_err(|e| bio_error(&e))
+    }
+
+    /// Fills it from an external origin that has `sectors` of it; the rest is zeros already.
+    pub(super) fn read_origin(&self, bio: &Bio, origin: &DataDevice, sectors: u64) -> BioResult {
+        let Payload::Buffer(range) = &self.payload else {
+            return Ok(());
+        };
+        let there = (sectors * SECTOR)
+            .saturating_sub(self.skip)
+            .min(range.len() as u64);
+        let mut own = vec![0; there as usize];
+        let read = origin.read(&mut own, bio.sector * SECTOR + self.skip);
+        self.transfer
+            .fill(|all| all[range.start..range.start + own.len()].copy_from_slice(&own));
+        read.map_err(|e| bio_error(&e))
+    }
+}
+
+/// What a failed system call means to a bio.
+pub(super) fn bio_error(error: &io::Error) -> BioError {
+    match error.raw_os_error() == Some(Errno::NOSPC.raw_os_error()) {
+        true => BioError::NoSpace,
+        false => BioError::Io,
+    }
+}
+
+/// Tables that share the parts among them, so that connections do not wait for each other.
+const TABLES: u64 = 64;
+
+/// The parts that the worker has, by the numbers of their bios.
+pub(super) struct Parts {
+    tables: Vec<Mutex<HashMap<u64, Part>>>,
+    last: AtomicU64,
+}
+
+impl Default for Parts {
+    fn default() -> Self {
+        Self {
+            tables: (0..TABLES).map(|_| Mutex::default()).collect(),
+            last: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Parts {
+    /// A number for the next bio.
+    pub(super) fn number(&self) -> u64 {
+        self.last.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The table of a bio. It is locked while the bio is mapped, so that nobody looks for a part that is about to be added.
+    pub(super) fn table(&self, id: u64) -> MutexGuard<'_, HashMap<u64, Part>> {
+        let table = &self.tables[(id % TABLES) as usize];
+        table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The part of a bio.
+    pub(super) fn get(&self, id: u64) -> Option<Part> {
+        self.table(id).get(&id).cloned()
+    }
+
+    /// The bio has ended.
+    pub(super) fn end(&self, id: u64, result: BioResult) {
+        let part = self.table(id).remove(&id);
+        if let Some(part) = part {
+            part.transfer.end(result);
+        }
+    }
+}
