@@ -5,7 +5,7 @@
 //! blocks that were allocated do depend on it, and so, by a few, do the metadata blocks in use, since that order decides where nodes
 //! split.
 
-use super::player::Mark;
+use super::books::Mark;
 use crate::error::Result;
 use crate::thin::PoolMetadata;
 use crate::units::{ThinBlock, ThinId};
@@ -462,6 +462,7 @@ mod tests {
     fn mark(pool: &str, thins: &[(&str, &str)]) -> Mark {
         let thins = thins.iter().map(|&(a, b)| (a.into(), b.into()));
         Mark {
+            source: None,
             name: "m".into(),
             time_ns: 0,
             pool: pool.into(),
