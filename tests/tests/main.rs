@@ -20,6 +20,7 @@ mod repair_damage;
 mod repair_in_place;
 mod replay;
 mod replay_readers;
+mod replay_threads;
 mod shapes;
 mod support;
 mod undelete;

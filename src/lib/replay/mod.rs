@@ -1,8 +1,11 @@
 //! Recorded block I/O, played through the pool engine.
 
+mod books;
+mod clock;
 mod control;
 mod counts;
 mod device;
+mod devices;
 mod event;
 mod expect;
 mod heat;
@@ -10,9 +13,13 @@ mod latencies;
 mod player;
 mod prefill;
 mod report;
+mod requests;
 mod run;
+mod threads;
 mod trace;
 
+pub use books::{Mark, Sample};
+pub use clock::Clock;
 pub use control::Control;
 pub use counts::{ByReason, InputCounts, Moments, WorkCounts};
 pub use device::DeviceModel;
@@ -22,11 +29,13 @@ pub use expect::{
 };
 pub use heat::HeatMap;
 pub use latencies::{Latencies, LatencyClasses};
-pub use player::{Mark, PlayOptions, Player, Sample};
+pub use player::{PlayOptions, Player};
 pub use prefill::{Prefill, Prefilled};
 pub use report::{
-    Clock, Fill, Forecast, Map, Metadata, Noticed, Report, SCHEMA, Setup, Space, Topic, Verdict,
-    best_block_size, bytes, compare, csv, html, jsonl, merge, seconds,
+    Contention, Fill, Forecast, Map, Metadata, Noticed, Report, SCHEMA, Setup, Space, Topic,
+    Verdict, best_block_size, bytes, cell_pools, compare, csv, html, jsonl, merge, schemes,
+    seconds,
 };
 pub use run::{SnapshotSchedule, play, side_events};
+pub use threads::play_on_threads;
 pub use trace::{CsvSpec, Format, Window, open};

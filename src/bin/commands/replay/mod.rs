@@ -25,6 +25,12 @@ pub(crate) const PAGE: Page = Page {
          leave the fast path and why, what the locks cost. The engine does what dm-thin does; no \
          data is moved and no device is needed. Time is virtual: the data device is modelled, \
          and the same trace gives the same report.",
+        "With --clock threads the trace is played as fast as it goes instead, by a thread for each \
+         of --cpus and one that is the worker, on a data device that takes no time: what the \
+         locks cost when somebody else wants them, too, and how many requests a second there \
+         are. No two runs are alike then, but the mappings at the end are the same. \
+         A discard keeps its place among the writes; beyond that only requests of one processor \
+         keep their order. Of 64 requests one is timed.",
         "Traces are read as they were recorded, compressed with gzip, zstd, xz or bzip2 or not; \
          the format is told from the contents: blktrace's files for each processor, or a dump \
          that blkparse -d made of them; blkparse's text; fio's logs; CSV (msr, alibaba, tencent, \
@@ -51,6 +57,16 @@ pub(crate) const PAGE: Page = Page {
         (
             "Which locking scheme would hand the fewest requests to the worker?",
             &["thin_replay --locks 2013,kernel,a,b,optimistic thin.blktrace.0"],
+        ),
+        (
+            "What do the locks of each cost two threads that submit?",
+            &[
+                "thin_replay --clock threads --cpus 2 --locks 2013,kernel,a,b,optimistic thin.blktrace.0",
+            ],
+        ),
+        (
+            "How many cells does it take until nobody waits for one in a cycle, if they are taken one by one?",
+            &["thin_replay --clock threads --cell-pool 2,4,8,16 thin.blktrace.0"],
         ),
         (
             "What would hourly snapshots cost, of which a day's worth is kept?",

@@ -9,9 +9,10 @@ use anyhow::{Context, bail};
 use thintools::io::{Access, BlockEngine, RamEngine, open_read, write_new};
 use thintools::observer::Silent;
 use thintools::pdata::txn::LockScheme;
-use thintools::pool::{Features, PoolTable, Settings};
+use thintools::pool::{AllocationOrder, Features, PoolTable, Settings};
 use thintools::replay::{
-    DeviceModel, PlayOptions, Player, Report, SnapshotSchedule, play, side_events,
+    Clock, DeviceModel, PlayOptions, Player, Report, SnapshotSchedule, cell_pools, play,
+    play_on_threads, schemes, side_events,
 };
 use thintools::thin::{PoolMetadata, Superblock};
 use thintools::tools::check::{CheckOptions, Severity, check};
@@ -86,7 +87,17 @@ pub(crate) struct Args {
     )]
     locks: Vec<LockScheme>,
 
-    /// Processors that submit.
+    /// Whose time it is: virtual, in which one thread plays and the same trace gives the same report; or threads, in which the trace is
+    /// played as fast as it goes, on real threads and with real locks, and the data device takes no time.
+    #[arg(long, value_name = "CLOCK", default_value = "virtual")]
+    clock: Clock,
+
+    /// Take cells one by one, each when it is needed, of a pool of so many, as in 2013: the report says whether they were waited for
+    /// in a cycle. With several numbers, and commas, the trace is played with each, and then with cells that are reserved.
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(2..=1_048_576))]
+    cell_pool: Vec<u32>,
+
+    /// Processors that submit, a thread each by the clock of threads.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1024))]
     cpus: u16,
 
@@ -206,7 +217,23 @@ impl Args {
         Ok((engine, metadata))
     }
 
-    fn options(&self, metadata: &PoolMetadata, scheme: LockScheme) -> anyhow::Result<PlayOptions> {
+    /// What is played, one after the other: by which scheme, and on how many cells if they are taken one by one.
+    fn plays(&self) -> Vec<(LockScheme, Option<u32>)> {
+        let mut pools: Vec<Option<u32>> = self.cell_pool.iter().copied().map(Some).collect();
+        if pools.len() != 1 {
+            pools.push(None);
+        }
+        let schemes = self.locks.iter();
+        schemes
+            .flat_map(|&scheme| pools.iter().map(move |&cells| (scheme, cells)))
+            .collect()
+    }
+
+    fn options(
+        &self,
+        metadata: &PoolMetadata,
+        (scheme, cells): (LockScheme, Option<u32>),
+    ) -> anyhow::Result<PlayOptions> {
         let status = metadata.status()?;
         let block_sectors = status.data_block_size;
         let table = PoolTable {
@@ -217,11 +244,16 @@ impl Args {
             features: self.features()?,
         };
         let devices = self.map.iter().cloned();
+        let mut settings = Settings {
+            scheme,
+            ..Settings::new(table)
+        };
+        if let Some(cells) = cells {
+            settings.cells = cells as usize;
+            settings.allocation_order = AllocationOrder::OneByOne;
+        }
         Ok(PlayOptions {
-            settings: Settings {
-                scheme,
-                ..Settings::new(table)
-            },
+            settings,
             data_blocks: match self.data_size {
                 Some(sectors) => sectors / u64::from(block_sectors),
                 None => status.data_blocks,
@@ -265,8 +297,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     if args.dry_run {
         return dry_run::run(&args.trace, &session);
     }
-    if args.locks.len() > 1 && (args.output.is_some() || args.dump_at_marks.is_some()) {
-        bail!("-o and --dump-at-marks are for one locking scheme");
+    let plays = args.plays();
+    if plays.len() > 1 && (args.output.is_some() || args.dump_at_marks.is_some()) {
+        bail!("-o and --dump-at-marks are for one locking scheme and one pool of cells");
     }
     // Better now than when everything is done.
     args.outputs.refuse_early()?;
@@ -280,8 +313,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         }
     }
     let mut reports = Vec::new();
-    for &scheme in &args.locks {
-        let report = replay(&args, scheme, &session)?;
+    for &play in &plays {
+        let report = replay(&args, play, &session)?;
         let is_complete = report.is_complete;
         reports.push(report);
         if !is_complete {
@@ -293,7 +326,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         text = last.to_string();
     }
     if reports.len() > 1 {
-        text.push_str(&compared(&reports));
+        text.push_str(&schemes(&reports));
+    }
+    if args.cell_pool.len() > 1 {
+        text.push_str(&cell_pools(&reports));
     }
     args.outputs.write(&reports, &text)?;
     Ok(match reports.iter().all(|r| r.is_complete) {
@@ -302,31 +338,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     })
 }
 
-/// What locking schemes made of the same trace.
-fn compared(reports: &[Report]) -> String {
-    let mut text = String::from(
-        "\nlocks        deferred   would block: root      block      cache   acquisitions  read-modify-writes a lookup\n",
-    );
-    for report in reports {
-        let locks = &report.locks;
-        let deferred = report.map.deferred.total();
-        let rmws = locks.atomic_rmws as f64 / locks.lookups.max(1) as f64;
-        text.push_str(&format!(
-            "{:<11} {deferred:>9} {:>19} {:>10} {:>10} {:>14} {rmws:>28.1}\n",
-            report.setup.locks,
-            locks.would_block_root,
-            locks.would_block_block,
-            locks.would_block_cache,
-            locks.acquisitions,
-        ));
-    }
-    text.push_str(
-        "One thread plays the trace in virtual time, so nobody contends for a lock here.\n",
-    );
-    text
-}
-
-fn replay(args: &Args, scheme: LockScheme, session: &Session) -> anyhow::Result<Report> {
+fn replay(
+    args: &Args,
+    which: (LockScheme, Option<u32>),
+    session: &Session,
+) -> anyhow::Result<Report> {
     let (_, mut reader) = args.trace.open(session)?;
     let beside = match &args.events {
         Some(path) => {
@@ -336,7 +352,7 @@ fn replay(args: &Args, scheme: LockScheme, session: &Session) -> anyhow::Result<
         None => Vec::new(),
     };
     let (engine, metadata) = args.start()?;
-    let options = args.options(&metadata, scheme)?;
+    let options = args.options(&metadata, which)?;
     let mut player = Player::new(metadata, options.clone())?;
     player.make_mapped_devices()?;
     let schedule = args.snap_every.map(|every| SnapshotSchedule {
@@ -353,6 +369,10 @@ fn replay(args: &Args, scheme: LockScheme, session: &Session) -> anyhow::Result<
             &*engine,
             &folder.join(format!("{}.xml", file_name(&mark.name))),
         )
+    };
+    let play = match args.clock {
+        Clock::Virtual => play,
+        Clock::Threads => play_on_threads,
     };
     let is_complete = play(
         &mut player,

@@ -5,7 +5,7 @@
 
 use super::{Map, Metadata, Report, Space};
 use crate::error::{Error, ErrorKind, Result};
-use crate::replay::player::Sample;
+use crate::replay::books::Sample;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -107,6 +107,7 @@ fn add(all: &mut Report, report: &Report) -> Result<()> {
     all.input = sum(&all.input, &report.input)?;
     all.map = sum::<Map>(&all.map, &report.map)?;
     all.locks = sum(&all.locks, &report.locks)?;
+    all.contention = sum(&all.contention, &report.contention)?;
     all.work = sum(&all.work, &report.work)?;
     all.worker = sum(&all.worker, &report.worker)?;
     all.metadata = sum::<Metadata>(&all.metadata, &report.metadata)?;

@@ -187,7 +187,11 @@ impl Report {
             l.would_block_root,
             l.would_block_block,
             l.would_block_cache
-        )
+        )?;
+        for line in self.lines_of_locks() {
+            writeln!(f, "locks     {line}")?;
+        }
+        Ok(())
     }
 }
 
