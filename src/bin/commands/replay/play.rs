@@ -98,7 +98,8 @@ pub(crate) struct Args {
     snap_keep: usize,
 
     /// Locking schemes: 2013, kernel, a, b, optimistic. With commas several: each is tried. Of whatever is given several of, each goes
-    /// with each of the others: the trace is read once and played by all of them at the same time, and a table compares them.
+    /// with each of the others: the trace is read once and played by all of them at the same time (by the clock of threads one after the other), and a table
+    /// compares them.
     #[arg(
         long,
         value_name = "SCHEMES",
@@ -448,7 +449,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
             );
         }
     }
-    if args.prefill != Fill::None {
+    if args.prefill != Fill::None || args.clock == Clock::Threads && ways.len() > 1 {
         args.trace.refuse_streams()?;
     }
     let (_, mut reader) = args.trace.open(&session)?;
@@ -498,6 +499,27 @@ pub(super) fn reports(
             ways.len()
         ),
         [(_, way)] => Ok(vec![replay(args, way, reader, observer)?]),
+        // Each has the machine to itself, or they would measure each other.
+        ways if args.clock == Clock::Threads => {
+            let mut reports = Vec::new();
+            let mut again;
+            for (number, (name, way)) in ways.iter().enumerate() {
+                let reader = match number {
+                    0 => &mut *reader,
+                    _ => {
+                        again = args.trace.open_again()?;
+                        &mut *again
+                    }
+                };
+                let report = replay(args, way, reader, observer).with_context(|| name.clone())?;
+                let is_complete = report.is_complete;
+                reports.push(report);
+                if !is_complete {
+                    break;
+                }
+            }
+            Ok(reports)
+        }
         ways => sweep(args, ways, reader, observer),
     }
 }

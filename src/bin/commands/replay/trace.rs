@@ -67,7 +67,7 @@ impl TraceArgs {
                 |kind: FileType| kind.is_fifo() || kind.is_char_device() || kind.is_socket();
             if path.as_os_str() == "-" || kind.is_ok_and(is_stream) {
                 bail!(
-                    "{} cannot be read twice, as --prefill has to; write the trace to a file and give that",
+                    "{} cannot be read twice, as --prefill and several ways by the clock of threads need it; write the trace to a file and give that",
                     path.display()
                 );
             }
