@@ -17,6 +17,8 @@ pub(crate) enum Exit {
     Repairable,
     /// The input cannot be used: damaged too far, or not what it should be.
     Fatal,
+    /// The result is not the one that was expected.
+    Unexpected,
     /// A signal ended the command early.
     Interrupted,
     /// The status of a command that was run.
@@ -33,6 +35,7 @@ impl Exit {
             Self::Leaks => 3,
             Self::Repairable => 4,
             Self::Fatal => 5,
+            Self::Unexpected => 6,
             Self::Interrupted => 130,
             Self::Command(status) => status,
         }
@@ -80,6 +83,10 @@ pub(crate) const TABLE: &[(Exit, &str)] = &[
          the input is not thin metadata, or the XML is not valid.",
     ),
     (
+        Exit::Unexpected,
+        "thin_replay: the replay was complete, but what --expect says of its marks is not so.",
+    ),
+    (
         Exit::Interrupted,
         "Interrupted by a signal before the work was complete.",
     ),
@@ -124,7 +131,7 @@ mod tests {
     #[test]
     fn table_is_ascending() {
         assert!(TABLE.is_sorted_by(|a, b| a.0.code() < b.0.code()));
-        assert_eq!(TABLE.len(), 7);
+        assert_eq!(TABLE.len(), 8);
     }
 
     /// No line of the help text is wider than an 80 column terminal.

@@ -110,6 +110,7 @@ become() {
 }
 
 mark() {
+    sync
     dmsetup message pool 0 reserve_metadata_snap
     thin_dump -m /dev/nullb0 >phase-$1.xml
     dmsetup message pool 0 release_metadata_snap
@@ -171,6 +172,7 @@ snapshots)
     ctl create_thin 0
     ctl create_thin 7
     activate b 7 131072
+    activate c 7 131072
     load a --rw=randwrite --bsrange=4k-64k --io_size=6m --size=32m
     load b --rw=randwrite --bs=4k --io_size=512k --size=32m
     mark one

@@ -19,8 +19,8 @@ use thintools::units::{ThinBlock, ThinId};
 use crate::support::{Image, folder, testdata, thintools};
 
 /// Beside the metadata.
-const ORACLE: &str = "../traces/oracle";
-const PHASES: [&str; 5] = [
+pub(crate) const ORACLE: &str = "../traces/oracle";
+pub(crate) const PHASES: [&str; 5] = [
     "1-provision",
     "2-mixed",
     "3-breaksharing",
@@ -28,14 +28,14 @@ const PHASES: [&str; 5] = [
     "5-ext4",
 ];
 
-fn file(name: &str) -> Vec<u8> {
+pub(crate) fn file(name: &str) -> Vec<u8> {
     std::fs::read(testdata().join(ORACLE).join(name)).expect("a file of the trace")
 }
 
 /// For each device the virtual blocks that are mapped, and which of them another device has, too.
-type Sets = BTreeMap<u64, (BTreeSet<u64>, BTreeSet<u64>)>;
+pub(crate) type Sets = BTreeMap<u64, (BTreeSet<u64>, BTreeSet<u64>)>;
 
-fn sets(pool: &PoolMetadata) -> Sets {
+pub(crate) fn sets(pool: &PoolMetadata) -> Sets {
     let mut users: BTreeMap<u64, u32> = BTreeMap::new();
     let mut mappings: BTreeMap<u64, BTreeMap<u64, u64>> = BTreeMap::new();
     for id in pool.devices().expect("read") {
@@ -56,7 +56,7 @@ fn sets(pool: &PoolMetadata) -> Sets {
 }
 
 /// What the kernel's dump after a phase says.
-fn sets_of_dump(phase: &str) -> Sets {
+pub(crate) fn sets_of_dump(phase: &str) -> Sets {
     let packed = file(&format!("phase-{phase}.xml.gz"));
     let mut xml = String::new();
     GzDecoder::new(&packed[..])
@@ -70,7 +70,7 @@ fn sets_of_dump(phase: &str) -> Sets {
     sets(&PoolMetadata::open(engine, 16 << 20).expect("sound"))
 }
 
-fn options(scheme: LockScheme) -> PlayOptions {
+pub(crate) fn options(scheme: LockScheme) -> PlayOptions {
     let table = PoolTable {
         metadata_device: "metadata".into(),
         data_device: "data".into(),

@@ -148,22 +148,28 @@ impl Bio {
     }
 }
 
-/// Cuts a request at what one bio may cover: first sector and sectors of each piece.
+/// Cuts a request at what one bio may cover: first sector and sectors of each piece. A read or write of a device that takes no more
+/// than `max_sectors` at once is cut there, too, counted from where the piece before ended, as the kernel does; so a block is written
+/// as a whole whatever the request began with, unless it is larger than that.
 pub fn pieces(
     op: Op,
     sector: u64,
     sectors: u64,
     block_sectors: u64,
+    max_sectors: Option<u64>,
 ) -> impl Iterator<Item = (u64, u64)> {
     let step = match op {
         Op::Discard => block_sectors * DISCARD_BLOCKS,
         _ => block_sectors,
     };
+    let most = max_sectors.filter(|_| op != Op::Discard);
+    let most = most.unwrap_or(u64::MAX).max(1);
     let end = sector.saturating_add(sectors);
     let mut at = sector;
     std::iter::from_fn(move || {
         let begin = at;
-        at = (begin - begin % step).saturating_add(step).min(end);
+        let boundary = (begin - begin % step).saturating_add(step);
+        at = boundary.min(begin.saturating_add(most)).min(end);
         (begin < end).then_some((begin, at - begin))
     })
 }
@@ -174,7 +180,7 @@ mod tests {
 
     #[test]
     fn pieces_end_at_block_boundaries() {
-        let cut = |op, sector, sectors| pieces(op, sector, sectors, 128).collect::<Vec<_>>();
+        let cut = |op, sector, sectors| pieces(op, sector, sectors, 128, None).collect::<Vec<_>>();
         assert_eq!(
             cut(Op::Read, 100, 300),
             [(100, 28), (128, 128), (256, 128), (384, 16)]
@@ -184,6 +190,16 @@ mod tests {
         let far = 128 * DISCARD_BLOCKS;
         assert_eq!(cut(Op::Discard, far - 1, 130), [(far - 1, 1), (far, 129)]);
         assert_eq!(cut(Op::Write, u64::MAX - 1, 9), [(u64::MAX - 1, 1)]);
+        let cut = |op, sector, most| {
+            let pieces = pieces(op, sector, 768, 384, Some(most));
+            pieces.collect::<Vec<_>>()
+        };
+        assert_eq!(cut(Op::Write, 0, 512), [(0, 384), (384, 384)]);
+        assert_eq!(
+            cut(Op::Write, 100, 256),
+            [(100, 256), (356, 28), (384, 256), (640, 128), (768, 100)]
+        );
+        assert_eq!(cut(Op::Discard, 100, 256), [(100, 768)]);
     }
 
     #[test]

@@ -4,9 +4,9 @@
 //! runs only after every ticket that was taken before it was added is returned; a few later ones may be waited for, too. Whoever
 //! holds the cell that proves a mapping to be current takes the ticket *before* releasing it.
 
+use super::contention::{LockCounts, Watch};
 use super::list::{Linked, List, Taken};
 use crate::sync::{Mutex, MutexGuard};
-use std::sync::PoisonError;
 
 const GENERATIONS: usize = 64;
 
@@ -27,29 +27,45 @@ struct Ring<W: Linked> {
     current: usize,
     /// The oldest that has tickets, or the current one.
     sweeper: usize,
+    /// Times that the lock was taken.
+    taken: u64,
 }
 
 /// The set.
 #[derive(Debug)]
 #[repr(align(128))]
-pub(super) struct DeferredSet<W: Linked>(Mutex<Ring<W>>);
+pub(super) struct DeferredSet<W: Linked>(Mutex<Ring<W>>, Watch);
 
 impl<W: Linked> Default for DeferredSet<W> {
     fn default() -> Self {
-        Self(Mutex::new(Ring {
+        let ring = Ring {
             generations: std::array::from_fn(|_| Generation {
                 tickets: 0,
                 work: List::default(),
             }),
             current: 0,
             sweeper: 0,
-        }))
+            taken: 0,
+        };
+        Self(Mutex::new(ring), Watch::default())
     }
 }
 
 impl<W: Linked> DeferredSet<W> {
     fn ring(&self) -> MutexGuard<'_, Ring<W>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut ring = self.1.lock(&self.0);
+        ring.taken += 1;
+        ring
+    }
+
+    /// Has waits for its lock counted from here on.
+    pub(super) fn watch(&self) {
+        self.1.begin();
+    }
+
+    /// What its lock cost.
+    pub(super) fn lock_counts(&self) -> LockCounts {
+        self.1.counts(self.1.lock(&self.0).taken)
     }
 
     /// A ticket for something that is in flight from here on.
@@ -67,6 +83,7 @@ impl<W: Linked> DeferredSet<W> {
             generations,
             current,
             sweeper,
+            ..
         } = &mut *ring;
         generations[usize::from(ticket.0)].tickets -= 1;
         let mut ready = List::default();

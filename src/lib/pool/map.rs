@@ -128,8 +128,9 @@ impl MapCounts {
     }
 }
 
-/// A thread's way into the pool.
+/// A thread's way into the pool. It shares no line of cache with that of another thread.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Mapper {
     pool: Arc<Pool>,
     reader: Reader<Arc<SharedMetadata>>,

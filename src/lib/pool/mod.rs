@@ -6,6 +6,7 @@
 
 mod bio;
 mod cells;
+mod contention;
 mod deferred_set;
 mod effect;
 mod line;
@@ -23,6 +24,7 @@ mod worker;
 
 pub use bio::{Bio, BioError, BioResult, DISCARD_BLOCKS, Op, pieces};
 pub use cells::{AllocationOrder, Wait};
+pub use contention::LockCounts;
 pub use effect::{Effect, Event, Notice, Source};
 pub use line::{Line, Words};
 pub use map::{MapCounts, Mapped, Mapper, Reason};

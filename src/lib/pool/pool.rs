@@ -2,6 +2,7 @@
 
 use super::bio::{Bio, BioResult};
 use super::cells::{AllocationOrder, CellPool, Starved};
+use super::contention::LockCounts;
 use super::deferred_set::DeferredSet;
 use super::list::{Linked, List};
 use super::mode::{AtomicMode, PoolMode};
@@ -161,6 +162,28 @@ impl Pool {
         self.metadata.barrier_waits().0
     }
 
+    /// Has waits for the locks of the prison and of the deferred sets counted from here on.
+    pub fn watch_locks(&self) {
+        self.prison.watch();
+        self.all_io.watch();
+        self.shared_read.watch();
+    }
+
+    /// What the locks of the prison cost, and those of the deferred sets. Waits are counted since [`watch_locks`](Self::watch_locks).
+    pub fn lock_counts(&self) -> [LockCounts; 2] {
+        let sets = [self.all_io.lock_counts(), self.shared_read.lock_counts()];
+        [self.prison.lock_counts(), sets[0].plus(&sets[1])]
+    }
+
+    /// Commits that had to wait for lookups, and for how many nanoseconds in all.
+    pub fn commit_stalls(&self) -> (u64, u64) {
+        let (stalls, (_, wait_ns)) = (
+            self.metadata.barrier_stalls(),
+            self.metadata.barrier_waits(),
+        );
+        (stalls, wait_ns)
+    }
+
     /// The mode it is in.
     pub fn mode(&self) -> PoolMode {
         self.mode.get()
@@ -194,7 +217,8 @@ impl Pool {
         self.throttle.is_off.notify_all();
     }
 
-    pub(super) fn is_suspended(&self) -> bool {
+    /// True while bios that come are held back.
+    pub fn is_suspended(&self) -> bool {
         self.is_suspended.load(Ordering::Acquire)
     }
 

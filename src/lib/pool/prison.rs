@@ -8,6 +8,7 @@
 //! [`DISCARD_BLOCKS`] aligned blocks, so that one shard knows everything that may overlap it.
 
 use super::bio::{Bio, DISCARD_BLOCKS};
+use super::contention::{LockCounts, Watch};
 use super::list::{List, Taken};
 use crate::sync::{Mutex, MutexGuard};
 use crate::units::{DataBlock, ThinBlock, ThinId};
@@ -73,8 +74,9 @@ impl fmt::Display for Key {
 
 const SHARDS: usize = 256;
 
-/// The memory of a cell.
+/// The memory of a cell. Cells are made side by side and then belong to different threads.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Cell {
     key: Key,
     inmates: List<Bio>,
@@ -120,46 +122,73 @@ pub enum Detained {
 /// A line of cache for each lock.
 #[derive(Debug)]
 #[repr(align(128))]
-struct Shard(Mutex<Option<Box<Cell>>>);
+struct Shard(Mutex<Cells>);
+
+#[derive(Debug, Default)]
+struct Cells {
+    first: Option<Box<Cell>>,
+    /// Times that the lock was taken.
+    taken: u64,
+}
 
 /// All cells.
 #[derive(Debug)]
 pub struct Prison {
     shards: Box<[Shard]>,
+    watch: Watch,
 }
 
 impl Default for Prison {
     fn default() -> Self {
         Self {
-            shards: (0..SHARDS).map(|_| Shard(Mutex::new(None))).collect(),
+            shards: (0..SHARDS)
+                .map(|_| Shard(Mutex::new(Cells::default())))
+                .collect(),
+            watch: Watch::default(),
         }
     }
 }
 
 impl Prison {
-    fn shard(&self, key: &Key) -> MutexGuard<'_, Option<Box<Cell>>> {
+    fn shard(&self, key: &Key) -> MutexGuard<'_, Cells> {
         let shard = &self.shards[key.shard() % self.shards.len()].0;
-        shard.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut cells = self.watch.lock(shard);
+        cells.taken += 1;
+        cells
+    }
+
+    /// Has waits for its locks counted from here on.
+    pub(super) fn watch(&self) {
+        self.watch.begin();
+    }
+
+    /// What its locks cost.
+    pub(super) fn lock_counts(&self) -> LockCounts {
+        let taken = |shard: &Shard| lock(shard).taken;
+        self.watch.counts(self.shards.iter().map(taken).sum())
     }
 
     /// Loom could not follow 256 locks.
     #[cfg(all(test, loom))]
     pub(super) fn with_one_shard() -> Self {
         Self {
-            shards: (0..1).map(|_| Shard(Mutex::new(None))).collect(),
+            shards: (0..1)
+                .map(|_| Shard(Mutex::new(Cells::default())))
+                .collect(),
+            watch: Watch::default(),
         }
     }
 
     /// Holds the cell of `key`, or makes `bio` an inmate of the one that is in the way.
     pub fn detain(&self, key: Key, bio: Box<Bio>, spare: Box<Cell>) -> Detained {
         let mut shard = self.shard(&key);
-        match overlapping(&mut shard, &key) {
+        match overlapping(&mut shard.first, &key) {
             Some(cell) => {
                 cell.inmates.push(bio);
                 Detained::Busy(spare)
             }
             None => {
-                put(&mut shard, key, spare);
+                put(&mut shard.first, key, spare);
                 Detained::Free(Held(key), bio)
             }
         }
@@ -171,10 +200,10 @@ impl Prison {
     /// The spare cell, if there is.
     pub fn try_hold(&self, key: Key, spare: Box<Cell>) -> Result<Held, Box<Cell>> {
         let mut shard = self.shard(&key);
-        match overlapping(&mut shard, &key) {
+        match overlapping(&mut shard.first, &key) {
             Some(_) => Err(spare),
             None => {
-                put(&mut shard, key, spare);
+                put(&mut shard.first, key, spare);
                 Ok(Held(key))
             }
         }
@@ -185,7 +214,7 @@ impl Prison {
     pub fn visit_release(&self, held: Held, visit: impl FnOnce(Inmates)) -> Box<Cell> {
         let key = held.0;
         let mut shard = self.shard(&key);
-        let mut link = &mut *shard;
+        let mut link = &mut shard.first;
         while link.as_ref().is_some_and(|cell| cell.key != key) {
             link = match link {
                 Some(cell) => &mut cell.next,
@@ -213,8 +242,8 @@ impl Prison {
     /// How many bios wait in cells.
     pub(super) fn count_inmates(&self) -> usize {
         let of_shard = |shard: &Shard| {
-            let shard = shard.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let cells = std::iter::successors(shard.as_deref(), |cell| cell.next.as_deref());
+            let shard = lock(shard);
+            let cells = std::iter::successors(shard.first.as_deref(), |cell| cell.next.as_deref());
             cells.map(|cell| cell.inmates.len()).sum::<usize>()
         };
         self.shards.iter().map(of_shard).sum()
@@ -222,7 +251,7 @@ impl Prison {
 
     /// True if nobody holds a cell. Without others at work: they may take one the moment after.
     pub fn is_quiet(&self) -> bool {
-        let is_empty = |s: &Shard| s.0.lock().unwrap_or_else(PoisonError::into_inner).is_none();
+        let is_empty = |shard: &Shard| lock(shard).first.is_none();
         self.shards.iter().all(is_empty)
     }
 }
@@ -243,6 +272,10 @@ impl Iterator for Inmates {
     fn next(&mut self) -> Option<Box<Bio>> {
         self.0.next()
     }
+}
+
+fn lock(shard: &Shard) -> MutexGuard<'_, Cells> {
+    shard.0.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn put(shard: &mut Option<Box<Cell>>, key: Key, mut cell: Box<Cell>) {

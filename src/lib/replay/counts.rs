@@ -1,6 +1,7 @@
 //! What a replay counts.
 
-use super::event::TraceIo;
+use super::event::{TraceIo, TraceOp};
+use super::requests::Cut;
 use crate::pool::{Message, Reason};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -46,6 +47,56 @@ pub struct InputCounts {
 }
 
 impl InputCounts {
+    /// Counts a request.
+    pub(super) fn count(&mut self, io: &TraceIo) {
+        self.requests += 1;
+        let size = io.sectors.saturating_mul(512);
+        match io.op {
+            TraceOp::Read => {
+                self.reads += 1;
+                self.bytes_read += size;
+            }
+            TraceOp::Write | TraceOp::WriteZeroes => {
+                self.writes += 1;
+                self.bytes_written += size;
+            }
+            TraceOp::Discard => self.discards += 1,
+            TraceOp::Flush => {}
+        }
+    }
+
+    /// Counts a flush, also one in front of a write.
+    pub(super) fn count_flush(&mut self) {
+        self.flushes += 1;
+        self.map_calls += 1;
+    }
+
+    /// Counts the bios of a request, on blocks of so many sectors.
+    pub(super) fn count_bios(&mut self, io: &TraceIo, cut: &Cut, block_sectors: u64) {
+        if io.op == TraceOp::Discard {
+            self.count_discard(io, block_sectors);
+        }
+        self.map_calls += cut.map_calls();
+    }
+
+    /// Adds what was counted of other requests.
+    pub(super) fn add(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.reads += other.reads;
+        self.writes += other.writes;
+        self.discards += other.discards;
+        self.flushes += other.flushes;
+        self.bytes_read += other.bytes_read;
+        self.bytes_written += other.bytes_written;
+        self.bytes_discarded = self.bytes_discarded.saturating_add(other.bytes_discarded);
+        self.bytes_partly_discarded = self
+            .bytes_partly_discarded
+            .saturating_add(other.bytes_partly_discarded);
+        self.partial_discards += other.partial_discards;
+        self.map_calls += other.map_calls;
+        self.out_of_range += other.out_of_range;
+    }
+
     /// Counts a message that was carried out.
     pub(super) fn count_message(&mut self, message: Message) {
         match message {
@@ -56,7 +107,7 @@ impl InputCounts {
     }
 
     /// Counts what a discard is about, in blocks of so many sectors.
-    pub(super) fn count_discard(&mut self, io: &TraceIo, block_sectors: u64) {
+    fn count_discard(&mut self, io: &TraceIo, block_sectors: u64) {
         let end = io.sector.saturating_add(io.sectors);
         let first = io.sector.div_ceil(block_sectors);
         let whole = (end / block_sectors).saturating_sub(first) * block_sectors;
@@ -148,6 +199,9 @@ pub struct WorkCounts {
     /// Nanoseconds that they slept.
     #[serde(default)]
     pub root_wait_ns: u64,
+    /// Bios that ended, each once.
+    #[serde(default)]
+    pub completed: u64,
     /// Bios that failed, no space included.
     pub failed: u64,
     /// Bios that failed for want of space.

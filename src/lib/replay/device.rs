@@ -42,6 +42,18 @@ impl Default for DeviceModel {
 }
 
 impl DeviceModel {
+    /// Whatever it is asked for is done at once.
+    pub const NULL: Self = Self {
+        read: Duration::ZERO,
+        write: Duration::ZERO,
+        flush: Duration::ZERO,
+        discard: Duration::ZERO,
+        each_4k: Duration::ZERO,
+        metadata_read: Duration::ZERO,
+        metadata_flush: Duration::ZERO,
+        worker_step: Duration::ZERO,
+    };
+
     fn moved(&self, sectors: u64) -> Duration {
         let nanos = self.each_4k.as_nanos() as u64;
         Duration::from_nanos(nanos.saturating_mul(sectors.div_ceil(8)))

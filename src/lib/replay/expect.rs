@@ -5,7 +5,7 @@
 //! blocks that were allocated do depend on it, and so, by a few, do the metadata blocks in use, since that order decides where nodes
 //! split.
 
-use super::player::Mark;
+use super::books::Mark;
 use crate::error::Result;
 use crate::thin::PoolMetadata;
 use crate::units::{ThinBlock, ThinId};
@@ -35,6 +35,58 @@ impl fmt::Display for Difference {
             "{}, {}: {} was expected, {} found",
             self.device, self.what, self.expected, self.found
         )
+    }
+}
+
+/// What came of comparing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Compared {
+    /// Status files and dumps.
+    pub files: u64,
+    /// Differences.
+    pub differences: u64,
+    /// The first of them, a sentence each.
+    pub first: Vec<String>,
+}
+
+/// Differences that are told one by one.
+const MOST_TOLD: usize = 100;
+
+impl Compared {
+    /// Both together.
+    pub(super) fn with(mut self, other: Self) -> Self {
+        self.files = self.files.saturating_add(other.files);
+        self.differences = self.differences.saturating_add(other.differences);
+        self.first.extend(other.first);
+        self.first.truncate(MOST_TOLD);
+        self
+    }
+
+    /// Adds what a file that was compared at a mark differs in.
+    pub fn add(&mut self, mark: &str, differences: Vec<Difference>) {
+        self.files += 1;
+        self.differences += differences.len() as u64;
+        let room = MOST_TOLD.saturating_sub(self.first.len());
+        let told = differences.iter().take(room);
+        self.first
+            .extend(told.map(|difference| format!("{mark}: {difference}")));
+    }
+}
+
+/// As the report has it.
+impl fmt::Display for Compared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.differences {
+            0 => writeln!(f, "expect    {} files, no difference", self.files)?,
+            n => writeln!(f, "expect    {} files, DIFFERENCES: {n}", self.files)?,
+        }
+        for difference in &self.first {
+            writeln!(f, "differs   {difference}")?;
+        }
+        match self.differences - self.first.len() as u64 {
+            0 => Ok(()),
+            more => writeln!(f, "differs   and {more} more"),
+        }
     }
 }
 
@@ -85,9 +137,21 @@ impl<'a> StatusLine<'a> {
 /// Compares what `dmsetup status` printed of a pool and its thin devices with the lines of a mark. Lines of other targets are left
 /// out, and so are thin devices that `expected` does not mention. Words that an older kernel does not have are not compared.
 ///
-/// A thin device goes by the name in front of its line, if the trace knows it by that; else by what the line says.
-pub fn compare_status(mark: &Mark, expected: &str, metadata_tolerance: u64) -> Vec<Difference> {
-    let lines: Vec<StatusLine<'_>> = expected.lines().filter_map(StatusLine::parse).collect();
+/// A thin device goes by the name in front of its line, if the trace knows it by that; else by what the line says. None if no line is
+/// of a pool or a thin device.
+pub fn compare_status(
+    mark: &Mark,
+    expected: &str,
+    metadata_tolerance: u64,
+) -> Option<Vec<Difference>> {
+    let lines: Vec<StatusLine<'_>> = expected
+        .lines()
+        .filter_map(StatusLine::parse)
+        .filter(|line| ["thin-pool", "thin"].contains(&line.target))
+        .collect();
+    if lines.is_empty() {
+        return None;
+    }
     let mut found = Vec::new();
     for expected in lines.iter().filter(|line| line.target == "thin-pool") {
         if let Some(pool) = StatusLine::parse(&mark.pool) {
@@ -115,7 +179,7 @@ pub fn compare_status(mark: &Mark, expected: &str, metadata_tolerance: u64) -> V
     for expected in unmatched {
         found.extend(compare_thin(expected, rest.next()));
     }
-    found
+    Some(found)
 }
 
 /// A key by which `253:2` comes before `253:10`.
@@ -471,6 +535,10 @@ mod tests {
         }
     }
 
+    fn statuses(mark: &Mark, expected: &str, tolerance: u64) -> Vec<Difference> {
+        compare_status(mark, expected, tolerance).expect("lines of a pool")
+    }
+
     fn told(differences: &[Difference]) -> Vec<String> {
         differences.iter().map(Difference::to_string).collect()
     }
@@ -480,14 +548,14 @@ mod tests {
         let thins = [("253:10", "0 64 thin 128 127"), ("253:2", "0 64 thin 0 -")];
         let mark = mark(POOL, &thins);
         let same = format!("pool: {POOL}\na: 0 64 thin 0 -\nb: 0 64 thin 128 127\nc: 0 8 linear\n");
-        assert_eq!(compare_status(&mark, &same, 0), []);
+        assert_eq!(statuses(&mark, &same, 0), []);
         let other = POOL
             .replace("422/", "424/")
             .replace("342/", "340/")
             .replace(" rw ", " ro ");
         let other = format!("{other}\n0 64 thin 0 -\n0 64 thin 256 127\n0 64 thin 1 2\n");
         assert_eq!(
-            told(&compare_status(&mark, &other, 2)),
+            told(&statuses(&mark, &other, 2)),
             [
                 "pool, data blocks in use: 340/16384 was expected, 342/16384 found",
                 "pool, mode: ro was expected, rw found",
@@ -495,15 +563,16 @@ mod tests {
                 "thin, status: 64 sectors: 1 2 was expected, no such device found",
             ]
         );
-        assert_eq!(compare_status(&mark, &other, 1).len(), 5);
+        assert_eq!(statuses(&mark, &other, 1).len(), 5);
         // By name, whatever the words.
         let named = "253:2: 0 64 thin 128 127";
-        assert_eq!(compare_status(&mark, named, 0).len(), 2);
+        assert_eq!(statuses(&mark, named, 0).len(), 2);
         // A kernel of 2014 has no needs_check and no mark.
         let old = POOL.rsplit_once(" - 1024").expect("words").0;
-        assert_eq!(compare_status(&mark, old, 0), []);
+        assert_eq!(statuses(&mark, old, 0), []);
         let failed = "0 2097152 thin-pool Fail";
-        assert_eq!(compare_status(&mark, failed, 0).len(), 1);
+        assert_eq!(statuses(&mark, failed, 0).len(), 1);
+        assert_eq!(compare_status(&mark, "0 64 linear 8:0 0\n", 0), None);
     }
 
     fn mappings(all: &[(u64, u64, u64, u64)]) -> Mappings {

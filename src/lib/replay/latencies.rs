@@ -158,6 +158,14 @@ impl LatencyClasses {
         }
     }
 
+    pub(super) fn add(&mut self, other: &Self) {
+        self.mapped.add(&other.mapped);
+        self.zero.add(&other.zero);
+        for (all, more) in self.deferred.iter_mut().zip(&other.deferred) {
+            all.add(more);
+        }
+    }
+
     /// Those that there are, by name: `mapped`, `zero`, or that of the reason.
     pub fn by_name(&self) -> BTreeMap<String, Latencies> {
         let deferred = Reason::ALL.iter().map(|&reason| {

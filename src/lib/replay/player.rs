@@ -3,17 +3,21 @@
 //! The clock stands at the time of the next thing that happens: a request of the trace, the end of something on the modelled data
 //! device, or a deadline of the worker. Before a control event everything ends that is under way, as a suspended device's I/O does.
 
+use super::books::{Books, MOST_TOLD, Mark, Sample};
+use super::clock::Clock;
 use super::control::Control;
-use super::counts::{ByReason, InputCounts, Moments, WorkCounts};
+use super::counts::{InputCounts, Moments, WorkCounts};
 use super::device::DeviceModel;
+use super::devices::{Active, Devices, Place};
 use super::event::{ControlEvent, TraceIo, TraceOp};
 use super::heat::HeatMap;
 use super::latencies::LatencyClasses;
+use super::requests::{Cut, Ended, Request, Requests};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::txn::{LockScheme, WouldBlock};
 use crate::pool::{
-    Bio, BioError, BioResult, Effect, Event, JobId, Line, MapCounts, Mapped, Mapper, Message,
-    Notice, Op, Pool, PoolMode, Reason, Settings, Source, Thin, Worker, pieces,
+    Bio, BioResult, Effect, Event, JobId, Line, MapCounts, Mapped, Mapper, Message, Op, Pool,
+    Reason, Settings, Thin, Worker,
 };
 use crate::thin::PoolMetadata;
 use crate::units::ThinId;
@@ -39,89 +43,6 @@ pub struct PlayOptions {
     pub devices: BTreeMap<String, (ThinId, Option<u64>)>,
     /// Devices of the trace that are none of these become new thin devices.
     pub makes_devices: bool,
-}
-
-/// How things were at a mark.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct Mark {
-    /// Which of the reports it is of, in one that was merged.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub source: Option<String>,
-    /// Its name.
-    pub name: String,
-    /// Nanoseconds of virtual time.
-    pub time_ns: u64,
-    /// The pool's status line.
-    pub pool: String,
-    /// The status lines of the thin devices that are active, by the name of the trace's device.
-    pub thins: BTreeMap<String, String>,
-    /// Metadata blocks in use, without those kept back.
-    pub allocated_metadata_blocks: u64,
-}
-
-/// How much was in use at a time, and what was counted until then.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Sample {
-    /// Nanoseconds of virtual time.
-    pub time_ns: u64,
-    /// Data blocks in use.
-    pub used_data_blocks: u64,
-    /// Metadata blocks in use, those included that are kept back.
-    pub used_metadata_blocks: u64,
-    /// Bios.
-    pub bios: u64,
-    /// Bios that the map half left to the worker, by reason.
-    pub deferred: ByReason,
-    /// Blocks copied because sharing was broken.
-    pub copies: u64,
-    /// Mappings that discards removed.
-    pub unmapped: u64,
-    /// Commits that wrote something.
-    pub commits: u64,
-    /// Metadata blocks read, and written.
-    pub metadata_blocks_read: u64,
-    /// Metadata blocks written.
-    pub metadata_blocks_written: u64,
-}
-
-/// Samples that a timeline has, at most; then every second one goes.
-const MOST_SAMPLES: usize = 400;
-
-/// A device of the trace that is a thin device now.
-#[derive(Debug)]
-struct Active {
-    thin: Option<Arc<Thin>>,
-    id: ThinId,
-    sectors: Option<u64>,
-    origin_sectors: Option<u64>,
-    /// The end of what was asked for so far.
-    seen: u64,
-}
-
-impl Active {
-    /// Opens the device if it exists by now.
-    fn open(&mut self, worker: &mut Worker) -> Result<()> {
-        if self.thin.is_none() {
-            match worker.open_thin(self.id, self.origin_sectors) {
-                Ok(thin) => self.thin = Some(thin),
-                Err(e) if e.kind() == ErrorKind::NotFound => {}
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
-    }
-}
-
-/// A request of the trace, whose bios have not all ended.
-#[derive(Debug)]
-struct Request {
-    submitted: Duration,
-    left: u32,
-    /// The write that its flush is in front of.
-    then: Option<TraceIo>,
-    /// Why the map half left it, or its flush, to the worker first.
-    deferred: Option<Reason>,
-    is_zero: bool,
 }
 
 /// Something that ends on the data device.
@@ -172,29 +93,17 @@ impl Ord for End {
     }
 }
 
-/// A device of the trace as the requests to it need it; until the next control event.
-#[derive(Debug)]
-struct Target {
-    thin: Arc<Thin>,
-    sectors: u64,
-    /// The end of what was asked for so far.
-    seen: u64,
-}
-
 /// A trace that is being played.
 #[derive(Debug)]
 pub struct Player {
-    options: PlayOptions,
-    worker: Worker,
-    pool: Arc<Pool>,
-    mappers: Vec<Mapper>,
+    pub(super) options: PlayOptions,
+    pub(super) worker: Worker,
+    pub(super) pool: Arc<Pool>,
+    pub(super) mappers: Vec<Mapper>,
     now: Duration,
     ends: BinaryHeap<End>,
-    /// By the number that their bios have, and numbers that are free.
-    requests: (Vec<Option<Request>>, Vec<u64>),
-    active: BTreeMap<String, Active>,
-    /// Those of them that were asked for something, by the trace's number for them.
-    targets: Vec<Option<Target>>,
+    requests: Requests,
+    pub(super) devices: Devices,
     /// What the worker said last.
     deadline: Option<Duration>,
     /// The worker is busy until then, with what it was told last.
@@ -212,20 +121,11 @@ pub struct Player {
     next: u64,
     effects: Vec<Effect>,
     answers: HashMap<u64, Result<()>>,
-    input: InputCounts,
-    work: WorkCounts,
-    latencies: LatencyClasses,
-    moments: Moments,
-    heat: HeatMap,
-    notices: Vec<(Duration, String)>,
-    marks: Vec<Mark>,
-    timeline: Vec<Sample>,
-    /// Time between samples.
-    step: Duration,
+    pub(super) books: Books,
+    clock: Clock,
+    /// Bios that ended and that others submitted.
+    pub(super) of_others: Vec<(Box<Bio>, BioResult)>,
 }
-
-/// Control events of a kind that are told one by one; the others are counted.
-const MOST_TOLD: u64 = 100;
 
 /// Rounds after which a pool that never comes to rest is an error.
 const MOST_ROUNDS: u32 = 100_000_000;
@@ -240,25 +140,16 @@ impl Player {
         let pool = Arc::clone(worker.pool());
         let mappers = (0..options.cpus.max(1)).map(|_| Mapper::new(&pool, true));
         let devices = options.devices.iter();
-        let active = devices.map(|(name, &(id, sectors))| {
-            let active = Active {
-                thin: None,
-                id,
-                sectors,
-                origin_sectors: None,
-                seen: 0,
-            };
-            (name.clone(), active)
-        });
+        let active =
+            devices.map(|(name, &(id, sectors))| (name.clone(), Active::new(id, sectors, None)));
         Ok(Self {
             mappers: mappers.collect(),
-            active: active.collect(),
+            devices: Devices::new(active.collect()),
             worker,
             pool,
             now: Duration::ZERO,
             ends: BinaryHeap::new(),
-            requests: Default::default(),
-            targets: Vec::new(),
+            requests: Requests::default(),
             deadline: None,
             free_at: Duration::ZERO,
             root_until: Duration::ZERO,
@@ -269,27 +160,21 @@ impl Player {
             next: 0,
             effects: Vec::new(),
             answers: HashMap::new(),
-            input: InputCounts::default(),
-            work: WorkCounts::default(),
-            latencies: LatencyClasses::default(),
-            moments: Moments::default(),
-            heat: HeatMap::default(),
-            notices: Vec::new(),
-            marks: Vec::new(),
-            timeline: Vec::new(),
-            step: Duration::from_millis(1),
+            books: Books::default(),
+            clock: Clock::default(),
+            of_others: Vec::new(),
             options,
         })
     }
 
     /// What the trace asked for so far.
     pub fn input(&self) -> &InputCounts {
-        &self.input
+        &self.books.input
     }
 
     /// What the pool did for it so far.
     pub fn work(&self) -> &WorkCounts {
-        &self.work
+        &self.books.work
     }
 
     /// What the map half did, of all processors.
@@ -299,17 +184,17 @@ impl Player {
 
     /// How long requests took.
     pub fn latencies(&self) -> &LatencyClasses {
-        &self.latencies
+        &self.books.latencies
     }
 
     /// When the pool first ran low, and out, of space.
     pub fn moments(&self) -> Moments {
-        self.moments
+        self.books.moments
     }
 
     /// Where requests went, and when.
     pub fn heat(&self) -> &HeatMap {
-        &self.heat
+        &self.books.heat
     }
 
     /// What the worker did.
@@ -319,25 +204,22 @@ impl Player {
 
     /// What the pool reported, and when.
     pub fn notices(&self) -> &[(Duration, String)] {
-        &self.notices
+        &self.books.notices
     }
 
     /// How things were at the marks.
     pub fn marks(&self) -> &[Mark] {
-        &self.marks
+        &self.books.marks
     }
 
     /// Ids of the thin devices that the trace's devices are now.
     pub fn ids(&self) -> Vec<ThinId> {
-        let mut ids: Vec<ThinId> = self.active.values().map(|active| active.id).collect();
-        ids.sort_unstable();
-        ids.dedup();
-        ids
+        self.devices.ids()
     }
 
     /// How it went on.
     pub fn timeline(&self) -> &[Sample] {
-        &self.timeline
+        &self.books.timeline
     }
 
     /// The pool.
@@ -345,9 +227,31 @@ impl Player {
         &self.pool
     }
 
-    /// The virtual time.
+    /// The time by its clock, since the start.
     pub fn now(&self) -> Duration {
         self.now
+    }
+
+    /// Whose time that is.
+    pub fn clock(&self) -> Clock {
+        self.clock
+    }
+
+    /// From here on the time is what the caller says, and the data device takes none.
+    pub(super) fn leave_time(&mut self) {
+        self.clock = Clock::Threads;
+        self.options.device = DeviceModel::NULL;
+    }
+
+    /// How it is played.
+    pub fn options(&self) -> &PlayOptions {
+        &self.options
+    }
+
+    /// It is `now`, and others told the worker something meanwhile.
+    pub(super) fn set_now(&mut self, now: Duration) {
+        self.now = self.now.max(now);
+        self.deadline = self.worker.deadline();
     }
 
     /// The pool's metadata, at the end.
@@ -377,81 +281,80 @@ impl Player {
     pub fn io(&mut self, device: &str, io: TraceIo) -> Result<()> {
         self.run_until(Duration::from_nanos(io.time_ns));
         self.sample(false);
-        self.input.requests += 1;
-        let size = io.sectors.saturating_mul(512);
-        match io.op {
-            TraceOp::Read => {
-                self.input.reads += 1;
-                self.input.bytes_read += size;
-            }
-            TraceOp::Write | TraceOp::WriteZeroes => {
-                self.input.writes += 1;
-                self.input.bytes_written += size;
-            }
-            TraceOp::Discard => self.input.discards += 1,
-            TraceOp::Flush => {}
-        }
+        self.books.input.count(&io);
         let Some(thin) = self.target_of(device, &io)? else {
-            self.input.out_of_range += 1;
+            self.books.input.out_of_range += 1;
             return Ok(());
         };
-        self.heat.record(&io);
+        self.books.heat.record(&io);
+        if io.op == TraceOp::Discard {
+            self.let_end(&thin, &io)?;
+        }
         let is_flush = io.op == TraceOp::Flush || io.is_preflush;
         if !is_flush {
-            self.submit(&thin, io, self.now, None);
+            self.submit(&thin, io, Some(self.now), None);
             return Ok(());
         }
-        self.input.flushes += 1;
-        self.input.map_calls += 1;
-        let then = (io.op != TraceOp::Flush && io.sectors > 0).then_some(TraceIo {
-            is_preflush: false,
-            ..io
+        self.books.input.count_flush();
+        let then = (io.op != TraceOp::Flush && io.sectors > 0).then(|| {
+            let io = TraceIo {
+                is_preflush: false,
+                ..io
+            };
+            (Arc::clone(&thin), io)
         });
-        let request = self.begin(Request {
-            submitted: self.now,
+        let request = self.requests.begin(Request {
+            thin: thin.number(),
+            sector: io.sector,
+            sectors: io.sectors,
+            submitted: Some(self.now),
             left: 1,
             then,
             deferred: Some(Reason::Flush),
             is_zero: false,
         });
-        self.map(&thin, Bio::flush(request), io.cpu);
+        self.map(&thin, Bio::flush(request.into()), io.cpu);
         Ok(())
+    }
+
+    /// Lets requests end that a discard overlaps. Whoever discards blocks has nothing under way there, but the modelled device may be
+    /// slower than the one of the trace; and a block that somebody works on is not discarded.
+    fn let_end(&mut self, thin: &Thin, io: &TraceIo) -> Result<()> {
+        let end = io.sector.saturating_add(io.sectors);
+        for _ in 0..MOST_ROUNDS {
+            let overlaps = |request: &Request| {
+                request.thin == thin.number()
+                    && request.sector < end
+                    && io.sector < request.sector.saturating_add(request.sectors)
+            };
+            if !self.requests.iter().any(overlaps) {
+                return Ok(());
+            }
+            // What waits for space has no end.
+            let Some(next) = self.next_end() else {
+                return Ok(());
+            };
+            self.happen(next, Some(next));
+        }
+        Err(self.restless())
+    }
+
+    fn restless(&self) -> Error {
+        let message = format!("the pool did not come to rest: {:?}", self.worker);
+        Error::new(ErrorKind::Io, message)
     }
 
     /// Notes how much is in use, if it is time to.
     fn sample(&mut self, always: bool) {
-        let now = self.now.as_nanos() as u64;
-        let last = self.timeline.last().map(|s| s.time_ns);
-        if !always && last.is_some_and(|last| now < last + self.step.as_nanos() as u64) {
+        if !always && self.now < self.books.next_sample() {
             return;
         }
-        let (used_data_blocks, used_metadata_blocks) = self.pool.inspect(PoolMetadata::used_blocks);
-        let metadata = self.pool.inspect(PoolMetadata::block_io);
         let mut counts = MapCounts::default();
         for mapper in &self.mappers {
             counts.add(mapper.counts());
         }
         let worker = self.worker.counts();
-        self.timeline.push(Sample {
-            time_ns: now,
-            used_data_blocks,
-            used_metadata_blocks,
-            bios: counts.bios,
-            deferred: ByReason(counts.deferred),
-            copies: self.work.copies,
-            unmapped: worker.unmapped,
-            commits: worker.commits.total(),
-            metadata_blocks_read: metadata.read,
-            metadata_blocks_written: metadata.written,
-        });
-        if self.timeline.len() > MOST_SAMPLES {
-            let mut keep = false;
-            self.timeline.retain(|_| {
-                keep = !keep;
-                keep
-            });
-            self.step *= 2;
-        }
+        self.books.sample(self.now, &self.pool, &counts, worker);
     }
 
     /// Ends the replay: everything ends, and is committed.
@@ -466,81 +369,27 @@ impl Player {
         Ok(())
     }
 
-    fn begin(&mut self, request: Request) -> u64 {
-        let (requests, free) = &mut self.requests;
-        let number = free.pop().unwrap_or(requests.len() as u64);
-        match requests.get_mut(number as usize) {
-            Some(slot) => *slot = Some(request),
-            None => requests.push(Some(request)),
-        }
-        number
-    }
-
-    fn request(&mut self, number: u64) -> Option<&mut Request> {
-        self.requests.0.get_mut(number as usize)?.as_mut()
-    }
-
     /// The thin device that a request goes to; none if it goes nowhere.
     fn target_of(&mut self, device: &str, io: &TraceIo) -> Result<Option<Arc<Thin>>> {
-        let number = io.device as usize;
-        if let Some(Some(target)) = self.targets.get_mut(number) {
-            let end = io.sector.checked_add(io.sectors);
-            let Some(end) = end.filter(|&end| end <= target.sectors) else {
-                return Ok(None);
-            };
-            target.seen = target.seen.max(end);
-            return Ok(Some(Arc::clone(&target.thin)));
+        if matches!(self.devices.find(io), Place::Unknown) {
+            self.resolve(device, io.device)?;
         }
-        let thin = self.thin_of(device, io)?;
-        if let (Some(thin), Some(active)) = (&thin, self.active.get(device)) {
-            if self.targets.len() <= number {
-                self.targets.resize_with(number + 1, || None);
+        Ok(match self.devices.find(io) {
+            Place::Thin(thin, end) => {
+                let thin = Arc::clone(thin);
+                self.devices.note(io.device, end);
+                Some(thin)
             }
-            self.targets[number] = Some(Target {
-                thin: Arc::clone(thin),
-                sectors: active.sectors.unwrap_or(u64::MAX),
-                seen: active.seen,
-            });
-        }
-        Ok(thin)
+            Place::Nowhere | Place::Unknown => None,
+        })
     }
 
-    /// Forgets what the requests so far were to: that may change.
-    fn forget_targets(&mut self) {
-        for target in self.targets.drain(..).flatten() {
-            let number = target.thin.number();
-            let is_it = |active: &&mut Active| {
-                active
-                    .thin
-                    .as_ref()
-                    .is_some_and(|thin| thin.number() == number)
-            };
-            for active in self
-                .active
-                .values_mut()
-                .filter_map(|a| Some(a).filter(is_it))
-            {
-                active.seen = active.seen.max(target.seen);
-            }
-        }
-    }
-
-    /// The thin device that a device of the trace is; none if a request to it goes nowhere.
-    fn thin_of(&mut self, device: &str, io: &TraceIo) -> Result<Option<Arc<Thin>>> {
-        if !self.active.contains_key(device) && self.options.makes_devices {
+    /// Finds out which thin device a device of the trace is; makes it, if it is to be made.
+    pub(super) fn resolve(&mut self, device: &str, number: u32) -> Result<()> {
+        if !self.devices.active.contains_key(device) && self.options.makes_devices {
             self.make_device(device)?;
         }
-        let Some(active) = self.active.get_mut(device) else {
-            return Ok(None);
-        };
-        let end = io.sector.checked_add(io.sectors);
-        let size = active.sectors.unwrap_or(u64::MAX);
-        if end.is_none_or(|end| end > size) {
-            return Ok(None);
-        }
-        active.seen = active.seen.max(end.unwrap_or(0));
-        active.open(&mut self.worker)?;
-        Ok(active.thin.clone())
+        self.devices.resolve(device, number, &mut self.worker)
     }
 
     /// Makes a thin device, of the first id that is free, for a device of the trace.
@@ -553,14 +402,9 @@ impl Player {
             tag,
             message: Message::CreateThin(id),
         })?;
-        let active = Active {
-            thin: None,
-            id,
-            sectors: None,
-            origin_sectors: None,
-            seen: 0,
-        };
-        self.active.insert(device.into(), active);
+        self.devices
+            .active
+            .insert(device.into(), Active::new(id, None, None));
         Ok(())
     }
 
@@ -583,53 +427,29 @@ impl Player {
         &mut self,
         thin: &Arc<Thin>,
         io: TraceIo,
-        submitted: Duration,
+        submitted: Option<Duration>,
         deferred: Option<Reason>,
     ) {
-        let op = match io.op {
-            TraceOp::Read => Op::Read,
-            TraceOp::Discard => Op::Discard,
-            _ => Op::Write,
-        };
         let size = self.pool.block_sectors();
-        if op == Op::Discard {
-            self.input.count_discard(&io, size);
+        let parts = std::mem::take(&mut self.parts);
+        let cut = Cut::new(&io, self.options.max_sectors, size, parts);
+        self.books.input.count_bios(&io, &cut, size);
+        if !cut.parts.is_empty() {
+            let request = self.requests.begin(Request {
+                submitted,
+                thin: thin.number(),
+                sector: io.sector,
+                sectors: io.sectors,
+                left: cut.parts.len() as u32,
+                then: None,
+                deferred,
+                is_zero: false,
+            });
+            for &part in &cut.parts {
+                self.map(thin, cut.bio(request.into(), part), io.cpu);
+            }
         }
-        let max = self.options.max_sectors.filter(|_| op != Op::Discard);
-        let max = max.unwrap_or(u64::MAX).max(1);
-        let mut bios = std::mem::take(&mut self.parts);
-        let (mut at, end) = (io.sector, io.sector + io.sectors);
-        while at < end {
-            let part = max.min(end - at);
-            bios.extend(pieces(op, at, part, size));
-            at += part;
-        }
-        self.input.map_calls += match op {
-            Op::Discard => 1,
-            _ => bios.len() as u64,
-        };
-        let left = bios.len() as u32;
-        if left == 0 {
-            self.parts = bios;
-            return;
-        }
-        let request = self.begin(Request {
-            submitted,
-            left,
-            then: None,
-            deferred,
-            is_zero: false,
-        });
-        for (sector, sectors) in bios.drain(..) {
-            let bio = Bio::new(request, op, sector, sectors);
-            let bio = if io.is_fua && op == Op::Write {
-                bio.with_fua()
-            } else {
-                bio
-            };
-            self.map(thin, bio, io.cpu);
-        }
-        self.parts = bios;
+        self.parts = cut.parts;
     }
 
     fn map(&mut self, thin: &Arc<Thin>, bio: Bio, cpu: u16) {
@@ -648,11 +468,13 @@ impl Player {
         let mapper = usize::from(cpu) % self.mappers.len();
         let mut busy = None;
         if self.now < self.root_until {
+            // What else there is goes to the worker in any case.
+            let is_looked_up = matches!(bio.op, Op::Read | Op::Write) && !bio.is_fua;
             match self.options.settings.scheme {
-                LockScheme::Kernel if bio.op != Op::Flush => {
-                    self.work.root_waits += 1;
+                LockScheme::Kernel if is_looked_up => {
+                    self.books.work.root_waits += 1;
                     let sleeps = self.root_until - self.now;
-                    self.work.root_wait_ns += sleeps.as_nanos() as u64;
+                    self.books.work.root_wait_ns += sleeps.as_nanos() as u64;
                     return self.start(Io::Map(Arc::clone(thin), bio, cpu), sleeps);
                 }
                 LockScheme::V2013 | LockScheme::B => busy = Some(WouldBlock::Root),
@@ -662,17 +484,11 @@ impl Player {
         match self.mappers[mapper].map_beside(thin, bio, busy) {
             Mapped::Remapped { bio, .. } => self.issue(bio),
             Mapped::Zero(bio) => {
-                if let Some(request) = self.request(id) {
-                    request.is_zero = true;
-                }
+                self.requests.note_zero(id as u32);
                 self.end(bio, Ok(()));
             }
             Mapped::Failed(bio, error) => self.end(bio, Err(error)),
-            Mapped::Deferred(reason) => {
-                if let Some(request) = self.request(id) {
-                    request.deferred.get_or_insert(reason);
-                }
-            }
+            Mapped::Deferred(reason) => self.requests.defer(id as u32, reason),
         }
         if self.pool.has_work() {
             self.tell(Event::Work);
@@ -698,30 +514,25 @@ impl Player {
 
     /// A bio is done; so may be its request.
     fn end(&mut self, bio: Box<Bio>, result: BioResult) {
-        if let Err(error) = result {
-            self.work.failed += 1;
-            self.work.no_space += u64::from(error == BioError::NoSpace);
-        }
-        let (number, thin) = (bio.id, bio.thin_number());
+        let Ok(number) = u32::try_from(bio.id) else {
+            return self.of_others.push((bio, result));
+        };
+        self.books.count_end(result);
         self.spare.push(bio);
-        match self.request(number) {
-            Some(request) if request.left > 1 => return request.left -= 1,
-            _ => {}
-        }
-        let ended = self.requests.0.get_mut(number as usize);
-        let Some(request) = ended.and_then(Option::take) else {
+        let Ended::All(request) = self.requests.end(number) else {
             return;
         };
-        self.requests.1.push(number);
-        if let Some(io) = request.then
+        if let Some((thin, io)) = request.then
             && result.is_ok()
-            && let Some(thin) = self.worker.thin(thin)
         {
             return self.submit(&thin, io, request.submitted, request.deferred);
         }
-        let nanos = (self.now - request.submitted).as_nanos() as u64;
-        self.latencies
-            .record(request.deferred, request.is_zero, nanos);
+        if let Some(submitted) = request.submitted {
+            let nanos = (self.now - submitted).as_nanos() as u64;
+            self.books
+                .latencies
+                .record(request.deferred, request.is_zero, nanos);
+        }
     }
 
     /// Tells the worker, as soon as it has time.
@@ -781,72 +592,27 @@ impl Player {
 
     fn carry_out(&mut self, effect: Effect) {
         let device = self.options.device;
+        self.books.count_effect(&effect, self.pool.block_sectors());
         match effect {
-            Effect::Issue { bio, .. } => {
-                self.work.overwritten += u64::from(bio.fills_a_new_block());
-                let takes = device.bio(bio.op, bio.sectors, bio.is_fua);
-                self.start_at_free(Io::Bio(bio), takes);
-            }
-            Effect::ReadOrigin { bio, .. } => {
+            Effect::Issue { bio, .. } | Effect::ReadOrigin { bio, .. } => {
                 let takes = device.bio(bio.op, bio.sectors, bio.is_fua);
                 self.start_at_free(Io::Bio(bio), takes);
             }
             Effect::End { bio, result, .. } => {
-                self.start_at_free(Io::Ended(bio, result), Duration::ZERO)
+                self.start_at_free(Io::Ended(bio, result), Duration::ZERO);
             }
             Effect::Zero { job, sectors, .. } => {
-                // Behind what was copied it is no block of its own.
-                self.work.zeroed += u64::from(sectors == self.pool.block_sectors());
-                self.work.bytes_zeroed += sectors * 512;
                 self.start_at_free(Io::Job(job), device.zero(sectors));
             }
-            Effect::Copy {
-                job, from, sectors, ..
-            } => {
-                match from {
-                    Source::Data => self.work.copies += 1,
-                    Source::Origin(_) => self.work.origin_copies += 1,
-                }
-                self.work.bytes_copied += sectors * 512;
+            Effect::Copy { job, sectors, .. } => {
                 self.start_at_free(Io::Job(job), device.copy(sectors));
             }
-            Effect::Discard { job, sectors, .. } => {
-                self.work.passed_down += 1;
-                self.work.bytes_passed_down += sectors * 512;
-                self.start_at_free(Io::Job(job), device.discard);
-            }
-            Effect::Flush { job } => {
-                self.work.data_flushes += 1;
-                self.start_at_free(Io::Job(job), device.flush);
-            }
+            Effect::Discard { job, .. } => self.start_at_free(Io::Job(job), device.discard),
+            Effect::Flush { job } => self.start_at_free(Io::Job(job), device.flush),
             Effect::Answer { tag, result } => {
                 self.answers.insert(tag, result);
             }
-            Effect::Notice(notice) => {
-                let now = self.now.as_nanos() as u64;
-                let text = match notice {
-                    Notice::Mode(mode) => {
-                        if mode == PoolMode::OutOfDataSpace {
-                            self.moments.out_of_space_ns.get_or_insert(now);
-                        }
-                        format!("the pool is in mode {mode}")
-                    }
-                    Notice::LowWater => {
-                        self.moments.low_water_ns.get_or_insert(now);
-                        "free data blocks are down to the low-water mark".into()
-                    }
-                    // It comes again and again while metadata is low.
-                    Notice::MetadataThreshold => return,
-                    Notice::Deadlock(waits) => {
-                        self.work.deadlocks += 1;
-                        let waits: Vec<String> = waits.iter().map(ToString::to_string).collect();
-                        format!("a deadlock of cells: {}", waits.join("; "))
-                    }
-                    Notice::NoSpaceTimeout => "writes waited for space too long and fail".into(),
-                    Notice::MetadataFailed(e) => format!("the metadata failed: {e}"),
-                };
-                self.notices.push((self.now, text));
-            }
+            Effect::Notice(notice) => self.books.notice(self.now, notice),
         }
     }
 
@@ -909,10 +675,13 @@ impl Player {
             };
             self.happen(end, Some(end));
         }
-        Err(Error::new(
-            ErrorKind::Io,
-            format!("the pool did not come to rest: {:?}", self.worker),
-        ))
+        Err(self.restless())
+    }
+
+    /// Lets the worker do what it has to do, and everything end.
+    pub(super) fn catch_up(&mut self) -> Result<()> {
+        self.tell(Event::Work);
+        self.settle()
     }
 
     /// Sends the worker something that is answered, and lets everything end.
@@ -936,15 +705,17 @@ impl Player {
     /// # Errors
     /// `InvalidDescription` if its arguments are wrong; `Io` when the pool does not come to rest.
     pub fn control(&mut self, event: &ControlEvent) -> Result<()> {
-        self.run_until(Duration::from_nanos(event.time_ns));
+        if self.clock == Clock::Virtual {
+            self.run_until(Duration::from_nanos(event.time_ns));
+        }
         self.settle()?;
-        self.forget_targets();
-        self.input.controls += 1;
+        self.devices.forget_targets();
+        self.books.input.controls += 1;
         let refused = match event.text.parse::<Control>()? {
             Control::Message(message) => {
                 let done = self.ask(|tag| Event::Message { tag, message });
                 if done.is_ok() {
-                    self.input.count_message(message);
+                    self.books.input.count_message(message);
                 }
                 done
             }
@@ -955,14 +726,8 @@ impl Player {
                 origin_sectors,
             } => {
                 self.deactivate(&device);
-                let active = Active {
-                    thin: None,
-                    id,
-                    sectors: Some(sectors),
-                    origin_sectors,
-                    seen: 0,
-                };
-                self.active.insert(device, active);
+                let active = Active::new(id, Some(sectors), origin_sectors);
+                self.devices.active.insert(device, active);
                 Ok(())
             }
             Control::Deactivate { device } => {
@@ -991,27 +756,32 @@ impl Player {
             }
             Control::Refused(reason) => Err(Error::new(ErrorKind::InvalidArgument, reason)),
             Control::Unknown(text) => {
-                self.input.unknown_controls += 1;
-                if self.input.unknown_controls <= MOST_TOLD {
+                self.books.input.unknown_controls += 1;
+                if self.books.input.unknown_controls <= MOST_TOLD {
                     let text = format!("{text:?} is no event that is known; it was left out");
-                    self.notices.push((self.now, text));
+                    self.books.notices.push((self.now, text));
                 }
                 Ok(())
             }
         };
         if let Err(e) = refused {
-            self.input.refused_controls += 1;
-            if self.input.refused_controls > MOST_TOLD {
+            self.books.input.refused_controls += 1;
+            if self.books.input.refused_controls > MOST_TOLD {
                 return Ok(());
             }
             let text = format!("{:?} was refused: {e}", event.text);
-            self.notices.push((self.now, text));
+            self.books.notices.push((self.now, text));
         }
         Ok(())
     }
 
     fn deactivate(&mut self, device: &str) {
-        if let Some(thin) = self.active.remove(device).and_then(|active| active.thin) {
+        if let Some(thin) = self
+            .devices
+            .active
+            .remove(device)
+            .and_then(|active| active.thin)
+        {
             self.worker.close_thin(&thin);
         }
     }
@@ -1026,12 +796,12 @@ impl Player {
         let size = self.pool.block_sectors();
         let sectors = self.options.data_blocks * size;
         let words = self.worker.pool_status();
-        self.forget_targets();
-        for active in self.active.values_mut() {
+        self.devices.forget_targets();
+        for active in self.devices.active.values_mut() {
             // In a pool that has failed none can be opened.
             active.open(&mut self.worker).ok();
         }
-        let thins = self.active.iter().filter_map(|(device, active)| {
+        let thins = self.devices.active.iter().filter_map(|(device, active)| {
             let thin = active.thin.as_ref()?;
             let words = self.worker.thin_status(thin);
             let sectors = active.sectors.unwrap_or(active.seen);
@@ -1039,7 +809,7 @@ impl Player {
         });
         let thins = thins.collect();
         let status = self.pool.inspect(PoolMetadata::status)?;
-        self.marks.push(Mark {
+        self.books.marks.push(Mark {
             source: None,
             name,
             time_ns: self.now.as_nanos() as u64,

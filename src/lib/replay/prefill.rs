@@ -91,7 +91,7 @@ pub struct Prefill {
 }
 
 /// What was mapped before a trace began.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Prefilled {
     /// Thin devices that got blocks.
     pub devices: u64,

@@ -52,7 +52,7 @@ pub fn side_events(text: &str) -> Result<Vec<ControlEvent>> {
 }
 
 /// Snapshots that are due, and those that are there already.
-struct Snapshots {
+pub(super) struct Snapshots {
     schedule: SnapshotSchedule,
     due: Duration,
     kept: VecDeque<Vec<u64>>,
@@ -63,7 +63,7 @@ struct Snapshots {
 const FIRST_SNAPSHOT: u64 = 8_000_000;
 
 impl Snapshots {
-    fn new(schedule: SnapshotSchedule) -> Self {
+    pub(super) fn new(schedule: SnapshotSchedule) -> Self {
         Self {
             schedule,
             due: schedule.every,
@@ -72,8 +72,13 @@ impl Snapshots {
         }
     }
 
+    /// When the next are due.
+    pub(super) fn due(&self) -> Duration {
+        self.due
+    }
+
     /// Takes those that are due before `time`.
-    fn take(&mut self, player: &mut Player, time: Duration) -> Result<()> {
+    pub(super) fn take(&mut self, player: &mut Player, time: Duration) -> Result<()> {
         while self.due <= time && !self.schedule.every.is_zero() {
             let at = |text| ControlEvent {
                 time_ns: self.due.as_nanos() as u64,

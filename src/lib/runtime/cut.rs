@@ -28,6 +28,7 @@ pub(super) fn cut(byte: u64, len: u64, block_sectors: u64) -> impl Iterator<Item
         head / SECTOR,
         (tail - head) / SECTOR,
         block_sectors,
+        None,
     );
     let part = move |from: u64, to: u64| {
         (from < to).then(|| Cut {

@@ -155,7 +155,7 @@ impl Submitter {
         let all = sectors.end - sectors.start;
         let size = self.thin.block_sectors();
         let is_long = all > size * DISCARD_BLOCKS;
-        for (sector, sectors) in pieces(Op::Discard, sectors.start, all, size) {
+        for (sector, sectors) in pieces(Op::Discard, sectors.start, all, size, None) {
             // Of a device that is mapped here and there most pieces have nothing to unmap.
             let bytes = sector * SECTOR..(sector + sectors) * SECTOR;
             if is_long && self.thin.mapped(bytes).next().is_none() {
@@ -177,7 +177,7 @@ impl Submitter {
     ) {
         let told = self.durably(is_fua, told);
         if keeps_blocks || !self.thin.is_unmapped_zero() {
-            return self.zero_ranges(vec![byte..byte + len], told);
+            return self.zero_ranges(std::iter::once(byte..byte + len).collect(), told);
         }
         let thin = Arc::clone(&self.thin);
         let size = thin.block_sectors() * SECTOR;

@@ -15,8 +15,8 @@ use crate::units::{MetadataBlock, ThinBlock, ThinId};
 use std::collections::HashMap;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard, Weak};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard, TryLockError, Weak};
+use std::time::{Duration, Instant};
 
 /// A device whose blocks are looked up.
 #[derive(Debug)]
@@ -59,6 +59,7 @@ pub struct SharedMetadata {
     roots: Roots,
     writer: Mutex<Writer>,
     commits: AtomicU64,
+    barrier_stalls: AtomicU64,
     barrier_wait_ns: AtomicU64,
 }
 
@@ -84,6 +85,7 @@ impl SharedMetadata {
             blocks: Arc::clone(pool.blocks()),
             roots: Roots::new(pool.mapping_root()),
             commits: AtomicU64::new(0),
+            barrier_stalls: AtomicU64::new(0),
             barrier_wait_ns: AtomicU64::new(0),
             writer: Mutex::new(Writer {
                 time: pool.time(),
@@ -111,6 +113,16 @@ impl SharedMetadata {
                 .unwrap_or_else(PoisonError::into_inner)
         };
         self.scheme.excludes_lookups().then(take)
+    }
+
+    /// The same if nobody looks anything up at this moment.
+    fn try_exclude(&self) -> Option<RwLockWriteGuard<'_, ()>> {
+        let take = || match self.roots.lock.try_write() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(e)) => Some(e.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        };
+        self.scheme.excludes_lookups().then(take).flatten()
     }
 
     /// A way to look blocks up, one for each thread; with `counting` it keeps [`LookupCounts`].
@@ -162,16 +174,28 @@ impl SharedMetadata {
     /// Those of [`PoolMetadata::commit`].
     pub fn commit(&self) -> Result<()> {
         let mut writer = self.writer();
-        let held = self.exclude();
+        let since = Instant::now();
+        let held = self.try_exclude();
+        let mut has_waited = held.is_none() && self.scheme.excludes_lookups();
+        let held = held.or_else(|| self.exclude());
+        let mut waited = if has_waited {
+            since.elapsed()
+        } else {
+            Duration::ZERO
+        };
         // The top-level tree is final: what a commit still changes are the details and the space maps.
         let barrier = self.roots.epochs.begin();
         let committed = writer.pool.commit();
         drop(held);
         if !self.scheme.excludes_lookups() {
             let since = Instant::now();
-            self.roots.epochs.wait(barrier);
-            let waited = since.elapsed().as_nanos() as u64;
+            has_waited = self.roots.epochs.wait(barrier);
+            waited = since.elapsed();
+        }
+        if has_waited {
+            let waited = waited.as_nanos() as u64;
             self.barrier_wait_ns.fetch_add(waited, Ordering::Relaxed);
+            self.barrier_stalls.fetch_add(1, Ordering::Relaxed);
         }
         self.commits.fetch_add(1, Ordering::Relaxed);
         committed
@@ -205,6 +229,11 @@ impl SharedMetadata {
             self.commits.load(Ordering::Relaxed),
             self.barrier_wait_ns.load(Ordering::Relaxed),
         )
+    }
+
+    /// Commits that had to wait for lookups.
+    pub fn barrier_stalls(&self) -> u64 {
+        self.barrier_stalls.load(Ordering::Relaxed)
     }
 
     /// The metadata alone.

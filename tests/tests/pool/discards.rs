@@ -299,7 +299,7 @@ fn t23_a_discard_across_1024_blocks_is_cut_where_a_cell_ends() {
     let (sector, sectors) = (1022 * BLOCK, 1025 * BLOCK + 64);
     let whole = rig.submit(&thin, Op::Discard, sector, sectors);
     assert_eq!(rig.result(whole), Some(Err(BioError::Invalid)));
-    let cut: Vec<_> = pieces(Op::Discard, sector, sectors, BLOCK).collect();
+    let cut: Vec<_> = pieces(Op::Discard, sector, sectors, BLOCK, None).collect();
     assert_eq!(cut.len(), 2);
     for (sector, sectors) in cut {
         let id = rig.number();

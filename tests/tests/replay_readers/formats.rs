@@ -16,7 +16,7 @@ fn ranges(ios: &[TraceIo]) -> Vec<(TraceOp, u64, u64)> {
 
 #[test]
 fn formats_have_names_that_are_read_back() {
-    let names = "blktrace blkparse iolog msr alibaba tencent spc load disksim ftrace biosnoop vscsi log-writes csv:op=0,off=1,len=2,read=R";
+    let names = "events blktrace blkparse iolog msr alibaba tencent spc load disksim ftrace biosnoop vscsi log-writes csv:op=0,off=1,len=2,read=R";
     for name in names.split(' ') {
         let format: Format = name.parse().expect("a name");
         assert_eq!(format.to_string(), name);

@@ -1,5 +1,6 @@
 //! Readers of traces, against recordings of the real programs and everything that can be wrong with one.
 
+mod events;
 mod formats;
 mod kernel;
 mod nonsense;

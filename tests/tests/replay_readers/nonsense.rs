@@ -9,7 +9,8 @@ use rand::{RngExt, SeedableRng};
 use super::{contents, read_all, recorded};
 use crate::support::folder;
 
-const FORMATS: [&str; 14] = [
+const FORMATS: [&str; 15] = [
+    "events",
     "blktrace",
     "blkparse",
     "iolog",
@@ -89,6 +90,7 @@ fn samples() -> Vec<Vec<u8>> {
         .concat()
         .repeat(4),
     );
+    samples.push(super::events::event_file("volume"));
     samples
 }
 

@@ -2,10 +2,13 @@
 
 mod compare;
 mod dry_run;
+mod expect;
+mod fleet;
 mod merge_reports;
 mod outputs;
 mod play;
 mod saved;
+mod split;
 mod trace;
 
 use super::Page;
@@ -27,18 +30,30 @@ pub(crate) const PAGE: Page = Page {
          leave the fast path and why, what the locks cost. The engine does what dm-thin does; no \
          data is moved and no device is needed. Time is virtual: the data device is modelled, \
          and the same trace gives the same report.",
+        "With --clock threads the trace is played as fast as it goes instead, by a thread for each \
+         of --cpus and one that is the worker, on a data device that takes no time: what the \
+         locks cost when somebody else wants them, too, and how many requests a second there \
+         are. No two runs are alike then, but the mappings at the end are the same. \
+         A discard keeps its place among the writes; beyond that only requests of one processor \
+         keep their order. Of 64 requests one is timed.",
         "Traces are read as they were recorded, compressed with gzip, zstd, xz or bzip2 or not; \
          the format is told from the contents: blktrace's files for each processor, or a dump \
          that blkparse -d made of them; blkparse's text; fio's logs; CSV (msr, alibaba, tencent, \
          spc, or columns that are described); block events of tracefs and perf; biosnoop; \
-         vscsiStats; blkreplay's loads; DiskSim; dm-log-writes. Of a blktrace one file is \
+         vscsiStats; blkreplay's loads; DiskSim; dm-log-writes; the event files of split. Of a blktrace one file is \
          enough, the others are found beside it. - is standard input.",
         "Control events change the pool on the way. They are messages in a blktrace that begin \
          with ctl, or lines of the file of --events, with a time in seconds in front: create_thin \
          ID, create_snap ID ORIGIN, delete ID, set_transaction_id OLD NEW, reserve_metadata_snap, \
-         release_metadata_snap, activate MAJ:MIN ID SECTORS ORIGIN_SECTORS, deactivate MAJ:MIN, \
+         release_metadata_snap, activate MAJ:MIN ID SECTORS [ORIGIN_SECTORS], deactivate MAJ:MIN, \
          resize SECTORS, suspend, resume, and phase-end NAME, a mark at which the report has the \
-         kernel's status lines. What is not known is counted.",
+         kernel's status lines. A device may be activated before the message that makes it. What \
+         is not known is counted and told, and so is what the pool refuses.",
+        "A thin device of the kernel cuts reads and writes at its block boundaries and at its \
+         max_sectors: a request that is cut does not fill a block, which then is zeroed or copied. \
+         --max-sectors is twice what /sys/block/dm-N/queue/max_sectors_kb says of the thin device. \
+         Where a block is larger than the data device's max_sectors, the kernel makes it a power \
+         of 2 that divides the block.",
         "Without --metadata the pool is a new one in memory. Metadata that is given is read into \
          memory, as much as it takes, and the file is never changed.",
     ],
@@ -62,6 +77,23 @@ pub(crate) const PAGE: Page = Page {
             ],
         ),
         (
+            "FLEETS",
+            &[
+                "split makes an event file for each volume of a trace, however many take turns in it, with \
+                 bounded memory and open files; last comes manifest.jsonl, a volume on each line. Event files are traces \
+                 like any other. Control events are in a file of their own, which the manifest names with \
+                 each volume. Times are those of the whole trace.",
+                "With --manifest each volume is played in a pool of its own, with the other options \
+                 given, and has a report of its own in the folder of --reports; those of --pools share \
+                 pools. A report is there when it is complete, so that --resume goes on \
+                 wherever the replay was interrupted. --shard I/N plays a part; all N parts are the whole fleet, \
+                 on as many machines. Each of the pools that are played at once, --jobs of them, takes memory as large as \
+                 --metadata-size says. A volume that cannot be read spares the others; the exit status tells. \
+                 The folder recipes of the sources has ways to do this with GNU parallel, SLURM, \
+                 Kubernetes and Spark.",
+            ],
+        ),
+        (
             "SIZES AND TIMES",
             &[
                 "Sizes are numbers with s for sectors of 512 bytes, k, m, g or t; without a letter, \
@@ -73,6 +105,16 @@ pub(crate) const PAGE: Page = Page {
         (
             "Which locking scheme would hand the fewest requests to the worker?",
             &["thin_replay --locks 2013,kernel,a,b,optimistic thin.blktrace.0"],
+        ),
+        (
+            "What do the locks of each cost two threads that submit?",
+            &[
+                "thin_replay --clock threads --cpus 2 --locks 2013,kernel,a,b,optimistic thin.blktrace.0",
+            ],
+        ),
+        (
+            "How many cells does it take until nobody waits for one in a cycle, if they are taken one by one?",
+            &["thin_replay --clock threads --cell-pool 2,4,8,16 thin.blktrace.0"],
         ),
         (
             "What would hourly snapshots cost, of which a day's worth is kept?",
@@ -89,8 +131,12 @@ pub(crate) const PAGE: Page = Page {
             ],
         ),
         (
-            "What do the parts of a fleet come to together?",
-            &["thin_replay merge-reports --json all.json --html all.html part-*.json"],
+            "What do a thousand volumes come to together?",
+            &[
+                "thin_replay split --output fleet io_traces.csv",
+                "thin_replay --manifest fleet/manifest.jsonl --reports reports --metadata-size 16m",
+                "thin_replay merge-reports --json all.json --html all.html reports/*.json",
+            ],
         ),
         (
             "What do these hours of load do to the pool that is there?",
@@ -106,6 +152,10 @@ pub(crate) const PAGE: Page = Page {
 /// Makes the parser of the command line.
 pub(crate) fn build() -> clap::Command {
     let cmd = <Args as clap::Args>::augment_args(clap::Command::new(NAME));
+    // A manifest stands for its traces.
+    let cmd = cmd.mut_arg("traces", |arg| {
+        arg.required(false).required_unless_present("manifest")
+    });
     // What tools share is not given to subcommands.
     super::tool(cmd, TITLE, &PAGE)
         .disable_help_subcommand(true)
@@ -120,6 +170,9 @@ pub(crate) struct Args {
     beside: Option<Beside>,
 
     #[command(flatten)]
+    fleet: fleet::Args,
+
+    #[command(flatten)]
     play: play::Args,
 }
 
@@ -130,6 +183,8 @@ enum Beside {
     Compare(compare::Args),
     /// Merge reports of parts that each had a pool of its own, without loss
     MergeReports(merge_reports::Args),
+    /// Split a trace of many volumes into a file for each, and a manifest
+    Split(split::Args),
 }
 
 /// Plays a trace, or does what was asked for beside.
@@ -137,6 +192,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     match &args.beside {
         Some(Beside::Compare(args)) => compare::run(args),
         Some(Beside::MergeReports(args)) => merge_reports::run(args),
-        None => play::run(args.play),
+        Some(Beside::Split(args)) => split::run(args),
+        None => match &args.fleet.manifest {
+            Some(manifest) => fleet::run(&args.fleet, manifest, &args.play),
+            None => play::run(args.play),
+        },
     }
 }

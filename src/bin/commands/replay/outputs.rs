@@ -102,7 +102,8 @@ fn is_stdout(path: &Path) -> bool {
     path.as_os_str() == "-"
 }
 
-fn json(reports: &[Report], out: &mut dyn Write) -> thintools::Result<()> {
+/// Writes them as JSON, a list.
+pub(super) fn json(reports: &[Report], out: &mut dyn Write) -> thintools::Result<()> {
     let cannot = |e| thintools::Error::io("cannot write the report", e);
     serde_json::to_writer_pretty(&mut *out, reports).map_err(|e| cannot(e.into()))?;
     writeln!(out).map_err(cannot)

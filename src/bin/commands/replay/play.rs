@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use thintools::io::{Access, BlockEngine, RamEngine, open_read, write_new};
-use thintools::observer::Silent;
+use thintools::observer::{Observer, Silent};
 use thintools::pdata::txn::LockScheme;
-use thintools::pool::{Features, PoolTable, Settings};
+use thintools::pool::{AllocationOrder, Features, PoolTable, Settings};
 use thintools::replay::{
-    DeviceModel, Fan, PlayOptions, Player, Report, SnapshotSchedule, TraceReader, bytes, play,
-    seconds, side_events, ways as table_of_ways,
+    Clock, ControlEvent, DeviceModel, Fan, PlayOptions, Player, Prefill, Prefilled, Report,
+    SnapshotSchedule, TraceReader, bytes, cell_pools, play, play_on_threads, schemes, seconds,
+    side_events, ways as table_of_ways,
 };
 use thintools::thin::{PoolMetadata, Superblock};
 use thintools::tools::check::{CheckOptions, Severity, check};
@@ -21,6 +22,7 @@ use thintools::tools::{MetadataSource, Selection, TextSink, Trees, text};
 use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MAX_THIN_ID, MetadataBlock, ThinId};
 
 use super::dry_run;
+use super::expect;
 use super::outputs::{Outputs, refuse_existing};
 use super::trace::TraceArgs;
 use crate::exit::Exit;
@@ -28,9 +30,10 @@ use crate::session::Session;
 
 /// The command line.
 #[derive(Debug, clap::Args)]
+#[group(skip)]
 pub(crate) struct Args {
     #[command(flatten)]
-    trace: TraceArgs,
+    pub(super) trace: TraceArgs,
 
     /// Read the trace, say what is in it, and play nothing.
     #[arg(long, conflicts_with_all = ["json", "output", "dump_at_marks"])]
@@ -39,6 +42,10 @@ pub(crate) struct Args {
     /// Begin with the pool that this metadata is of.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["block_size", "metadata_size"])]
     metadata: Option<PathBuf>,
+
+    /// Begin with a new pool, as without --metadata.
+    #[arg(long, conflicts_with = "metadata")]
+    create: bool,
 
     /// Size of a data block of a new pool. With commas several: each is tried.
     #[arg(long, value_name = "SIZES", default_value = "64k", value_parser = sectors, value_delimiter = ',')]
@@ -56,6 +63,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", default_value = "128m", value_parser = sectors)]
     metadata_size: u64,
 
+    /// Free data blocks at which the pool reports that it is low.
+    #[arg(long, value_name = "BLOCKS", default_value_t = 0)]
+    low_water: u64,
+
     /// A feature of the pool, by the kernel's word; may be repeated.
     #[arg(long, value_name = "WORD")]
     feature: Vec<String>,
@@ -64,6 +75,11 @@ pub(crate) struct Args {
     /// the trace becomes one, in order, unless control events say what they are.
     #[arg(long, value_name = "DEV=ID[:SIZE]", value_parser = mapping)]
     map: Vec<(String, ThinId, Option<u64>)>,
+
+    /// Which blocks are mapped before the trace begins: none, or read-before-write, those that it reads before it writes them. For that
+    /// the trace is read twice.
+    #[arg(long, value_name = "BLOCKS", value_enum, default_value_t)]
+    prefill: Fill,
 
     /// Largest read or write that the thin device gets at once.
     #[arg(long, value_name = "SECTORS", value_parser = clap::value_parser!(u64).range(1..))]
@@ -82,7 +98,8 @@ pub(crate) struct Args {
     snap_keep: usize,
 
     /// Locking schemes: 2013, kernel, a, b, optimistic. With commas several: each is tried. Of whatever is given several of, each goes
-    /// with each of the others: the trace is read once and played by all of them at the same time, and a table compares them.
+    /// with each of the others: the trace is read once and played by all of them at the same time (by the clock of threads one after the other), and a table
+    /// compares them.
     #[arg(
         long,
         value_name = "SCHEMES",
@@ -91,7 +108,17 @@ pub(crate) struct Args {
     )]
     locks: Vec<LockScheme>,
 
-    /// Processors that submit.
+    /// Whose time it is: virtual, in which one thread plays and the same trace gives the same report; or threads, in which the trace is
+    /// played as fast as it goes, on real threads and with real locks, and the data device takes no time.
+    #[arg(long, value_name = "CLOCK", default_value = "virtual")]
+    clock: Clock,
+
+    /// Take cells one by one, each when it is needed, of a pool of so many, as in 2013: the report says whether they were waited for
+    /// in a cycle. With several numbers, and commas, the trace is played with each, and then with cells that are reserved.
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(2..=1_048_576))]
+    cell_pool: Vec<u32>,
+
+    /// Processors that submit, a thread each by the clock of threads.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1024))]
     cpus: u16,
 
@@ -103,16 +130,25 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR")]
     dump_at_marks: Option<PathBuf>,
 
-    /// Free data at which the pool is called low; the kernel raises an event then.
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = sectors)]
-    low_water: u64,
+    #[command(flatten)]
+    expect: expect::Args,
 
     #[command(flatten)]
     outputs: Outputs,
 
     /// Print no progress and no warnings; errors and the report are printed.
     #[arg(short, long)]
-    quiet: bool,
+    pub(super) quiet: bool,
+}
+
+/// What is mapped before a trace begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Fill {
+    /// Nothing.
+    #[default]
+    None,
+    /// What the trace reads before it writes it.
+    ReadBeforeWrite,
 }
 
 /// A number with a letter for what it is multiplied by.
@@ -176,6 +212,8 @@ struct Way {
     /// Sectors of 512 bytes; none is room for everything.
     cache: Option<u64>,
     snapshots: Option<SnapshotSchedule>,
+    /// Cells that are taken one by one; none is that both are reserved.
+    cells: Option<u32>,
 }
 
 /// `DEV=ID[:SIZE]`
@@ -209,6 +247,33 @@ impl Args {
         Ok(features)
     }
 
+    /// How a way differs from the others.
+    fn name(&self, way: &Way) -> String {
+        let mut differs = Vec::new();
+        if self.block_size.len() > 1 {
+            differs.push(bytes(way.block_size * 512));
+        }
+        if self.locks.len() > 1 {
+            differs.push(way.scheme.to_string());
+        }
+        if let Some(cache) = way.cache.filter(|_| self.cache.len() > 1) {
+            differs.push(format!("cache {}", bytes(cache * 512)));
+        }
+        if self.snap_every.len() > 1 {
+            differs.push(way.snapshots.map_or("no snapshots".into(), |schedule| {
+                let every = schedule.every.as_nanos() as u64;
+                format!("snapshots every {}", seconds(every))
+            }));
+        }
+        if self.cell_pool.len() > 1 {
+            differs.push(
+                way.cells
+                    .map_or("cells reserved".into(), |n| format!("{n} cells")),
+            );
+        }
+        differs.join(", ")
+    }
+
     /// All of them, each with how it differs from the others.
     fn ways(&self) -> Vec<(String, Way)> {
         let some = |caches: &[u64]| caches.iter().map(|&size| Some(size)).collect();
@@ -220,34 +285,27 @@ impl Args {
             true => vec![None],
             false => self.snap_every.iter().map(|schedule| schedule.0).collect(),
         };
+        // By comparison with the cells that are reserved.
+        let mut pools: Vec<Option<u32>> = self.cell_pool.iter().copied().map(Some).collect();
+        if pools.len() != 1 {
+            pools.push(None);
+        }
         let mut ways = Vec::new();
         for &block_size in &self.block_size {
             for &scheme in &self.locks {
                 for &cache in &caches {
                     for &every in &every {
-                        let mut differs = Vec::new();
-                        if self.block_size.len() > 1 {
-                            differs.push(bytes(block_size * 512));
+                        for &cells in &pools {
+                            let keep = self.snap_keep;
+                            let way = Way {
+                                block_size,
+                                scheme,
+                                cache,
+                                snapshots: every.map(|every| SnapshotSchedule { every, keep }),
+                                cells,
+                            };
+                            ways.push((self.name(&way), way));
                         }
-                        if self.locks.len() > 1 {
-                            differs.push(scheme.to_string());
-                        }
-                        if let Some(cache) = cache.filter(|_| caches.len() > 1) {
-                            differs.push(format!("cache {}", bytes(cache * 512)));
-                        }
-                        if self.snap_every.len() > 1 {
-                            differs.push(every.map_or("no snapshots".into(), |every| {
-                                format!("snapshots every {}", seconds(every.as_nanos() as u64))
-                            }));
-                        }
-                        let keep = self.snap_keep;
-                        let way = Way {
-                            block_size,
-                            scheme,
-                            cache,
-                            snapshots: every.map(|every| SnapshotSchedule { every, keep }),
-                        };
-                        ways.push((differs.join(", "), way));
                     }
                 }
             }
@@ -281,22 +339,27 @@ impl Args {
         Ok((engine, metadata))
     }
 
-    fn options(&self, metadata: &PoolMetadata, scheme: LockScheme) -> anyhow::Result<PlayOptions> {
+    fn options(&self, metadata: &PoolMetadata, way: &Way) -> anyhow::Result<PlayOptions> {
         let status = metadata.status()?;
         let block_sectors = status.data_block_size;
         let table = PoolTable {
             metadata_device: "metadata".into(),
             data_device: "data".into(),
             block_sectors,
-            low_water_blocks: self.low_water / u64::from(block_sectors),
+            low_water_blocks: self.low_water,
             features: self.features()?,
         };
         let devices = self.map.iter().cloned();
+        let mut settings = Settings {
+            scheme: way.scheme,
+            ..Settings::new(table)
+        };
+        if let Some(cells) = way.cells {
+            settings.cells = cells as usize;
+            settings.allocation_order = AllocationOrder::OneByOne;
+        }
         Ok(PlayOptions {
-            settings: Settings {
-                scheme,
-                ..Settings::new(table)
-            },
+            settings,
             data_blocks: match self.data_size {
                 Some(sectors) => sectors / u64::from(block_sectors),
                 None => status.data_blocks,
@@ -318,6 +381,35 @@ impl Way {
             None => engine.nr_blocks().saturating_mul(BLOCK_SIZE as u64 + 16),
         };
         usize::try_from(bytes).unwrap_or(usize::MAX)
+    }
+}
+
+impl Args {
+    /// Maps what is to be mapped before the trace begins.
+    fn prefill(
+        &self,
+        beside: &[ControlEvent],
+        metadata: &mut PoolMetadata,
+        options: &mut PlayOptions,
+        observer: &dyn Observer,
+    ) -> anyhow::Result<Option<Prefilled>> {
+        if self.prefill == Fill::None {
+            return Ok(None);
+        }
+        let mut reader = self.trace.open_again()?;
+        let prefill = Prefill::of(
+            &mut *reader,
+            beside.to_vec(),
+            metadata,
+            &options.devices,
+            options.makes_devices,
+            observer,
+        )?;
+        let named = prefill.named().iter();
+        options
+            .devices
+            .extend(named.map(|(name, &id)| (name.clone(), (id, None))));
+        Ok(Some(prefill.apply(metadata)?))
     }
 }
 
@@ -346,12 +438,6 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     if ways.len() > 1 && (args.output.is_some() || args.dump_at_marks.is_some()) {
         bail!("-o and --dump-at-marks are for one way of playing the trace");
     }
-    if ways.len() > MOST_WAYS {
-        bail!(
-            "{} ways to play the trace at once; {MOST_WAYS} are possible",
-            ways.len()
-        );
-    }
     // Better now than when everything is done.
     args.outputs.refuse_early()?;
     if let Some(path) = &args.output {
@@ -363,11 +449,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
             );
         }
     }
+    if args.prefill != Fill::None || args.clock == Clock::Threads && ways.len() > 1 {
+        args.trace.refuse_streams()?;
+    }
     let (_, mut reader) = args.trace.open(&session)?;
-    let reports = match &ways[..] {
-        [(_, way)] => vec![replay(&args, way, &mut *reader, &session)?],
-        ways => sweep(&args, ways, &mut *reader, &session)?,
-    };
+    let reports = reports(&args, &mut *reader, &session)?;
     for (name, ..) in &args.map {
         if !reader.devices().contains(name) {
             let known = reader.devices().join(", ");
@@ -383,16 +469,59 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
             let named: Vec<_> = names.zip(reports.iter().cloned()).collect();
             let mut text = table_of_ways(&named);
             if args.locks.len() > 1 {
-                text.push_str(&compared(reports));
+                text.push('\n');
+                text.push_str(&schemes(reports));
+            }
+            if args.cell_pool.len() > 1 {
+                text.push_str(&cell_pools(reports));
             }
             text
         }
     };
     args.outputs.write(&reports, &text)?;
+    let is_unexpected = |r: &Report| r.expected.as_ref().is_some_and(|e| e.differences > 0);
     Ok(match reports.iter().all(|r| r.is_complete) {
-        true => Exit::Ok,
         false => Exit::Interrupted,
+        true if reports.iter().any(is_unexpected) => Exit::Unexpected,
+        true => Exit::Ok,
     })
+}
+
+/// Plays what `reader` has in every way that was asked for.
+pub(super) fn reports(
+    args: &Args,
+    reader: &mut dyn TraceReader,
+    observer: &dyn Observer,
+) -> anyhow::Result<Vec<Report>> {
+    match &args.ways()[..] {
+        ways if ways.len() > MOST_WAYS => bail!(
+            "{} ways to play the trace at once; {MOST_WAYS} are possible",
+            ways.len()
+        ),
+        [(_, way)] => Ok(vec![replay(args, way, reader, observer)?]),
+        // Each has the machine to itself, or they would measure each other.
+        ways if args.clock == Clock::Threads => {
+            let mut reports = Vec::new();
+            let mut again;
+            for (number, (name, way)) in ways.iter().enumerate() {
+                let reader = match number {
+                    0 => &mut *reader,
+                    _ => {
+                        again = args.trace.open_again()?;
+                        &mut *again
+                    }
+                };
+                let report = replay(args, way, reader, observer).with_context(|| name.clone())?;
+                let is_complete = report.is_complete;
+                reports.push(report);
+                if !is_complete {
+                    break;
+                }
+            }
+            Ok(reports)
+        }
+        ways => sweep(args, ways, reader, observer),
+    }
 }
 
 /// Ways to play a trace at once: a thread and a pool each.
@@ -403,17 +532,17 @@ fn sweep(
     args: &Args,
     ways: &[(String, Way)],
     reader: &mut dyn TraceReader,
-    session: &Session,
+    observer: &dyn Observer,
 ) -> anyhow::Result<Vec<Report>> {
     let (fan, shares) = Fan::new(ways.len());
     std::thread::scope(|scope| {
         let mut players = Vec::new();
         for (mut share, (name, way)) in shares.into_iter().zip(ways) {
-            let play = move || replay(args, way, &mut share, session);
+            let play = move || replay(args, way, &mut share, observer);
             let player = std::thread::Builder::new().spawn_scoped(scope, play)?;
             players.push((name, player));
         }
-        let read = fan.hand_out(reader, session);
+        let read = fan.hand_out(reader, observer);
         let mut reports = Vec::new();
         for (name, player) in players {
             match player.join() {
@@ -426,35 +555,11 @@ fn sweep(
     })
 }
 
-/// What locking schemes made of the same trace.
-fn compared(reports: &[Report]) -> String {
-    let mut text = String::from(
-        "\nlocks        deferred   would block: root      block      cache   acquisitions  read-modify-writes a lookup\n",
-    );
-    for report in reports {
-        let locks = &report.locks;
-        let deferred = report.map.deferred.total();
-        let rmws = locks.atomic_rmws as f64 / locks.lookups.max(1) as f64;
-        text.push_str(&format!(
-            "{:<11} {deferred:>9} {:>19} {:>10} {:>10} {:>14} {rmws:>28.1}\n",
-            report.setup.locks,
-            locks.would_block_root,
-            locks.would_block_block,
-            locks.would_block_cache,
-            locks.acquisitions,
-        ));
-    }
-    text.push_str(
-        "One thread plays the trace in virtual time, so nobody contends for a lock here.\n",
-    );
-    text
-}
-
 fn replay(
     args: &Args,
     way: &Way,
     reader: &mut dyn TraceReader,
-    session: &Session,
+    observer: &dyn Observer,
 ) -> anyhow::Result<Report> {
     let beside = match &args.events {
         Some(path) => {
@@ -463,20 +568,32 @@ fn replay(
         }
         None => Vec::new(),
     };
-    let (engine, metadata) = args.start(way)?;
-    let options = args.options(&metadata, way.scheme)?;
+    let (engine, mut metadata) = args.start(way)?;
+    let mut options = args.options(&metadata, way)?;
+    let prefilled = args.prefill(&beside, &mut metadata, &mut options, observer)?;
     let mut player = Player::new(metadata, options.clone())?;
     player.make_mapped_devices()?;
     let mut marks = 0;
+    let mut expectations = args.expect.expectations()?;
     let mut at_control = |player: &Player| {
-        let (Some(folder), Some(mark)) = (&args.dump_at_marks, player.marks().get(marks)) else {
+        let Some(mark) = player.marks().get(marks) else {
             return Ok(());
         };
         marks += 1;
+        if let Some(expectations) = &mut expectations {
+            expectations.at_mark(player, mark, observer)?;
+        }
+        let Some(folder) = &args.dump_at_marks else {
+            return Ok(());
+        };
         dump(
             &*engine,
             &folder.join(format!("{}.xml", file_name(&mark.name))),
         )
+    };
+    let play = match args.clock {
+        Clock::Virtual => play,
+        Clock::Threads => play_on_threads,
     };
     let is_complete = play(
         &mut player,
@@ -484,9 +601,11 @@ fn replay(
         beside,
         way.snapshots,
         &mut at_control,
-        session,
+        observer,
     )?;
     let mut report = Report::new(&player, &options, reader.notes(), is_complete)?;
+    report.prefilled = prefilled;
+    report.expected = expectations.map(expect::Expectations::end);
     drop(player);
     let snapshots = way.snapshots.map(|s| (s.every.as_secs(), s.keep as u64));
     report.setup.snapshots = snapshots;
@@ -502,7 +621,7 @@ fn replay(
 }
 
 /// A name of a mark as that of a file.
-fn file_name(mark: &str) -> String {
+pub(super) fn file_name(mark: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     let plain = mark.chars().map(|c| if is_plain(c) { c } else { '_' });
     plain.collect()

@@ -1,8 +1,11 @@
 //! The trace that the command line names, and which part of it.
 
+use std::fs::{self, FileType};
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::bail;
 use thintools::replay::{Format, TraceOp, TraceReader, Window, open};
 
 use super::play::time;
@@ -15,7 +18,7 @@ pub(super) struct TraceArgs {
     #[arg(value_name = "TRACE", required = true)]
     traces: Vec<PathBuf>,
 
-    /// The format of the trace, if it is not to be told from the contents: blktrace, blkparse, iolog, msr, alibaba, tencent, spc, load,
+    /// The format of the trace, if it is not to be told from the contents: events, blktrace, blkparse, iolog, msr, alibaba, tencent, spc, load,
     /// disksim, ftrace, biosnoop, vscsi, log-writes, or csv: and a description such as csv:dev=0,op=1,off=2:bytes,len=3:bytes,ts=4:us.
     #[arg(long, value_name = "FORMAT", default_value = "auto")]
     format: String,
@@ -51,17 +54,51 @@ pub(super) struct TraceArgs {
 }
 
 impl TraceArgs {
+    /// Opens it for another reading.
+    pub(super) fn open_again(&self) -> anyhow::Result<Box<dyn TraceReader>> {
+        Ok(self.open_part()?.1)
+    }
+
+    /// Refuses what can be read once only.
+    pub(super) fn refuse_streams(&self) -> anyhow::Result<()> {
+        for path in &self.traces {
+            let kind = fs::metadata(path).map(|m| m.file_type());
+            let is_stream =
+                |kind: FileType| kind.is_fifo() || kind.is_char_device() || kind.is_socket();
+            if path.as_os_str() == "-" || kind.is_ok_and(is_stream) {
+                bail!(
+                    "{} cannot be read twice, as --prefill and several ways by the clock of threads need it; write the trace to a file and give that",
+                    path.display()
+                );
+            }
+        }
+        Ok(())
+    }
+
     /// Opens it, and says what it was recognised as.
     pub(super) fn open(&self, session: &Session) -> anyhow::Result<(Format, Box<dyn TraceReader>)> {
+        let (format, reader) = self.open_part()?;
+        if self.format == "auto" {
+            session.say(&format!("{format}: {}", format.evidence()));
+        }
+        Ok((format, reader))
+    }
+
+    fn open_part(&self) -> anyhow::Result<(Format, Box<dyn TraceReader>)> {
         let format = match self.format.as_str() {
             "auto" => None,
             name => Some(name.parse::<Format>()?),
         };
-        let is_told = format.is_none();
-        let (format, reader) = open(&self.traces, format, self.lenient)?;
-        if is_told {
-            session.say(&format!("{format}: {}", format.evidence()));
-        }
+        self.part_of(&self.traces, format)
+    }
+
+    /// Opens other files with the same part of them left out.
+    pub(super) fn part_of(
+        &self,
+        paths: &[PathBuf],
+        format: Option<Format>,
+    ) -> anyhow::Result<(Format, Box<dyn TraceReader>)> {
+        let (format, reader) = open(paths, format, self.lenient)?;
         let without = match &self.only {
             Some(only) => {
                 let all = TraceOp::ALL.into_iter();

@@ -81,18 +81,21 @@ impl Epochs {
         Barrier(next)
     }
 
-    /// Waits until all that read before [`begin`](Self::begin) have ended.
-    pub(crate) fn wait(&self, barrier: Barrier) {
+    /// Waits until all that read before [`begin`](Self::begin) have ended. False if none did.
+    pub(crate) fn wait(&self, barrier: Barrier) -> bool {
+        let mut has_waited = false;
         for place in self.places().iter() {
             let mut turns = 0;
             while Self::is_before(place, barrier) {
                 turns += 1;
+                has_waited = true;
                 if turns % 64 == 0 {
                     std::thread::yield_now();
                 }
                 std::hint::spin_loop();
             }
         }
+        has_waited
     }
 
     fn is_before(place: &Place, barrier: Barrier) -> bool {

@@ -94,8 +94,9 @@ pub enum WouldBlock {
     Cache,
 }
 
-/// What lookups cost.
+/// What lookups cost. Those of two threads share no line of cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[repr(align(128))]
 pub struct LookupCounts {
     /// Lookups.
     pub lookups: u64,
@@ -115,6 +116,15 @@ pub struct LookupCounts {
     pub wait_ns: u64,
     /// Atomic read-modify-write operations.
     pub atomic_rmws: u64,
+    /// Of the locks that were taken, those of the root.
+    #[serde(default)]
+    pub root_acquisitions: u64,
+    /// Of those that were not free, the root's.
+    #[serde(default)]
+    pub root_contended: u64,
+    /// Of the waiting, that for the root's.
+    #[serde(default)]
+    pub root_wait_ns: u64,
 }
 
 impl LookupCounts {
@@ -129,6 +139,9 @@ impl LookupCounts {
         self.contended += other.contended;
         self.wait_ns += other.wait_ns;
         self.atomic_rmws += other.atomic_rmws;
+        self.root_acquisitions += other.root_acquisitions;
+        self.root_contended += other.root_contended;
+        self.root_wait_ns += other.root_wait_ns;
     }
 }
 
@@ -197,7 +210,7 @@ impl Roots {
     }
 }
 
-/// Taking something that may be held.
+/// Taking a lock of the root.
 fn take<G, T: Tally>(
     wait: bool,
     tally: &mut T,
@@ -207,18 +220,26 @@ fn take<G, T: Tally>(
 ) -> Option<G> {
     tally.with(|c| {
         c.acquisitions += 1;
+        c.root_acquisitions += 1;
         c.atomic_rmws += rmws;
     });
     if let Some(guard) = try_it() {
         return Some(guard);
     }
-    tally.with(|c| c.contended += 1);
+    tally.with(|c| {
+        c.contended += 1;
+        c.root_contended += 1;
+    });
     if !wait {
         return None;
     }
     let since = T::IS_ON.then(Instant::now);
     let guard = wait_for();
-    tally.with(|c| c.wait_ns += since.map_or(0, |s| s.elapsed().as_nanos() as u64));
+    tally.with(|c| {
+        let waited = since.map_or(0, |s| s.elapsed().as_nanos() as u64);
+        c.wait_ns += waited;
+        c.root_wait_ns += waited;
+    });
     Some(guard)
 }
 

@@ -1,7 +1,7 @@
 //! When a pool is full, if it goes on as it did.
 
+use crate::replay::books::Sample;
 use crate::replay::counts::Moments;
-use crate::replay::player::Sample;
 use serde::{Deserialize, Serialize};
 
 /// When data and metadata are full. All times are of the report's clock.

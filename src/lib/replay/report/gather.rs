@@ -1,8 +1,8 @@
 //! The report of what a player did. It alone knows the player.
 
-use super::{Clock, Forecast, Map, Metadata, Noticed, Report, SCHEMA, Setup, Space};
+use super::{Contention, Forecast, Map, Metadata, Noticed, Report, SCHEMA, Setup, Space};
 use crate::pdata::txn::LookupCounts;
-use crate::pool::MapCounts;
+use crate::pool::{AllocationOrder, MapCounts};
 use crate::replay::counts::ByReason;
 use crate::replay::event::TraceNotes;
 use crate::replay::player::{PlayOptions, Player};
@@ -51,6 +51,9 @@ impl Report {
             metadata_blocks: status.metadata_blocks,
             devices: status.devices,
         };
+        let [prison, deferred_sets] = pool.lock_counts();
+        let (commit_stalls, commit_stall_ns) = pool.commit_stalls();
+        let one_by_one = options.settings.allocation_order == AllocationOrder::OneByOne;
         let mut report = Self {
             schema: SCHEMA.into(),
             is_complete,
@@ -58,14 +61,15 @@ impl Report {
             sources: Vec::new(),
             verdicts: Vec::new(),
             setup: Setup {
-                clock: Clock::Virtual,
+                clock: player.clock(),
                 locks: options.settings.scheme.to_string(),
                 block_sectors: pool.block_sectors(),
                 data_blocks: status.data_blocks,
                 low_water_blocks: options.settings.table.low_water_blocks,
                 table: options.settings.table.to_string().trim_end().into(),
                 cpus: options.cpus,
-                device: options.device,
+                cell_pool: one_by_one.then_some(options.settings.cells as u64),
+                device: player.options().device,
                 snapshots: None,
             },
             trace: trace.clone(),
@@ -79,6 +83,12 @@ impl Report {
                 deferred: ByReason(counts.deferred),
             },
             locks,
+            contention: Contention {
+                prison,
+                deferred_sets,
+                commit_stalls,
+                commit_stall_ns,
+            },
             work: player.work().clone(),
             worker: *player.worker().counts(),
             metadata: Metadata {
@@ -99,6 +109,8 @@ impl Report {
             timeline: player.timeline().to_vec(),
             heat: player.heat().clone(),
             marks: player.marks().to_vec(),
+            expected: None,
+            prefilled: None,
             notices: notices.collect(),
         };
         report.judge();

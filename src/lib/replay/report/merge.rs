@@ -5,7 +5,9 @@
 
 use super::{Map, Metadata, Report, Space};
 use crate::error::{Error, ErrorKind, Result};
-use crate::replay::player::Sample;
+use crate::replay::books::Sample;
+use crate::replay::expect::Compared;
+use crate::replay::prefill::Prefilled;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -57,6 +59,15 @@ pub fn merge(reports: &[(String, Report)]) -> Result<Report> {
             false => all.sources.extend_from_slice(&report.sources),
         }
     }
+    all.prefilled = (reports.iter())
+        .filter_map(|(_, report)| report.prefilled)
+        .reduce(|a, b| Prefilled {
+            devices: a.devices.saturating_add(b.devices),
+            blocks: a.blocks.saturating_add(b.blocks),
+        });
+    all.expected = (reports.iter())
+        .filter_map(|(_, report)| report.expected.clone())
+        .reduce(Compared::with);
     all.marks.sort_by_key(|mark| mark.time_ns);
     all.notices.sort_by_key(|notice| notice.time_ns);
     all.timeline = timeline(reports.iter().map(|(_, report)| &report.timeline[..]))?;
@@ -107,6 +118,7 @@ fn add(all: &mut Report, report: &Report) -> Result<()> {
     all.input = sum(&all.input, &report.input)?;
     all.map = sum::<Map>(&all.map, &report.map)?;
     all.locks = sum(&all.locks, &report.locks)?;
+    all.contention = sum(&all.contention, &report.contention)?;
     all.work = sum(&all.work, &report.work)?;
     all.worker = sum(&all.worker, &report.worker)?;
     all.metadata = sum::<Metadata>(&all.metadata, &report.metadata)?;

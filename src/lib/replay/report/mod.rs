@@ -9,50 +9,34 @@ mod html;
 mod merge;
 mod read;
 mod rows;
+mod schemes;
 mod text;
 mod verdicts;
 
+use super::books::{Mark, Sample};
+use super::clock::Clock;
 use super::counts::{ByReason, InputCounts, WorkCounts};
 use super::device::DeviceModel;
 use super::event::TraceNotes;
+use super::expect::Compared;
 use super::heat::HeatMap;
 use super::latencies::Latencies;
-use super::player::{Mark, Sample};
+use super::prefill::Prefilled;
 use crate::pdata::txn::LookupCounts;
-use crate::pool::WorkerCounts;
+use crate::pool::{LockCounts, WorkerCounts};
 pub use compare::{best_block_size, compare, ways};
 pub use forecast::{Fill, Forecast};
 pub use html::html;
 pub use merge::merge;
 pub use rows::{csv, jsonl};
+pub use schemes::{cell_pools, schemes};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fmt;
 pub use text::{bytes, seconds};
 pub use verdicts::{Topic, Verdict};
 
 /// The name of this form of the report, for programs that read it.
 pub const SCHEMA: &str = "thintools-replay/1";
-
-/// Whose time a number is of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Clock {
-    /// The trace's, on a modelled data device: the same trace gives the same report.
-    #[default]
-    Virtual,
-    /// This machine's, with real threads and locks: no two runs are alike.
-    Threads,
-}
-
-impl fmt::Display for Clock {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Virtual => "virtual",
-            Self::Threads => "threads",
-        })
-    }
-}
 
 /// The report.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -70,6 +54,9 @@ pub struct Report {
     pub verdicts: Vec<Verdict>,
     /// How the pool was set up.
     pub setup: Setup,
+    /// What was mapped before the trace began, which is no work of the trace; none unless that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefilled: Option<Prefilled>,
     /// What was read.
     pub trace: TraceNotes,
     /// How many nanoseconds the replay took, by its clock.
@@ -80,6 +67,9 @@ pub struct Report {
     pub map: Map,
     /// What lookups cost.
     pub locks: LookupCounts,
+    /// What the other locks cost.
+    #[serde(default)]
+    pub contention: Contention,
     /// What was done on the data device.
     pub work: WorkCounts,
     /// What the worker did.
@@ -98,6 +88,9 @@ pub struct Report {
     pub heat: HeatMap,
     /// How things were at the marks.
     pub marks: Vec<Mark>,
+    /// What came of comparing with the kernel at the marks; none unless that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected: Option<Compared>,
     /// What the pool reported.
     pub notices: Vec<Noticed>,
 }
@@ -119,6 +112,9 @@ pub struct Setup {
     pub table: String,
     /// Threads that submit.
     pub cpus: usize,
+    /// The cells there are, if each is taken when it is needed, as in 2013; none if both are taken before.
+    #[serde(default)]
+    pub cell_pool: Option<u64>,
     /// The data device.
     pub device: DeviceModel,
     /// Snapshots that were taken whatever the trace says: seconds between them, and how many of each device were kept.
@@ -139,6 +135,19 @@ pub struct Map {
     pub failed: u64,
     /// Left to the worker, by reason.
     pub deferred: ByReason,
+}
+
+/// What the locks cost that are not of lookups.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Contention {
+    /// The prison's.
+    pub prison: LockCounts,
+    /// Those of the deferred sets.
+    pub deferred_sets: LockCounts,
+    /// Commits that had to wait for lookups.
+    pub commit_stalls: u64,
+    /// For how many nanoseconds.
+    pub commit_stall_ns: u64,
 }
 
 /// What the metadata cost, in blocks of 4 KiB.
@@ -202,6 +211,10 @@ impl Report {
     /// What tells this report from others of the same trace.
     pub fn name(&self) -> String {
         let size = bytes(self.block_bytes());
-        format!("{} blocks, locks {}", size, self.setup.locks)
+        let cells = match self.setup.cell_pool {
+            Some(cells) => format!(", cells one by one of {cells}"),
+            None => String::new(),
+        };
+        format!("{size} blocks, locks {}{cells}", self.setup.locks)
     }
 }

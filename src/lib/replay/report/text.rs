@@ -68,6 +68,13 @@ impl fmt::Display for Report {
             setup.clock,
             seconds(self.trace_ns)
         )?;
+        if let Some(prefilled) = &self.prefilled {
+            writeln!(
+                f,
+                "prefill   {} blocks of {} thin devices were mapped before the trace began, since it reads them before it writes them",
+                prefilled.blocks, prefilled.devices
+            )?;
+        }
         if !self.sources.is_empty() {
             writeln!(
                 f,
@@ -136,6 +143,9 @@ impl fmt::Display for Report {
                 writeln!(f, "            {device}: {status}")?;
             }
         }
+        if let Some(expected) = &self.expected {
+            expected.fmt(f)?;
+        }
         for notice in &self.notices {
             writeln!(
                 f,
@@ -187,7 +197,11 @@ impl Report {
             l.would_block_root,
             l.would_block_block,
             l.would_block_cache
-        )
+        )?;
+        for line in self.lines_of_locks() {
+            writeln!(f, "locks     {line}")?;
+        }
+        Ok(())
     }
 }
 

@@ -355,11 +355,15 @@ impl Report {
 
     fn on_cells(&self) -> Option<String> {
         let deadlocks = self.work.deadlocks;
-        (deadlocks > 0).then(|| {
-            format!(
+        match self.setup.cell_pool {
+            Some(cells) if deadlocks == 0 => Some(format!(
+                "taken one by one of {cells}, none was waited for in a cycle"
+            )),
+            _ if deadlocks > 0 => Some(format!(
                 "{deadlocks} deadlocks: every cell was held by somebody who waited for another one"
-            )
-        })
+            )),
+            _ => None,
+        }
     }
 
     fn on_failures(&self) -> Option<String> {

@@ -1,4 +1,4 @@
-//! The last step of every reader: time starts at the first event and never goes back.
+//! The last step of every reader: time starts at the first event, unless the trace says where it starts, and never goes back.
 
 use super::input::Progress;
 use crate::Result;
@@ -16,15 +16,20 @@ pub(super) struct Clock {
 }
 
 impl Clock {
-    pub(super) fn new(from: Box<dyn TraceReader>, inputs: Vec<Option<Progress>>) -> Self {
+    /// With a `base`, time starts there.
+    pub(super) fn new(
+        from: Box<dyn TraceReader>,
+        inputs: Vec<Option<Progress>>,
+        base: Option<u64>,
+    ) -> Self {
         Self {
             from,
             inputs,
             notes: TraceNotes::default(),
             events: 0,
             regressed: 0,
-            base: None,
-            now: 0,
+            base,
+            now: base.unwrap_or(0),
         }
     }
 }

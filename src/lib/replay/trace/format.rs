@@ -37,10 +37,38 @@ pub enum Format {
     Vscsi,
     /// A log of dm-log-writes.
     LogWrites,
+    /// An event file, as [`crate::replay::split`] writes them: the requests of one device in the form that every trace is brought into.
+    /// Integers are little-endian; everything is a multiple of 32 bytes. The file begins with a header:
+    ///
+    /// | offset | size | field |
+    /// |---|---|---|
+    /// | 0 | 8 | `thinevts` |
+    /// | 8 | 4 | version, 1 |
+    /// | 12 | 4 | bytes of the device's name, at most 1024; 0 if the file has control events alone |
+    /// | 16 | 16 | zeros |
+    /// | 32 | | the name in UTF-8, then zeros up to a multiple of 32 |
+    ///
+    /// Records follow, in order of their times:
+    ///
+    /// | offset | size | of a request | of a control event | at the end |
+    /// |---|---|---|---|---|
+    /// | 0 | 8 | nanoseconds since the trace began that this is a part of | the same | 0 |
+    /// | 8 | 8 | first sector of 512 bytes | 0 | requests and control events in the file |
+    /// | 16 | 8 | sectors | bytes of its text, at most 65536 | 0 |
+    /// | 24 | 4 | 0 | 0 | 0 |
+    /// | 28 | 1 | 0 read, 1 write, 2 discard, 3 write zeros, 4 flush | 0xfe | 0xff |
+    /// | 29 | 1 | 1 if a flush comes first, 2 for FUA, or both | 0 | 0 |
+    /// | 30 | 2 | processor or stream | 0 | 0 |
+    /// | 32 | | | the text in UTF-8, then zeros up to a multiple of 32 | |
+    ///
+    /// The record of the end is always there: without it the file is cut off. Times are not counted from the first event of the file,
+    /// so that files of one trace stay in step.
+    Events,
 }
 
 /// All names that stand for themselves.
-pub(super) const NAMED: [(&str, Format); 13] = [
+pub(super) const NAMED: [(&str, Format); 14] = [
+    ("events", Format::Events),
     ("blktrace", Format::Blktrace),
     ("log-writes", Format::LogWrites),
     ("vscsi", Format::Vscsi),
@@ -60,6 +88,7 @@ impl Format {
     /// By what a trace of this format is recognised.
     pub fn evidence(&self) -> &'static str {
         match self {
+            Self::Events => "it begins with the header of an event file",
             Self::Blktrace => "it begins with a record of blktrace",
             Self::LogWrites => "it begins with the superblock of dm-log-writes",
             Self::Vscsi => "its first records have the version of vscsiStats",

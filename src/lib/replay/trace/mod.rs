@@ -9,6 +9,7 @@ mod csv;
 mod csv_spec;
 mod devices;
 mod disksim;
+pub(super) mod events;
 mod format;
 mod ftrace;
 mod input;

@@ -10,6 +10,7 @@ use super::clock::Clock;
 use super::csv::Csv;
 use super::csv_spec::CsvSpec;
 use super::disksim::Disksim;
+use super::events::{self, Events};
 use super::format::{Format, NAMED};
 use super::ftrace::Ftrace;
 use super::input::Input;
@@ -87,7 +88,9 @@ pub fn open(
         1 => readers.remove(0),
         _ => Box::new(Merge::new(readers)),
     };
-    let reader = Box::new(Clock::new(one, inputs));
+    // Parts of one trace stay in step.
+    let base = (format == Format::Events).then_some(0);
+    let reader = Box::new(Clock::new(one, inputs, base));
     match is_live {
         true => Ok((format, Box::new(Ahead::new(reader)?))),
         false => Ok((format, reader)),
@@ -105,6 +108,7 @@ fn reader(format: &Format, input: Input, lenient: bool) -> Box<dyn TraceReader> 
         }
     };
     match format {
+        Format::Events => Box::new(Events::new(input, lenient)),
         Format::Blktrace => Box::new(Resort::new(Blktrace::dump(input, lenient))),
         Format::Blkparse => Box::new(Lines::new(input, Blkparse::default(), lenient)),
         Format::Iolog => Box::new(Lines::new(input, Iolog::default(), lenient)),
@@ -145,6 +149,7 @@ fn detect(input: &mut Input, path: &Path) -> Result<Format> {
 
 fn is(format: &Format, head: &[u8]) -> bool {
     match format {
+        Format::Events => events::is_events(head),
         Format::Blktrace => record::is_big_endian(head).is_some(),
         Format::LogWrites => log_writes::is_log(head),
         Format::Vscsi => vscsi::version(head).is_some(),

@@ -142,7 +142,7 @@ impl Player {
         if op == Op::Flush {
             return vec![rig.submit_flush(&thin)];
         }
-        pieces(op, chunk * CHUNK, count * CHUNK, size)
+        pieces(op, chunk * CHUNK, count * CHUNK, size, None)
             .map(|(sector, sectors)| match op {
                 Op::Write => {
                     rig.submit_tagged(&thin, sector, sectors, content(tag, sector / CHUNK))

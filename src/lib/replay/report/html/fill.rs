@@ -1,7 +1,7 @@
 //! How full the pool gets, and when it would be.
 
 use super::chart::{Chart, ceiling, figure as framed, table, ticks, time_ticks};
-use crate::replay::player::Sample;
+use crate::replay::books::Sample;
 use crate::replay::report::text::{percent, seconds};
 use crate::replay::report::{Fill, Report};
 
@@ -104,7 +104,9 @@ pub(super) fn figure(report: &Report, number: usize) -> String {
             top + 12.0
         ));
     }
-    let mut description = String::from("Data and metadata in use; dashed, how it would go on.");
+    let mut description = String::from(
+        "Data in use, and metadata with what is kept back for commits; dashed, how it would go on.",
+    );
     if let Some(low) = low_water {
         if low <= y_high {
             let at = chart.y.at(low);

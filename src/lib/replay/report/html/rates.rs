@@ -2,7 +2,7 @@
 
 use super::chart::{COLOURS, Chart, ceiling, figure, table, ticks, time_ticks};
 use crate::pool::Reason;
-use crate::replay::player::Sample;
+use crate::replay::books::Sample;
 use crate::replay::report::Report;
 use crate::replay::report::text::seconds;
 use crate::replay::report::verdicts::words;

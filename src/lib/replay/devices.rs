@@ -1,0 +1,175 @@
+//! Which thin device a device of the trace is.
+
+use super::event::TraceIo;
+use crate::error::{ErrorKind, Result};
+use crate::pool::{Thin, Worker};
+use crate::units::ThinId;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// A device of the trace that is a thin device now.
+#[derive(Debug)]
+pub(super) struct Active {
+    pub(super) thin: Option<Arc<Thin>>,
+    pub(super) id: ThinId,
+    pub(super) sectors: Option<u64>,
+    pub(super) origin_sectors: Option<u64>,
+    /// The end of what was asked for until the last control event.
+    pub(super) seen: u64,
+}
+
+impl Active {
+    pub(super) fn new(id: ThinId, sectors: Option<u64>, origin_sectors: Option<u64>) -> Self {
+        Self {
+            thin: None,
+            id,
+            sectors,
+            origin_sectors,
+            seen: 0,
+        }
+    }
+
+    /// Opens the device if it exists by now.
+    pub(super) fn open(&mut self, worker: &mut Worker) -> Result<()> {
+        if self.thin.is_none() {
+            match worker.open_thin(self.id, self.origin_sectors) {
+                Ok(thin) => self.thin = Some(thin),
+                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What requests to a device of the trace need to know of it, until the next control event.
+#[derive(Debug, Default)]
+enum Target {
+    /// Nobody asked yet.
+    #[default]
+    Unknown,
+    /// It is no thin device.
+    Nowhere,
+    Thin {
+        thin: Arc<Thin>,
+        sectors: u64,
+    },
+}
+
+/// Where a request goes.
+pub(super) enum Place<'a> {
+    /// The device has to be [resolved](Devices::resolve) first.
+    Unknown,
+    /// To no thin device, or past its end.
+    Nowhere,
+    /// To a thin device. Its end, in sectors, was not necessarily [noted](Seen).
+    Thin(&'a Arc<Thin>, u64),
+}
+
+/// The end of what was asked for, by the trace's number for the device.
+#[derive(Debug, Default)]
+pub(super) struct Seen(Vec<u64>);
+
+impl Seen {
+    pub(super) fn note(&mut self, device: u32, end: u64) {
+        let number = device as usize;
+        if self.0.len() <= number {
+            self.0.resize(number + 1, 0);
+        }
+        self.0[number] = self.0[number].max(end);
+    }
+}
+
+/// All devices of the trace that are thin devices.
+#[derive(Debug, Default)]
+pub(super) struct Devices {
+    pub(super) active: BTreeMap<String, Active>,
+    /// By the trace's number for them.
+    targets: Vec<Target>,
+    seen: Seen,
+}
+
+impl Devices {
+    pub(super) fn new(active: BTreeMap<String, Active>) -> Self {
+        Self {
+            active,
+            ..Self::default()
+        }
+    }
+
+    /// Where a request goes.
+    pub(super) fn find(&self, io: &TraceIo) -> Place<'_> {
+        match self.targets.get(io.device as usize) {
+            None | Some(Target::Unknown) => Place::Unknown,
+            Some(Target::Nowhere) => Place::Nowhere,
+            Some(Target::Thin { thin, sectors }) => {
+                let end = io.sector.checked_add(io.sectors);
+                match end.filter(|end| end <= sectors) {
+                    Some(end) => Place::Thin(thin, end),
+                    None => Place::Nowhere,
+                }
+            }
+        }
+    }
+
+    /// True if it has to be [resolved](Self::resolve) where requests to this device go.
+    pub(super) fn is_unknown(&self, device: u32) -> bool {
+        let target = self.targets.get(device as usize);
+        matches!(target, None | Some(Target::Unknown))
+    }
+
+    pub(super) fn note(&mut self, device: u32, end: u64) {
+        self.seen.note(device, end);
+    }
+
+    /// Finds out what a device of the trace is; it is made already if it is to be.
+    pub(super) fn resolve(&mut self, name: &str, number: u32, worker: &mut Worker) -> Result<()> {
+        let mut target = Target::Nowhere;
+        if let Some(active) = self.active.get_mut(name) {
+            active.open(worker)?;
+            if let Some(thin) = &active.thin {
+                target = Target::Thin {
+                    thin: Arc::clone(thin),
+                    sectors: active.sectors.unwrap_or(u64::MAX),
+                };
+            }
+        }
+        let number = number as usize;
+        if self.targets.len() <= number {
+            self.targets.resize_with(number + 1, Target::default);
+        }
+        self.targets[number] = target;
+        Ok(())
+    }
+
+    /// Forgets what the requests so far were to, which may change, but not how far they went.
+    pub(super) fn forget_targets(&mut self) {
+        let seen = std::mem::take(&mut self.seen);
+        self.note_all(&seen);
+        self.targets.clear();
+    }
+
+    /// Notes how far requests went.
+    pub(super) fn note_all(&mut self, seen: &Seen) {
+        for (target, &seen) in self.targets.iter().zip(&seen.0) {
+            let Target::Thin { thin, .. } = target else {
+                continue;
+            };
+            let is_it =
+                |of: &Option<Arc<Thin>>| of.as_ref().is_some_and(|of| of.number() == thin.number());
+            for active in self.active.values_mut() {
+                if is_it(&active.thin) {
+                    active.seen = active.seen.max(seen);
+                }
+            }
+        }
+    }
+
+    /// Ids of the thin devices.
+    pub(super) fn ids(&self) -> Vec<ThinId> {
+        let mut ids: Vec<ThinId> = self.active.values().map(|active| active.id).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+}

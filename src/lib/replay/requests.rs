@@ -1,0 +1,134 @@
+//! Requests of a trace that are under way, and the bios that they are cut into.
+
+use super::event::{TraceIo, TraceOp};
+use crate::pool::{Bio, Op, Reason, Thin, pieces};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A request, whose bios have not all ended.
+#[derive(Debug)]
+pub(super) struct Request {
+    /// Number of the open device.
+    pub(super) thin: u32,
+    pub(super) sector: u64,
+    pub(super) sectors: u64,
+    /// When it was submitted; none if nobody wants to know.
+    pub(super) submitted: Option<Duration>,
+    pub(super) left: u32,
+    /// The write that its flush is in front of.
+    pub(super) then: Option<(Arc<Thin>, TraceIo)>,
+    /// Why the map half left it, or its flush, to the worker first.
+    pub(super) deferred: Option<Reason>,
+    /// A part of it was read as zeros at once.
+    pub(super) is_zero: bool,
+}
+
+/// Requests by the number that their bios have.
+#[derive(Debug, Default)]
+pub(super) struct Requests {
+    slots: Vec<Option<Request>>,
+    free: Vec<u32>,
+}
+
+/// What became of a request with the end of one of its bios.
+pub(super) enum Ended {
+    /// Others have not ended.
+    NotYet,
+    /// All have.
+    All(Request),
+    /// There is no such request.
+    Unknown,
+}
+
+impl Requests {
+    pub(super) fn begin(&mut self, request: Request) -> u32 {
+        let number = self.free.pop().unwrap_or(self.slots.len() as u32);
+        match self.slots.get_mut(number as usize) {
+            Some(slot) => *slot = Some(request),
+            None => self.slots.push(Some(request)),
+        }
+        number
+    }
+
+    /// The map half left one of its bios to the worker.
+    pub(super) fn defer(&mut self, number: u32, reason: Reason) {
+        if let Some(Some(request)) = self.slots.get_mut(number as usize) {
+            request.deferred.get_or_insert(reason);
+        }
+    }
+
+    /// One of its bios was read as zeros at once.
+    pub(super) fn note_zero(&mut self, number: u32) {
+        if let Some(Some(request)) = self.slots.get_mut(number as usize) {
+            request.is_zero = true;
+        }
+    }
+
+    /// Those under way.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Request> {
+        self.slots.iter().flatten()
+    }
+
+    pub(super) fn end(&mut self, number: u32) -> Ended {
+        let Some(slot) = self.slots.get_mut(number as usize) else {
+            return Ended::Unknown;
+        };
+        match slot {
+            Some(request) if request.left > 1 => {
+                request.left -= 1;
+                Ended::NotYet
+            }
+            Some(_) => {
+                self.free.push(number);
+                slot.take().map_or(Ended::Unknown, Ended::All)
+            }
+            None => Ended::Unknown,
+        }
+    }
+
+    /// How many are under way.
+    pub(super) fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+}
+
+/// The bios that a request is, without its flush.
+#[derive(Debug)]
+pub(super) struct Cut {
+    pub(super) op: Op,
+    is_fua: bool,
+    /// First sector and sectors of each.
+    pub(super) parts: Vec<(u64, u64)>,
+}
+
+impl Cut {
+    /// Cuts at what reaches a thin device at once, `max` sectors, and at the edges of blocks. `parts` is memory for it.
+    pub(super) fn new(io: &TraceIo, max: Option<u64>, block: u64, parts: Vec<(u64, u64)>) -> Self {
+        let op = match io.op {
+            TraceOp::Read => Op::Read,
+            TraceOp::Discard => Op::Discard,
+            _ => Op::Write,
+        };
+        let mut parts = parts;
+        parts.clear();
+        parts.extend(pieces(op, io.sector, io.sectors, block, max));
+        let is_fua = io.is_fua && op == Op::Write;
+        Self { op, is_fua, parts }
+    }
+
+    /// Calls of the kernel's map function that this makes.
+    pub(super) fn map_calls(&self) -> u64 {
+        match self.op {
+            Op::Discard => 1,
+            _ => self.parts.len() as u64,
+        }
+    }
+
+    pub(super) fn bio(&self, id: u64, (sector, sectors): (u64, u64)) -> Bio {
+        let bio = Bio::new(id, self.op, sector, sectors);
+        match self.is_fua {
+            true => bio.with_fua(),
+            false => bio,
+        }
+    }
+}
