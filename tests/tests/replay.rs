@@ -89,6 +89,7 @@ pub(crate) fn options(scheme: LockScheme) -> PlayOptions {
         device: DeviceModel::default(),
         devices: BTreeMap::from([("254:1".into(), (ThinId(0), Some(4_194_304)))]),
         makes_devices: false,
+        seed: 0,
     }
 }
 

@@ -283,7 +283,6 @@ fn what_is_read_before_it_is_written_is_there_with_prefill() {
 
 /// A seed varies the modelled latencies, and so the order in which requests end.
 #[test]
-#[ignore = "the player takes no seed yet"]
 fn another_seed_gives_another_report_and_the_same_mappings() {
     let place = traces("oracle");
     let run = |seed| {

@@ -43,6 +43,8 @@ pub struct PlayOptions {
     pub devices: BTreeMap<String, (ThinId, Option<u64>)>,
     /// Devices of the trace that are none of these become new thin devices.
     pub makes_devices: bool,
+    /// Varies how long the data device takes, and so in which order requests end; 0 does not.
+    pub seed: u64,
 }
 
 /// Something that ends on the data device.
@@ -502,7 +504,11 @@ impl Player {
 
     fn start(&mut self, io: Io, takes: Duration) {
         let number = self.number();
-        let at = self.now + takes;
+        let varies = match io {
+            Io::Bio(_) | Io::Job(_) => self.options.device.variation(self.options.seed, number),
+            Io::Ended(..) | Io::Map(..) | Io::Worker => Duration::ZERO,
+        };
+        let at = self.now + takes + varies;
         self.ends.push(End { at, number, io });
     }
 

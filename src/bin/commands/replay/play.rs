@@ -122,6 +122,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1024))]
     cpus: u16,
 
+    /// Vary how long the modelled data device takes, and so in which order requests end. The same number gives the same report.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+
     /// Keep the metadata of the pool at the end in this file, which must not exist.
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -369,6 +373,7 @@ impl Args {
             device: DeviceModel::default(),
             devices: devices.map(|(name, id, size)| (name, (id, size))).collect(),
             makes_devices: self.map.is_empty() && self.events.is_none(),
+            seed: self.seed,
         })
     }
 }

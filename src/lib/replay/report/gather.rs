@@ -71,6 +71,7 @@ impl Report {
                 cell_pool: one_by_one.then_some(options.settings.cells as u64),
                 device: player.options().device,
                 snapshots: None,
+                seed: options.seed,
             },
             trace: trace.clone(),
             trace_ns: player.now().as_nanos() as u64,

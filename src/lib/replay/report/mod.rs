@@ -117,6 +117,9 @@ pub struct Setup {
     pub cell_pool: Option<u64>,
     /// The data device.
     pub device: DeviceModel,
+    /// What varies how long it takes.
+    #[serde(default)]
+    pub seed: u64,
     /// Snapshots that were taken whatever the trace says: seconds between them, and how many of each device were kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshots: Option<(u64, u64)>,
