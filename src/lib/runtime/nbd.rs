@@ -1,12 +1,9 @@
 //! A plain NBD server: fixed newstyle, simple replies. A connection has a thread that reads requests and carries out what is mapped, and
 //! one that sends the replies of what the worker had.
 
-use super::runtime::Runtime;
-use super::submitter::{Submitter, errno};
-use super::thin_export::ThinExport;
+use super::export::{Answer, Connection, Export, Exports, Replier, Request};
 use crate::error::{Error, Result};
-use crate::pool::BioError;
-use crate::units::ThinId;
+use rustix::io::Errno;
 use std::io::{self, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -78,7 +75,7 @@ impl Write for Stream {
 }
 
 struct Shared {
-    runtime: Arc<Runtime>,
+    exports: Arc<dyn Exports>,
     is_over: AtomicBool,
     connections: Mutex<(Vec<(u64, Stream)>, u64)>,
     has_left: Condvar,
@@ -98,13 +95,13 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves the runtime's exports on these sockets.
+    /// Serves the exports on these sockets.
     ///
     /// # Errors
     /// `Io` if there are no threads to be had.
-    pub fn start(listeners: Vec<Listener>, runtime: Arc<Runtime>) -> Result<Self> {
+    pub fn start(listeners: Vec<Listener>, exports: Arc<dyn Exports>) -> Result<Self> {
         let shared = Arc::new(Shared {
-            runtime,
+            exports,
             is_over: AtomicBool::new(false),
             connections: Mutex::default(),
             has_left: Condvar::new(),
@@ -167,7 +164,7 @@ fn begin(shared: &Arc<Shared>, stream: Stream) {
     let spawned = std::thread::Builder::new()
         .name("nbd".into())
         .spawn(move || {
-            let _ = serve(&of_thread.runtime, stream);
+            let _ = serve(&*of_thread.exports, stream);
             leave(&of_thread);
         });
     if spawned.is_err() {
@@ -185,23 +182,17 @@ fn bad(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
 }
 
-fn flags(export: &ThinExport) -> u16 {
-    let read_only = if export.is_read_only { 2 } else { 0 };
-    1 | read_only | 4 | 8 | 32 | 64 | 256 | 2048
+fn flags(export: &dyn Export) -> u16 {
+    let read_only = if export.is_read_only() { 2 } else { 0 };
+    let multi_conn = if export.is_multi_conn() { 256 } else { 0 };
+    1 | read_only | 4 | 8 | 32 | 64 | multi_conn | 2048
 }
 
-fn find(runtime: &Runtime, name: &[u8]) -> Option<Arc<ThinExport>> {
-    let id = match name {
-        [] => match runtime.exported().ok()?[..] {
-            [only] => only,
-            _ => return None,
-        },
-        name => ThinId(std::str::from_utf8(name).ok()?.parse().ok()?),
-    };
-    runtime.export(id).ok()
+fn find(exports: &dyn Exports, name: &[u8]) -> Option<Arc<dyn Export>> {
+    exports.find(std::str::from_utf8(name).ok()?)
 }
 
-fn serve(runtime: &Runtime, mut stream: Stream) -> io::Result<()> {
+fn serve(exports: &dyn Exports, mut stream: Stream) -> io::Result<()> {
     stream.write_all(b"NBDMAGICIHAVEOPT\x00\x03")?;
     let client = u32::from_be_bytes(number(&mut stream)?);
     let mut reader = BufReader::with_capacity(256 << 10, stream.try_clone()?);
@@ -226,11 +217,11 @@ fn serve(runtime: &Runtime, mut stream: Stream) -> io::Result<()> {
         };
         match option {
             1 => {
-                let Some(export) = find(runtime, &data) else {
+                let Some(export) = find(exports, &data) else {
                     return Err(bad("no such export"));
                 };
-                let mut out = export.size.to_be_bytes().to_vec();
-                out.extend(flags(&export).to_be_bytes());
+                let mut out = export.size().to_be_bytes().to_vec();
+                out.extend(flags(&*export).to_be_bytes());
                 if client & 2 == 0 {
                     out.extend([0; 124]);
                 }
@@ -242,8 +233,7 @@ fn serve(runtime: &Runtime, mut stream: Stream) -> io::Result<()> {
                 return Ok(());
             }
             3 => {
-                for id in runtime.exported().unwrap_or_default() {
-                    let name = id.to_string();
+                for (name, _) in exports.list() {
                     let mut data = (name.len() as u32).to_be_bytes().to_vec();
                     data.extend(name.as_bytes());
                     reply(2, &data)?;
@@ -258,16 +248,16 @@ fn serve(runtime: &Runtime, mut stream: Stream) -> io::Result<()> {
                     reply(0x8000_0003, b"malformed")?;
                     continue;
                 };
-                let Some(export) = find(runtime, name) else {
+                let Some(export) = find(exports, name) else {
                     reply(0x8000_0006, b"no such export")?;
                     continue;
                 };
                 let mut info = vec![0, 0];
-                info.extend(export.size.to_be_bytes());
-                info.extend(flags(&export).to_be_bytes());
+                info.extend(export.size().to_be_bytes());
+                info.extend(flags(&*export).to_be_bytes());
                 reply(3, &info)?;
                 let mut sizes = vec![0, 3];
-                let preferred = (export.block_sectors() * 512).min(1 << 20) as u32;
+                let preferred = export.preferred_block();
                 for size in [1, preferred, MOST_PAYLOAD] {
                     sizes.extend(size.to_be_bytes());
                 }
@@ -322,12 +312,9 @@ impl Outbox {
         Ok(())
     }
 
-    fn reply(&self, cookie: u64, len: usize, done: std::result::Result<Vec<u8>, BioError>) {
+    fn reply(&self, cookie: u64, len: usize, done: Answer) {
         let mut out = self.out();
-        let error = done
-            .as_ref()
-            .err()
-            .map_or(0, |&e| errno(e).raw_os_error() as u32);
+        let error = done.as_ref().err().map_or(0, |e| e.raw_os_error() as u32);
         out.bytes.extend(REPLY_MAGIC.to_be_bytes());
         out.bytes.extend(error.to_be_bytes());
         out.bytes.extend(cookie.to_be_bytes());
@@ -367,7 +354,7 @@ impl Outbox {
 }
 
 fn transmit(
-    export: Arc<ThinExport>,
+    export: Arc<dyn Export>,
     stream: Stream,
     mut reader: BufReader<Stream>,
 ) -> io::Result<()> {
@@ -379,8 +366,8 @@ fn transmit(
     });
     std::thread::scope(|scope| {
         scope.spawn(|| outbox.be_writer());
-        let mut submitter = Submitter::new(export);
-        let served = requests(&mut submitter, &outbox, &mut reader);
+        let mut connection = Arc::clone(&export).connect();
+        let served = requests(&*export, &mut *connection, &outbox, &mut reader);
         let out = outbox.out();
         let out = outbox.changed.wait_while(out, |out| out.pending > 0);
         out.unwrap_or_else(PoisonError::into_inner).is_over = true;
@@ -390,7 +377,8 @@ fn transmit(
 }
 
 fn requests(
-    submitter: &mut Submitter,
+    export: &dyn Export,
+    connection: &mut dyn Connection,
     outbox: &Arc<Outbox>,
     reader: &mut BufReader<Stream>,
 ) -> io::Result<()> {
@@ -414,7 +402,7 @@ fn requests(
             field(16, 8),
             field(24, 4),
         );
-        let is_fua = flags & 1 != 0;
+        let fua = flags & 1 != 0;
         if kind == 2 {
             return Ok(());
         }
@@ -431,30 +419,34 @@ fn requests(
             _ => 0,
         };
         outbox.begin(held)?;
-        let export = submitter.thin();
         let is_within = offset
             .checked_add(len)
-            .is_some_and(|end| end <= export.size);
-        let is_change = matches!(kind, 1 | 4 | 6);
-        let refused = match kind {
-            0 | 1 | 4 | 6 if !is_within && kind == 1 => Some(BioError::NoSpace),
-            0 | 1 | 4 | 6 if !is_within => Some(BioError::Invalid),
-            0 if len > u64::from(MOST_PAYLOAD) => Some(BioError::Invalid),
-            0 | 1 | 3 | 4 | 6 => None,
-            _ => Some(BioError::Invalid),
+            .is_some_and(|end| end <= export.size());
+        let outbox = Arc::clone(outbox);
+        let reply = Replier::new(move |answer| outbox.reply(cookie, held, answer));
+        let request = match kind {
+            1 if !is_within => Err(Errno::NOSPC),
+            0 | 4 | 6 if !is_within => Err(Errno::INVAL),
+            0 if len > u64::from(MOST_PAYLOAD) => Err(Errno::INVAL),
+            0 => Ok(Request::Read {
+                offset,
+                len: len as usize,
+            }),
+            1 => Ok(Request::Write { offset, data, fua }),
+            3 => Ok(Request::Flush),
+            4 => Ok(Request::Trim { offset, len, fua }),
+            6 => Ok(Request::WriteZeroes {
+                offset,
+                len,
+                fua,
+                no_hole: flags & 2 != 0,
+                fast_zero: flags & 16 != 0,
+            }),
+            _ => Err(Errno::INVAL),
         };
-        let told = {
-            let outbox = Arc::clone(outbox);
-            Box::new(move |done| outbox.reply(cookie, held, done))
-        };
-        match (kind, refused) {
-            (_, Some(error)) => told(Err(error)),
-            _ if is_change && export.is_read_only => told(Err(BioError::Io)),
-            (0, _) => submitter.read(offset, len as usize, told),
-            (1, _) => submitter.write(offset, data, is_fua, told),
-            (4, _) => submitter.trim(offset, len, is_fua, told),
-            (6, _) => submitter.write_zeroes(offset, len, (is_fua, flags & 2 != 0), told),
-            _ => submitter.flush(told),
+        match request {
+            Ok(request) => connection.submit(request, reply),
+            Err(error) => reply.answer(Err(error)),
         }
     }
 }
