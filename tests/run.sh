@@ -4,6 +4,7 @@
 # Debian packages are installed only if a program is missing:
 #   thin-provisioning-tools  thin_check and thin_restore 0.9, which the tests hold the output of thintools against
 #   gcc, libc6-dev           the linker, and the compiler for the C code of the zstd package
+#   libnbd-bin, qemu-utils, fio  the clients that the NBD server is tested with
 #   python3                  for the scripts that score repairs and hold images against the kernel
 # and, where they can be installed, QEMU and a kernel (tests/kernel/run.sh); without them that step says that it is skipped.
 set -euo pipefail
@@ -29,6 +30,9 @@ install_missing() {
     fi
     if ! have python3; then
         packages+=(python3)
+    fi
+    if ! have nbdcopy || ! have qemu-io || ! have fio; then
+        packages+=(libnbd-bin qemu-utils fio)
     fi
     if ((${#packages[@]} == 0)); then
         echo 'nothing is missing'

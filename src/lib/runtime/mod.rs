@@ -10,6 +10,8 @@ mod cut;
 mod data_device;
 mod driver;
 mod event_log;
+pub mod export;
+pub mod memory_export;
 pub mod nbd;
 #[expect(clippy::module_inception, reason = "the runtime of the pool")]
 mod runtime;

@@ -2,9 +2,17 @@
 
 use super::data_device::{DataDevice, SECTOR};
 use super::driver::Driver;
+use super::export::{
+    Connection, Export, Exports, Extent, MOST_PAYLOAD, Replier, Request, add_extent,
+};
+use super::runtime::Runtime;
+use super::submitter::{Submitter, errno};
+use super::transfer::Told;
 use crate::error::{Error, ErrorKind, Result};
-use crate::pool::{Features, Thin};
+use crate::pool::{BioError, Features, Thin};
+use crate::thin::BlockTime;
 use crate::units::{ThinBlock, ThinId};
+use rustix::io::Errno;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
@@ -122,6 +130,183 @@ impl ThinExport {
             at = (begin - begin % size + size).min(bytes.end);
             Some(begin..at)
         })
+    }
+}
+
+/// Blocks that are looked at for one answer about extents, so that it does not take long.
+const MOST_BLOCKS: u64 = 16384;
+const ALLOCATION: &str = "base:allocation";
+const DEPTH: &str = "qemu:allocation-depth";
+const TIME: &str = "dm-thin:time";
+/// What differs from another thin device of the pool; its id follows.
+const SINCE: &str = "qemu:dirty-bitmap:since-";
+
+impl ThinExport {
+    /// The status of a block in a context.
+    fn status(&self, context: &str, mapping: Option<BlockTime>, snapshotted: u32) -> u32 {
+        match (context, mapping) {
+            (ALLOCATION, Some(_)) => 0,
+            (ALLOCATION, None) if self.is_unmapped_zero() => 3,
+            (ALLOCATION, None) if self.origin.is_some() => 0,
+            (ALLOCATION, None) => 1,
+            (DEPTH, None) => 0,
+            (DEPTH, Some(mapping)) => 1 + u32::from(snapshotted > mapping.time),
+            (_, mapping) => mapping.map_or(0, |mapping| mapping.time),
+        }
+    }
+}
+
+impl Export for ThinExport {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.is_read_only
+    }
+
+    fn preferred_block(&self) -> u32 {
+        // Only powers of two can be told.
+        let block = self.block_sectors() * SECTOR;
+        let power = 1_u64 << block.trailing_zeros();
+        power.min(MOST_PAYLOAD.into()) as u32
+    }
+
+    fn contexts(&self) -> Vec<String> {
+        let mut contexts = [ALLOCATION, DEPTH, TIME].map(String::from).to_vec();
+        let others = self.driver.pool.inspect(|pool| pool.devices());
+        let own = self.thin.id();
+        let others = others
+            .unwrap_or_default()
+            .into_iter()
+            .filter(|&id| id != own);
+        contexts.extend(others.map(|id| format!("{SINCE}{id}")));
+        contexts
+    }
+
+    fn extents(
+        &self,
+        context: &str,
+        range: Range<u64>,
+        most: usize,
+    ) -> std::result::Result<Vec<Extent>, Errno> {
+        let size = self.block_sectors() * SECTOR;
+        let other = match context.strip_prefix(SINCE) {
+            Some(id) => Some(ThinId(id.parse().map_err(|_| Errno::INVAL)?)),
+            None => None,
+        };
+        let id = self.thin.id();
+        let mut extents = Vec::new();
+        self.driver.pool.inspect(|pool| {
+            let next = |id, block| pool.next_block(id, block).map_err(|_| Errno::IO);
+            let snapshotted = pool.details(id).map_err(|_| Errno::IO)?.snapshotted_time;
+            let (mut here, mut there) = (None, None);
+            let mut at = range.start;
+            for _ in 0..MOST_BLOCKS {
+                if at >= range.end {
+                    break;
+                }
+                let block = ThinBlock(at / size);
+                let advance = |known: &mut Option<Option<(ThinBlock, BlockTime)>>, id| {
+                    if known.is_none_or(|next| next.is_some_and(|(b, _)| b < block)) {
+                        *known = Some(next(id, block)?);
+                    }
+                    Ok(known.flatten())
+                };
+                let mine = advance(&mut here, id)?;
+                let theirs = match other {
+                    Some(other) => advance(&mut there, other)?,
+                    None => None,
+                };
+                let first = [mine, theirs].into_iter().flatten().map(|(b, _)| b).min();
+                // Up to the next mapping of either it is all the same.
+                let (end, status) = match first {
+                    Some(first) if first == block => {
+                        let at_block = |found: Option<(ThinBlock, BlockTime)>| {
+                            found
+                                .filter(|(b, _)| *b == block)
+                                .map(|(_, mapping)| mapping)
+                        };
+                        let status = match other {
+                            None => self.status(context, at_block(mine), snapshotted),
+                            Some(_) => {
+                                let data = |found| at_block(found).map(|m: BlockTime| m.block);
+                                u32::from(data(mine) != data(theirs))
+                            }
+                        };
+                        (block.0.saturating_add(1), status)
+                    }
+                    first => {
+                        let status = match other {
+                            None => self.status(context, None, snapshotted),
+                            Some(_) => 0,
+                        };
+                        (first.map_or(u64::MAX, |first| first.0), status)
+                    }
+                };
+                let is_new = extents.last().is_none_or(|e: &Extent| e.status != status);
+                if is_new && extents.len() == most {
+                    break;
+                }
+                let end = end.saturating_mul(size).min(range.end);
+                add_extent(&mut extents, end - at, status);
+                at = end;
+            }
+            Ok(extents)
+        })
+    }
+
+    fn connect(self: Arc<Self>) -> Box<dyn Connection> {
+        Box::new(Submitter::new(self))
+    }
+}
+
+impl Connection for Submitter {
+    fn submit(&mut self, request: Request, reply: Replier) {
+        let told: Told = Box::new(move |done| {
+            reply.answer(done.map_err(errno));
+        });
+        match request {
+            Request::Read { offset, len } => self.read(offset, len, told),
+            Request::Write { offset, data, fua } => self.write(offset, data, fua, told),
+            Request::Flush => self.flush(told),
+            Request::Trim { offset, len, fua } => self.trim(offset, len, fua, told),
+            Request::WriteZeroes {
+                offset,
+                len,
+                fua,
+                no_hole,
+                fast_zero,
+            } => {
+                // Zeros are fast where blocks are unmapped.
+                if fast_zero && (no_hole || !self.thin().is_unmapped_zero()) {
+                    return told(Err(BioError::Unsupported));
+                }
+                self.write_zeroes(offset, len, (fua, no_hole), told);
+            }
+            // A hint that the page cache does well without.
+            Request::Cache { .. } => told(Ok(Vec::new())),
+        }
+    }
+}
+
+impl Exports for Runtime {
+    fn find(&self, name: &str) -> Option<Arc<dyn Export>> {
+        let id = match name {
+            "" => match self.exported().ok()?[..] {
+                [only] => only,
+                _ => return None,
+            },
+            name => ThinId(name.parse().ok()?),
+        };
+        Some(self.export(id).ok()?)
+    }
+
+    fn list(&self) -> Vec<(String, String)> {
+        let exported = self.exported().unwrap_or_default().into_iter();
+        exported
+            .map(|id| (id.to_string(), format!("thin device {id}")))
+            .collect()
     }
 }
 
