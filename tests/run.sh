@@ -4,7 +4,7 @@
 # Debian packages are installed only if a program is missing:
 #   thin-provisioning-tools  thin_check and thin_restore 0.9, which the tests hold the output of thintools against
 #   gcc, libc6-dev           the linker, and the compiler for the C code of the zstd package
-#   qemu-utils, libnbd-bin   qemu-io, nbdcopy and nbdinfo, which thin_serve is tried with
+#   libnbd-bin, qemu-utils, fio  the clients that the NBD server is tested with
 #   python3                  for the scripts that score repairs and hold images against the kernel
 # and, where they can be installed, QEMU and a kernel (tests/kernel/run.sh); without them that step says that it is skipped.
 set -euo pipefail
@@ -28,14 +28,11 @@ install_missing() {
     if ! have cc; then
         packages+=(gcc libc6-dev)
     fi
-    if ! have qemu-io; then
-        packages+=(qemu-utils)
-    fi
-    if ! have nbdcopy || ! have nbdinfo; then
-        packages+=(libnbd-bin)
-    fi
     if ! have python3; then
         packages+=(python3)
+    fi
+    if ! have nbdcopy || ! have qemu-io || ! have fio; then
+        packages+=(libnbd-bin qemu-utils fio)
     fi
     if ((${#packages[@]} == 0)); then
         echo 'nothing is missing'

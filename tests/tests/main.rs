@@ -12,6 +12,7 @@ mod fuzzed;
 mod in_place;
 mod log_writes;
 mod metadata_crash;
+mod nbd;
 mod pool;
 mod pool_metadata;
 mod repair;

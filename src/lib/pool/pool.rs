@@ -8,6 +8,7 @@ use super::list::{Linked, List};
 use super::mode::{AtomicMode, PoolMode};
 use super::prison::{Cell, Held, Prison};
 use super::worker::{JobId, Traffic};
+use crate::error::Result;
 use crate::thin::{PoolMetadata, SharedMetadata};
 use crate::units::DataBlock;
 use std::fmt;
@@ -155,6 +156,14 @@ impl Pool {
     /// Looks at the metadata, between two changes.
     pub fn inspect<T>(&self, look: impl FnOnce(&PoolMetadata) -> T) -> T {
         self.metadata.inspect(look)
+    }
+
+    /// True if more than one mapping leads to a data block.
+    ///
+    /// # Errors
+    /// `Io`, `Damaged`.
+    pub fn is_shared(&self, block: DataBlock) -> Result<bool> {
+        self.metadata.change(|pool| pool.block_is_shared(block))
     }
 
     /// Commits so far.

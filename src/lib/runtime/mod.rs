@@ -10,10 +10,14 @@ mod cut;
 mod data_device;
 mod driver;
 mod event_log;
+pub mod export;
+mod exports;
+pub mod memory_export;
 pub mod nbd;
 #[expect(clippy::module_inception, reason = "the runtime of the pool")]
 mod runtime;
 mod submitter;
+mod thin_contexts;
 mod thin_export;
 mod transfer;
 

@@ -482,6 +482,67 @@ mod tests {
     }
 
     #[test]
+    fn contexts_tell_what_is_mapped_shared_and_different() {
+        let scene = Scene::new(32);
+        let mut origin = scene.open(0);
+        origin.write_now(BLOCK as u64, &vec![1; 3 * BLOCK]).unwrap();
+        let message = |text: &str| scene.runtime.message(text.parse().unwrap()).unwrap();
+        message("create_snap 1 0");
+        origin.write_now(2 * BLOCK as u64, &[2; 512]).unwrap();
+        origin.write_now(9 * BLOCK as u64, &[2; 512]).unwrap();
+        let thin = Arc::clone(origin.thin());
+        let statuses = |context: &str, range: Range<u64>, most: usize| {
+            let found = thin.statuses(context, &range, most).unwrap();
+            found.map(|all| all.iter().map(|e| (e.len, e.status)).collect::<Vec<_>>())
+        };
+        let block = BLOCK as u64;
+        let all = |context: &str| {
+            let found = statuses(context, 0..12 * block, 100).expect("it is known");
+            assert_eq!(found.iter().map(|(len, _)| len).sum::<u64>(), 12 * block);
+            found
+                .iter()
+                .map(|(len, status)| (len / block, *status))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            all("base:allocation"),
+            [(1, 3), (3, 0), (5, 3), (1, 0), (2, 3)]
+        );
+        let depth = [(1, 0), (1, 2), (1, 1), (1, 2), (5, 0), (1, 1), (2, 0)];
+        assert_eq!(all("qemu:allocation-depth"), depth);
+        let since = [(2, 0), (1, 1), (6, 0), (1, 1), (2, 0)];
+        assert_eq!(all("qemu:dirty-bitmap:since-1"), since);
+        assert_eq!(
+            all("dm-thin:shared"),
+            [(1, 0), (1, 1), (1, 0), (1, 1), (8, 0)]
+        );
+        let (no, new) = (u32::MAX, 1);
+        let time = [
+            (1, no),
+            (1, 0),
+            (1, new),
+            (1, 0),
+            (5, no),
+            (1, new),
+            (2, no),
+        ];
+        assert_eq!(all("dm-thin:time"), time);
+        assert_eq!(
+            statuses("base:allocation", 100..block + 7, 9),
+            Some(vec![(block - 100, 3), (7, 0)])
+        );
+        assert_eq!(
+            statuses("base:allocation", 0..12 * block, 2).map(|all| all.len()),
+            Some(2)
+        );
+        assert_eq!(statuses("base:nothing", 0..block, 9), None);
+        assert!(
+            thin.statuses("qemu:dirty-bitmap:since-7", &(0..block), 9)
+                .is_err()
+        );
+    }
+
+    #[test]
     fn a_full_pool_says_so_and_goes_on_once_it_has_grown() {
         let scene = Scene::new(2);
         let mut thin = scene.open(0);

@@ -146,7 +146,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         runtime.autoextend(how)?;
     }
     let listeners = std::mem::take(&mut sockets.listeners);
-    let server = Server::start(listeners, Arc::clone(&runtime))?;
+    let server = Server::start(listeners, runtime.clone())?;
     say_events(&runtime, args.quiet)?;
     ready::tell(args.ready_fd)?;
     let child = match &args.run {

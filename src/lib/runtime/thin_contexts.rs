@@ -1,0 +1,181 @@
+//! What the metadata knows of the bytes of a thin device, in the contexts in which NBD clients ask for it.
+//!
+//! | context | status |
+//! |---|---|
+//! | `base:allocation` | 3 (a hole, reads as zeros) if not mapped, 0 if mapped or read from an external origin |
+//! | `qemu:allocation-depth` | 0 not mapped, 1 mapped and nobody else's, 2 shared, or read from an external origin |
+//! | `qemu:dirty-bitmap:since-ID` | 1 if mapped otherwise than in thin device ID of the same pool, else 0 |
+//! | `dm-thin:time` | the snapshot clock when the block was mapped; 4294967295 if it is not |
+//! | `dm-thin:shared` | 1 if somebody else has the block, too |
+
+use super::data_device::SECTOR;
+use super::export::{Extent, add_extent};
+use super::thin_export::ThinExport;
+use crate::error::Result;
+use crate::thin::{BlockTime, PoolMetadata};
+use crate::units::{DataBlock, ThinBlock, ThinId};
+use std::ops::Range;
+
+/// Mappings that one answer looks at.
+const MOST_MAPPINGS: usize = 4096;
+
+/// A context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Context {
+    Allocation,
+    Depth,
+    Since(ThinId),
+    Time,
+    Shared,
+}
+
+const SINCE: &str = "qemu:dirty-bitmap:since-";
+
+impl Context {
+    fn find(name: &str) -> Option<Self> {
+        Some(match name {
+            "base:allocation" => Self::Allocation,
+            "qemu:allocation-depth" => Self::Depth,
+            "dm-thin:time" => Self::Time,
+            "dm-thin:shared" => Self::Shared,
+            name => Self::Since(ThinId(name.strip_prefix(SINCE)?.parse().ok()?)),
+        })
+    }
+}
+
+/// A run of blocks with the same mapping as far as the context tells.
+struct Run {
+    begin: u64,
+    end: u64,
+    /// None if it is not mapped.
+    mapping: Option<BlockTime>,
+    differs: bool,
+}
+
+/// Names of the contexts of a device.
+pub(super) fn names(pool: &PoolMetadata, id: ThinId) -> Vec<String> {
+    let others = pool.devices().unwrap_or_default();
+    let since = others.into_iter().filter(|other| *other != id);
+    [
+        "base:allocation",
+        "qemu:allocation-depth",
+        "dm-thin:time",
+        "dm-thin:shared",
+    ]
+    .map(String::from)
+    .into_iter()
+    .chain(since.map(|other| format!("{SINCE}{other}")))
+    .collect()
+}
+
+/// Goes through the blocks of `range` from the first: each mapping is a run, and each stretch without any.
+fn runs(
+    pool: &PoolMetadata,
+    id: ThinId,
+    other: Option<ThinId>,
+    range: Range<u64>,
+) -> Result<Vec<Run>> {
+    let mut runs = Vec::new();
+    let mut at = range.start;
+    while at < range.end && runs.len() < MOST_MAPPINGS {
+        let next = |id| pool.next_block(id, ThinBlock(at));
+        let own = next(id)?.filter(|(block, _)| block.0 < range.end);
+        let others = match other {
+            Some(other) => next(other)?.filter(|(block, _)| block.0 < range.end),
+            None => None,
+        };
+        let begin = own
+            .into_iter()
+            .chain(others)
+            .map(|(block, _)| block.0)
+            .min();
+        let begin = begin.unwrap_or(range.end);
+        if at < begin {
+            runs.push(Run {
+                begin: at,
+                end: begin,
+                mapping: None,
+                differs: false,
+            });
+        }
+        if begin < range.end {
+            let of = |found: Option<(ThinBlock, BlockTime)>| {
+                found.filter(|f| f.0.0 == begin).map(|f| f.1)
+            };
+            let mapping = of(own);
+            let differs = mapping.map(|m| m.block) != of(others).map(|m| m.block);
+            runs.push(Run {
+                begin,
+                end: begin + 1,
+                mapping,
+                differs,
+            });
+        }
+        at = begin + 1;
+    }
+    Ok(runs)
+}
+
+impl ThinExport {
+    /// The status of bytes; none if there is no such context.
+    pub(super) fn statuses(
+        &self,
+        context: &str,
+        range: &Range<u64>,
+        most: usize,
+    ) -> Result<Option<Vec<Extent>>> {
+        let Some(context) = Context::find(context) else {
+            return Ok(None);
+        };
+        let size = self.block_sectors() * SECTOR;
+        let blocks = range.start / size..range.end.div_ceil(size);
+        let other = match context {
+            Context::Since(other) => Some(other),
+            _ => None,
+        };
+        let id = self.thin.id();
+        let runs = self
+            .driver
+            .pool
+            .inspect(|pool| runs(pool, id, other, blocks))?;
+        let of_origin = match &self.origin {
+            Some(origin) => origin.sectors()? * SECTOR,
+            None => 0,
+        };
+        let mut extents = Vec::new();
+        for run in runs {
+            let (begin, end) = (run.begin.saturating_mul(size), run.end.saturating_mul(size));
+            let (begin, end) = (begin.max(range.start), end.min(range.end));
+            let status = self.status(context, &run)?;
+            // What is not mapped is in the origin as far as that goes.
+            let middle = match run.mapping {
+                None => of_origin.clamp(begin, end),
+                Some(_) => begin,
+            };
+            let in_origin = match context {
+                Context::Allocation => 0,
+                Context::Depth => 2,
+                _ => status,
+            };
+            add_extent(&mut extents, middle - begin, in_origin);
+            add_extent(&mut extents, end - middle, status);
+            if extents.len() > most {
+                extents.truncate(most);
+                break;
+            }
+        }
+        Ok(Some(extents))
+    }
+
+    fn status(&self, context: Context, run: &Run) -> Result<u32> {
+        let is_shared = |block: DataBlock| self.driver.pool.is_shared(block);
+        Ok(match (context, run.mapping) {
+            (Context::Allocation, None) => 3,
+            (Context::Allocation, Some(_)) | (Context::Depth | Context::Shared, None) => 0,
+            (Context::Depth, Some(mapping)) => 1 + u32::from(is_shared(mapping.block)?),
+            (Context::Shared, Some(mapping)) => is_shared(mapping.block)?.into(),
+            (Context::Since(_), _) => run.differs.into(),
+            (Context::Time, mapping) => mapping.map_or(u32::MAX, |mapping| mapping.time),
+        })
+    }
+}
