@@ -451,6 +451,7 @@ fn clients_that_people_have_work() {
         "--size=8M",
         "--verify=crc32c",
         "--do_verify=1",
+        "--verify_state_save=0",
     ];
     scene.run("fio", &fio);
 }
