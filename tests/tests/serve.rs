@@ -60,7 +60,7 @@ impl Scene {
     fn of_kernel() -> Self {
         let folder = folder();
         fs::write(folder.path().join("meta"), expand("seq-1thin/meta.img")).expect("written");
-        fs::write(folder.path().join("data"), expand("seq-1thin/data.img")).expect("written");
+        fs::write(folder.path().join("data"), expand("seq-1thin/data.raw")).expect("written");
         Self {
             folder,
             server: None,
@@ -174,7 +174,7 @@ impl Scene {
 #[test]
 fn what_the_kernel_wrote_is_served_as_it_is() {
     let mut scene = Scene::of_kernel();
-    let mut expected = expand("seq-1thin/data.img");
+    let mut expected = expand("seq-1thin/data.raw");
     expected[900 * BLOCK..].fill(0);
     let before = (
         fs::read(scene.path("meta")).expect("read"),
@@ -611,7 +611,7 @@ fn libnbd_starts_the_server_itself() {
         command = command.arg(argument);
     }
     command.arg("]").arg(&copy).run().expect(0);
-    assert!(fs::read(copy).expect("copied") == expand("seq-1thin/data.img")[..900 * BLOCK]);
+    assert!(fs::read(copy).expect("copied") == expand("seq-1thin/data.raw")[..900 * BLOCK]);
 }
 
 #[test]
