@@ -1,4 +1,29 @@
 //! Everything that is known to go wrong with traces.
+//!
+//! | trap | test |
+//! |---|---|
+//! | bit 0x100 of an action | [`bit_0x100_of_an_action_is_no_part_of_it`] |
+//! | FUA is bit 15 | [`fua_is_bit_15_of_the_categories`] |
+//! | text of an empty flush | [`an_empty_flush_has_fewer_fields_in_text`] |
+//! | ends of messages | [`a_control_event_may_end_in_anything_and_begin_with_the_name_of_the_program`] |
+//! | messages of a dump out of order | [`messages_out_of_order_in_a_dump_are_put_in_order`] |
+//! | equal times | [`equal_times_are_ordered_by_processor_and_number`] |
+//! | stamps of whole seconds | [`whole_seconds_are_spread_the_same_way_every_time`] |
+//! | times since 1601 | [`filetimes_count_from_1601`] |
+//! | SPC: blocks and bytes | [`spc_has_addresses_in_blocks_and_sizes_in_bytes`] |
+//! | discards beyond a block and 4 GiB | [`discards_may_be_larger_than_any_block_or_4_gib`] |
+//! | sectors beyond the device | [`sectors_beyond_what_a_device_can_have_are_errors`] |
+//! | a last record cut off | [`a_last_record_that_is_cut_off_is_told`] |
+//! | the file of a processor is missing | [`the_file_of_a_processor_is_missing`] |
+//! | lost events | [`lost_events_are_gaps_in_the_numbers_of_a_processor`] |
+//! | several devices in a trace | [`devices_of_one_trace_keep_their_names`] |
+//! | minors above 255 | [`minors_go_beyond_255`] |
+//! | big-endian, version 8 | [`both_versions_and_byte_orders_say_the_same`] |
+//! | recorded below the thin device | [`what_is_below_the_thin_device_is_warned_of`] |
+//! | CRLF | [`lines_may_end_as_in_dos`] |
+//! | joined members of gzip and others | [`compressed_files_may_be_joined_and_cut_off`] |
+//! | CSV with a heading and without | [`a_heading_of_a_csv_is_no_fault_but_only_at_its_beginning`] |
+//! | lines and records of nonsense | [`lenient_reading_counts_and_goes_on`] |
 
 use std::fs;
 use std::io::Write;
@@ -180,6 +205,25 @@ fn an_empty_flush_has_fewer_fields_in_text() {
     );
     assert_eq!(trace.texts(), ["delete 1"]);
     assert_eq!(trace.notes.skipped, 4);
+}
+
+#[test]
+fn a_control_event_may_end_in_anything_and_begin_with_the_name_of_the_program() {
+    for words in [
+        "ctl delete 1",
+        "ctl delete 1\n",
+        "ctl delete 1\0",
+        "ctl  delete 1 \n\0\0",
+        "thinreplay: delete 1\n",
+        "thinreplay:delete 1",
+    ] {
+        let trace = sound(&[Rec::new(0, Q), Rec::message(5, words)]);
+        assert_eq!(trace.texts(), ["delete 1"], "{words:?}");
+    }
+    for other in ["ctl", "control delete 1", "\0", "", "thinreplay delete 1"] {
+        let trace = sound(&[Rec::new(0, Q), Rec::message(5, other)]);
+        assert!(trace.texts().is_empty(), "{other:?}");
+    }
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! Binary blktrace: one file for each processor, read side by side, or a dump that blkparse made of them.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::HashMap;
 
 use super::input::Input;
 use super::lines::{Fault, Sink, control};
+use super::next::Next;
 use super::record::{self, Record};
 use crate::error::{Error, ErrorKind, Result};
 use crate::replay::event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
@@ -17,15 +17,16 @@ const SEQUENCES: usize = 1024;
 /// Files of one or more devices and their processors.
 pub(super) struct Blktrace {
     streams: Vec<Stream>,
-    /// The stream whose record is next, and the next records of the others.
-    current: Option<usize>,
-    others: BinaryHeap<Reverse<(Key, usize)>>,
+    /// Which stream is next, by time, processor and number on that processor.
+    next: Option<Next>,
     shared: Shared,
-    is_primed: bool,
 }
 
-/// Time, processor, number on that processor: what records are merged by.
-type Key = (u64, u16, u32);
+/// Where a record belongs, for [`Next`].
+#[inline]
+fn key(io: &TraceIo, sequence: u32) -> u128 {
+    u128::from(io.time_ns) << 64 | u128::from(io.cpu) << 48 | u128::from(sequence) << 16
+}
 
 /// What the streams find out together.
 struct Shared {
@@ -64,8 +65,7 @@ impl Blktrace {
     fn with(inputs: Vec<Input>, dump: Option<Dump>, is_lenient: bool) -> Self {
         Self {
             streams: inputs.into_iter().map(Stream::new).collect(),
-            current: None,
-            others: BinaryHeap::new(),
+            next: None,
             shared: Shared {
                 sink: Sink::new(),
                 sequences: vec![(u64::MAX, 0); SEQUENCES].into(),
@@ -73,7 +73,6 @@ impl Blktrace {
                 has_remap: false,
                 is_lenient,
             },
-            is_primed: false,
         }
     }
 
@@ -82,36 +81,23 @@ impl Blktrace {
         self.shared.sink.warn(warning);
     }
 
-    fn prime(&mut self) -> Result<()> {
-        self.is_primed = true;
-        for (index, stream) in self.streams.iter_mut().enumerate() {
+    fn prime(&mut self) -> Result<Next> {
+        let mut keys = Vec::new();
+        for stream in &mut self.streams {
             if stream.input.want(4)? {
                 stream.is_big = record::is_big_endian(stream.input.data()).unwrap_or(false);
             }
-            if let Some(key) = stream.advance(&mut self.shared)? {
-                self.others.push(Reverse((key, index)));
-            }
+            keys.push(stream.advance(&mut self.shared)?);
         }
-        self.current = self.others.pop().map(|Reverse((_, first))| first);
-        Ok(())
-    }
-
-    /// Which stream is next after the current one came to `key`. Requests of a processor often follow each other.
-    #[inline]
-    fn first(&mut self, key: Key, current: usize) -> usize {
-        match self.others.peek_mut() {
-            Some(mut other) if other.0 < (key, current) => {
-                std::mem::replace(&mut *other, Reverse((key, current))).0.1
-            }
-            _ => current,
-        }
+        Next::of(&keys)
     }
 
     fn fill_batch(&mut self) -> Result<()> {
-        if !self.is_primed {
-            self.prime()?;
-        }
-        while let Some(index) = self.current
+        let mut next = match self.next.take() {
+            Some(next) => next,
+            None => self.prime()?,
+        };
+        while let Some(index) = next.first()
             && !self.shared.sink.is_full()
         {
             let stream = &mut self.streams[index];
@@ -123,14 +109,12 @@ impl Blktrace {
                     batch.controls.push(ControlEvent { time_ns, text });
                 }
             }
-            self.current = match stream.advance(&mut self.shared)? {
-                Some(key) => Some(self.first(key, index)),
-                None => self.others.pop().map(|Reverse((_, other))| other),
-            };
+            next.replace_first(stream.advance(&mut self.shared)?);
         }
         if let Some(dump) = &mut self.shared.dump {
-            dump.place(&mut self.shared.sink.batch, self.current.is_none());
+            dump.place(&mut self.shared.sink.batch, next.first().is_none());
         }
+        self.next = Some(next);
         Ok(())
     }
 }
@@ -166,7 +150,7 @@ impl Stream {
     }
 
     #[inline]
-    fn advance(&mut self, shared: &mut Shared) -> Result<Option<Key>> {
+    fn advance(&mut self, shared: &mut Shared) -> Result<Option<u128>> {
         if self.is_big {
             self.next::<true>(shared)
         } else {
@@ -176,7 +160,7 @@ impl Stream {
 
     /// Finds the next record that matters and tells where it belongs.
     #[inline]
-    fn next<const BIG: bool>(&mut self, shared: &mut Shared) -> Result<Option<Key>> {
+    fn next<const BIG: bool>(&mut self, shared: &mut Shared) -> Result<Option<u128>> {
         loop {
             let data = self.input.data();
             let Some(record) = Record::parse::<BIG>(data) else {
@@ -199,7 +183,7 @@ impl Stream {
             match found {
                 Ok(None) => shared.sink.notes.skipped += 1,
                 Ok(Some(Found::Io(sequence) | Found::Control(sequence))) => {
-                    return Ok(Some((self.io.time_ns, self.io.cpu, sequence)));
+                    return Ok(Some(key(&self.io, sequence)));
                 }
                 Err(fault) => {
                     let at = self.input.offset() - record.len() as u64;

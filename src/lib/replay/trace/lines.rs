@@ -91,9 +91,14 @@ impl Sink {
     }
 }
 
-/// The words of a control event, if `message` is one.
+/// The words of a control event, if `message` is one: `ctl …` or `thinreplay: …`, with whatever end it was written with.
 pub(super) fn control(message: &[u8]) -> Option<String> {
-    let words = message.trim_ascii().strip_prefix(b"ctl ")?;
+    let is_end = |byte: &u8| byte.is_ascii_whitespace() || *byte == 0;
+    let end = message.iter().rposition(|byte| !is_end(byte))? + 1;
+    let message = message[..end].trim_ascii_start();
+    let words = [&b"ctl "[..], b"thinreplay:"]
+        .into_iter()
+        .find_map(|prefix| message.strip_prefix(prefix))?;
     Some(text(words.trim_ascii()))
 }
 

@@ -18,6 +18,7 @@ mod lines;
 mod load;
 mod log_writes;
 mod merge;
+mod next;
 mod open;
 mod record;
 mod resort;

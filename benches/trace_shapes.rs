@@ -1,0 +1,97 @@
+//! Traces of random requests, the same for the same number: 4 KiB to 124 KiB of 40 GB, one request each microsecond.
+
+use std::io::{Result, Write};
+
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+
+/// One request.
+pub(crate) struct Request {
+    pub(crate) micros: u64,
+    pub(crate) is_write: bool,
+    /// In units of 4 KiB.
+    pub(crate) block: u64,
+    pub(crate) blocks: u64,
+    /// Some number, for whatever else a format has.
+    pub(crate) other: u64,
+}
+
+/// So many requests.
+pub(crate) fn requests(events: u64) -> impl Iterator<Item = Request> {
+    let mut rng = SmallRng::seed_from_u64(1);
+    (0..events).map(move |micros| Request {
+        micros,
+        is_write: rng.random(),
+        block: rng.random_range(0..10_000_000),
+        blocks: rng.random_range(1..32),
+        other: rng.random_range(0..1000),
+    })
+}
+
+/// The Alibaba CSV, of so many volumes up to 1000.
+pub(crate) fn alibaba(events: u64, volumes: u64, out: &mut dyn Write) -> Result<()> {
+    for request in requests(events) {
+        writeln!(
+            out,
+            "{},{},{},{},{}",
+            request.other % volumes,
+            ["R", "W"][usize::from(request.is_write)],
+            request.block * 4096,
+            request.blocks * 4096,
+            1_577_808_000_000_046 + request.micros,
+        )?;
+    }
+    Ok(())
+}
+
+/// blkparse's text.
+pub(crate) fn blkparse(events: u64, out: &mut dyn Write) -> Result<()> {
+    for request in requests(events) {
+        let (seconds, micros) = (request.micros / 1_000_000, request.micros % 1_000_000);
+        writeln!(
+            out,
+            "254,1    0 {:8} {seconds:5}.{micros:06}000   161  Q {:>3} {} + {} [fio]",
+            request.micros + 1,
+            ["R", "WS"][usize::from(request.is_write)],
+            request.block * 8,
+            request.blocks * 8,
+        )?;
+    }
+    Ok(())
+}
+
+/// A log of fio, version 3.
+pub(crate) fn iolog(events: u64, out: &mut dyn Write) -> Result<()> {
+    writeln!(out, "fio version 3 iolog\n0 disk add\n0 disk open")?;
+    for request in requests(events) {
+        writeln!(
+            out,
+            "{} disk {} {} {}",
+            request.micros,
+            ["read", "write"][usize::from(request.is_write)],
+            request.block * 4096,
+            request.blocks * 4096,
+        )?;
+    }
+    writeln!(out, "{events} disk close")
+}
+
+/// The files of blktrace, of as many processors as there are outputs.
+pub(crate) fn blktrace(events: u64, files: &mut [Box<dyn Write>]) -> Result<()> {
+    let mut numbers = vec![0u32; files.len()];
+    for request in requests(events) {
+        let cpu = request.other as usize % files.len();
+        numbers[cpu] += 1;
+        let action = 1 | 1u32 << 16 << u32::from(request.is_write);
+        let bytes = request.blocks as u32 * 4096;
+        let mut record = [0; 48];
+        record[..4].copy_from_slice(&0x6561_7407u32.to_le_bytes());
+        record[4..8].copy_from_slice(&numbers[cpu].to_le_bytes());
+        record[8..16].copy_from_slice(&(request.micros * 1000).to_le_bytes());
+        record[16..24].copy_from_slice(&(request.block * 8).to_le_bytes());
+        let fields = [bytes, action, 161, 254 << 20 | 1, cpu as u32];
+        record[24..44].copy_from_slice(&fields.map(u32::to_le_bytes).concat());
+        files[cpu].write_all(&record)?;
+    }
+    Ok(())
+}
