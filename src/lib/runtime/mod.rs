@@ -1,8 +1,8 @@
 //! The thin pool on real devices, for clients that come over a socket.
 //!
 //! [`Runtime`] is a pool: a metadata device, a data device, the worker on a thread of its own, and threads that carry out what it
-//! wants done. A client's requests are cut into bios ([`cut`]) and mapped on the thread of its connection, which reads and writes what
-//! is mapped itself ([`submitter`]); what the worker has of a request is kept as [`transfer`].
+//! wants done. A client's requests are cut into bios (`cut`) and mapped on the thread of its connection, which reads and writes what
+//! is mapped itself (`submitter`); what the worker has of a request is kept as `transfer`.
 
 mod autoextend;
 pub mod control;
