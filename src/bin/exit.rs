@@ -84,7 +84,8 @@ pub(crate) const TABLE: &[(Exit, &str)] = &[
     ),
     (
         Exit::Unexpected,
-        "thin_replay: the replay was complete, but what --expect says of its marks is not so.",
+        "thin_replay: the replay was complete, but what --expect says of its marks is not so, \
+         or --verify found something else than what was written.",
     ),
     (
         Exit::Interrupted,

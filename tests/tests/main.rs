@@ -25,6 +25,7 @@ mod replay_kernel;
 mod replay_readers;
 mod replay_report;
 mod replay_threads;
+mod replay_verify;
 mod serve;
 mod shapes;
 mod support;

@@ -20,6 +20,7 @@ mod run;
 mod split;
 mod threads;
 mod trace;
+mod verify;
 
 pub use books::{Mark, Sample};
 pub use clock::Clock;
@@ -45,3 +46,4 @@ pub use run::{SnapshotSchedule, play, side_events};
 pub use split::split;
 pub use threads::play_on_threads;
 pub use trace::{CsvSpec, Format, Window, open};
+pub use verify::Verified;

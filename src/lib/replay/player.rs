@@ -13,6 +13,7 @@ use super::event::{ControlEvent, TraceIo, TraceOp};
 use super::heat::HeatMap;
 use super::latencies::LatencyClasses;
 use super::requests::{Cut, Ended, Request, Requests};
+use super::verify::{Verified, Watch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::txn::{LockScheme, WouldBlock};
 use crate::pool::{
@@ -125,6 +126,7 @@ pub struct Player {
     answers: HashMap<u64, Result<()>>,
     pub(super) books: Books,
     clock: Clock,
+    watch: Watch,
     /// Bios that ended and that others submitted.
     pub(super) of_others: Vec<(Box<Bio>, BioResult)>,
 }
@@ -164,6 +166,7 @@ impl Player {
             answers: HashMap::new(),
             books: Books::default(),
             clock: Clock::default(),
+            watch: Watch::default(),
             of_others: Vec::new(),
             options,
         })
@@ -243,6 +246,24 @@ impl Player {
     pub(super) fn leave_time(&mut self) {
         self.clock = Clock::Threads;
         self.options.device = DeviceModel::NULL;
+    }
+
+    /// From here on it is verified that reads find what was written, in one virtual block of `one_of`. To be called before anything is
+    /// played, and by the virtual clock.
+    ///
+    /// # Errors
+    /// `Io`, `Damaged`: the metadata cannot be read.
+    pub fn verify(&mut self, one_of: u64) -> Result<()> {
+        let size = self.pool.block_sectors();
+        let is_unzeroed = self.options.settings.table.features.skip_block_zeroing;
+        let begin = |pool: &PoolMetadata| Watch::begin_with(pool, size, is_unzeroed, one_of);
+        self.watch = self.pool.inspect(begin)?;
+        Ok(())
+    }
+
+    /// What was verified, if anything was to be.
+    pub fn verified(&self) -> Option<&Verified> {
+        self.watch.found()
     }
 
     /// How it is played.
@@ -368,7 +389,7 @@ impl Player {
         // A pool that must not commit has said so.
         self.commit().ok();
         self.sample(true);
-        Ok(())
+        self.pool.inspect(|pool| self.watch.sweep(pool))
     }
 
     /// The thin device that a request goes to; none if it goes nowhere.
@@ -455,6 +476,7 @@ impl Player {
     }
 
     fn map(&mut self, thin: &Arc<Thin>, bio: Bio, cpu: u16) {
+        self.watch.begin(thin.id(), &bio);
         let bio = match self.spare.pop() {
             Some(mut memory) => {
                 *memory = bio;
@@ -483,7 +505,9 @@ impl Player {
                 _ => {}
             }
         }
-        match self.mappers[mapper].map_beside(thin, bio, busy) {
+        let mapped = self.mappers[mapper].map_beside(thin, bio, busy);
+        self.watch.mapped(&mapped);
+        match mapped {
             Mapped::Remapped { bio, .. } => self.issue(bio),
             Mapped::Zero(bio) => {
                 self.requests.note_zero(id as u32);
@@ -523,6 +547,7 @@ impl Player {
         let Ok(number) = u32::try_from(bio.id) else {
             return self.of_others.push((bio, result));
         };
+        self.watch.end(&bio, result);
         self.books.count_end(result);
         self.spare.push(bio);
         let Ended::All(request) = self.requests.end(number) else {
@@ -599,6 +624,7 @@ impl Player {
     fn carry_out(&mut self, effect: Effect) {
         let device = self.options.device;
         self.books.count_effect(&effect, self.pool.block_sectors());
+        self.watch.effect(&effect);
         match effect {
             Effect::Issue { bio, .. } | Effect::ReadOrigin { bio, .. } => {
                 let takes = device.bio(bio.op, bio.sectors, bio.is_fua);
@@ -648,6 +674,7 @@ impl Player {
         }
         match self.ends.pop().map(|end| end.io) {
             Some(Io::Bio(bio)) => {
+                self.watch.landed(&bio);
                 if let Some((bio, result)) = self.pool.end_io(bio, Ok(())) {
                     self.end(bio, result);
                 }
@@ -655,10 +682,13 @@ impl Player {
                     self.tell(Event::Work);
                 }
             }
-            Some(Io::Job(job)) => self.tell(Event::Done {
-                job,
-                result: Ok(()),
-            }),
+            Some(Io::Job(job)) => {
+                self.watch.done(job);
+                self.tell(Event::Done {
+                    job,
+                    result: Ok(()),
+                });
+            }
             Some(Io::Ended(bio, result)) => self.end(bio, result),
             Some(Io::Map(thin, bio, cpu)) => self.map_boxed(&thin, bio, cpu),
             Some(Io::Worker) => {
@@ -719,8 +749,12 @@ impl Player {
         self.books.input.controls += 1;
         let refused = match event.text.parse::<Control>()? {
             Control::Message(message) => {
+                let watch = &mut self.watch;
+                let before = |pool: &PoolMetadata| watch.before_message(message, pool);
+                self.pool.inspect(before)?;
                 let done = self.ask(|tag| Event::Message { tag, message });
                 if done.is_ok() {
+                    self.watch.message(message);
                     self.books.input.count_message(message);
                 }
                 done
@@ -732,6 +766,7 @@ impl Player {
                 origin_sectors,
             } => {
                 self.deactivate(&device);
+                self.watch.opened(id, origin_sectors);
                 let active = Active::new(id, Some(sectors), origin_sectors);
                 self.devices.active.insert(device, active);
                 Ok(())

@@ -125,7 +125,8 @@ pub(super) fn run(args: &Args, manifest: &Path, play: &play::Args) -> anyhow::Re
     }
     fs::create_dir_all(folder)
         .map_err(|e| Error::io(format!("cannot make the folder {}", folder.display()), e))?;
-    let failed = play_all(&left, args.jobs, play, &session);
+    let is_unexpected = AtomicBool::new(false);
+    let failed = play_all(&left, args.jobs, play, &session, &is_unexpected);
     if session.is_cancelled() {
         return Ok(Exit::Interrupted);
     }
@@ -139,7 +140,10 @@ pub(super) fn run(args: &Args, manifest: &Path, play: &play::Args) -> anyhow::Re
         "shard {number}/{count}: {here} of {of} pools; {played} played, {there} had a report: {}",
         folder.display()
     ))?;
-    Ok(Exit::Ok)
+    Ok(match is_unexpected.into_inner() {
+        true => Exit::Unexpected,
+        false => Exit::Ok,
+    })
 }
 
 /// Plays all of them, some at a time; how many went wrong, and how the first did. What cannot be read spares the others, a report that cannot
@@ -149,6 +153,7 @@ fn play_all(
     jobs: Option<NonZero<usize>>,
     play: &play::Args,
     session: &Session,
+    is_unexpected: &AtomicBool,
 ) -> Option<(ErrorKind, usize)> {
     let jobs = jobs.or_else(|| std::thread::available_parallelism().ok());
     let jobs = jobs.map_or(1, NonZero::get).min(pools.len());
@@ -163,6 +168,8 @@ fn play_all(
             };
             let reports = play_pool(pool, play, session);
             let written = reports.and_then(|reports| {
+                let unexpected = reports.iter().any(Report::is_unexpected);
+                is_unexpected.fetch_or(unexpected, Ordering::Relaxed);
                 if reports.iter().all(|report| report.is_complete) {
                     let written = write_new(path, &mut |out| outputs::json(&reports, out));
                     is_over.fetch_or(written.is_err(), Ordering::Relaxed);

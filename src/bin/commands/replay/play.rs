@@ -122,6 +122,12 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1024))]
     cpus: u16,
 
+    /// Verify that every read finds what was written before, and at the end that every thin device has what it has to have. Beside the
+    /// pool there is a model of its data, which takes 8 bytes of memory for each sector of a block that is written in parts; with N it
+    /// is of one virtual block in N. By the virtual clock.
+    #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    verify: Option<u32>,
+
     /// Vary how long the modelled data device takes, and so in which order requests end. The same number gives the same report.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -484,10 +490,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         }
     };
     args.outputs.write(&reports, &text)?;
-    let is_unexpected = |r: &Report| r.expected.as_ref().is_some_and(|e| e.differences > 0);
     Ok(match reports.iter().all(|r| r.is_complete) {
         false => Exit::Interrupted,
-        true if reports.iter().any(is_unexpected) => Exit::Unexpected,
+        true if reports.iter().any(Report::is_unexpected) => Exit::Unexpected,
         true => Exit::Ok,
     })
 }
@@ -498,6 +503,9 @@ pub(super) fn reports(
     reader: &mut dyn TraceReader,
     observer: &dyn Observer,
 ) -> anyhow::Result<Vec<Report>> {
+    if args.clock == Clock::Threads && (args.verify.is_some() || args.seed != 0) {
+        bail!("--verify and --seed are for the virtual clock");
+    }
     match &args.ways()[..] {
         ways if ways.len() > MOST_WAYS => bail!(
             "{} ways to play the trace at once; {MOST_WAYS} are possible",
@@ -577,6 +585,9 @@ fn replay(
     let mut options = args.options(&metadata, way)?;
     let prefilled = args.prefill(&beside, &mut metadata, &mut options, observer)?;
     let mut player = Player::new(metadata, options.clone())?;
+    if let Some(one_of) = args.verify {
+        player.verify(one_of.into())?;
+    }
     player.make_mapped_devices()?;
     let mut marks = 0;
     let mut expectations = args.expect.expectations()?;

@@ -9,7 +9,7 @@ use crate::units::DataBlock;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct JobId(u32);
 
-#[cfg(all(test, loom))]
+#[cfg(test)]
 impl JobId {
     pub(crate) fn of_model() -> Self {
         Self(0)

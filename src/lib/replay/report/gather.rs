@@ -111,6 +111,7 @@ impl Report {
             heat: player.heat().clone(),
             marks: player.marks().to_vec(),
             expected: None,
+            verify: player.verified().cloned(),
             prefilled: None,
             notices: notices.collect(),
         };

@@ -8,6 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::replay::books::Sample;
 use crate::replay::expect::Compared;
 use crate::replay::prefill::Prefilled;
+use crate::replay::verify::Verified;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -68,6 +69,9 @@ pub fn merge(reports: &[(String, Report)]) -> Result<Report> {
     all.expected = (reports.iter())
         .filter_map(|(_, report)| report.expected.clone())
         .reduce(Compared::with);
+    all.verify = (reports.iter())
+        .filter_map(|(_, report)| report.verify.clone())
+        .reduce(Verified::with);
     all.marks.sort_by_key(|mark| mark.time_ns);
     all.notices.sort_by_key(|notice| notice.time_ns);
     all.timeline = timeline(reports.iter().map(|(_, report)| &report.timeline[..]))?;

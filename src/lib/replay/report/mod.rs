@@ -22,6 +22,7 @@ use super::expect::Compared;
 use super::heat::HeatMap;
 use super::latencies::Latencies;
 use super::prefill::Prefilled;
+use super::verify::Verified;
 use crate::pdata::txn::LookupCounts;
 use crate::pool::{LockCounts, WorkerCounts};
 pub use compare::{best_block_size, compare, ways};
@@ -91,6 +92,9 @@ pub struct Report {
     /// What came of comparing with the kernel at the marks; none unless that was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expected: Option<Compared>,
+    /// Whether reads found what was written; none unless that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify: Option<Verified>,
     /// What the pool reported.
     pub notices: Vec<Noticed>,
 }
@@ -209,6 +213,12 @@ impl Report {
     /// Bytes in a data block.
     pub fn block_bytes(&self) -> u64 {
         self.setup.block_sectors.saturating_mul(512)
+    }
+
+    /// The replay is not what it had to be: by what was expected at its marks, or what reads had to find.
+    pub fn is_unexpected(&self) -> bool {
+        let differs = self.expected.as_ref().is_some_and(|e| e.differences > 0);
+        differs || self.verify.as_ref().is_some_and(|v| v.wrong > 0)
     }
 
     /// What tells this report from others of the same trace.

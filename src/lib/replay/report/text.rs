@@ -61,12 +61,16 @@ impl fmt::Display for Report {
         let (setup, space) = (&self.setup, &self.space);
         writeln!(
             f,
-            "pool      {}; {} data blocks; locks {}; clock {}, {}",
+            "pool      {}; {} data blocks; locks {}; clock {}, {}{}",
             setup.table,
             setup.data_blocks,
             setup.locks,
             setup.clock,
-            seconds(self.trace_ns)
+            seconds(self.trace_ns),
+            match setup.seed {
+                0 => String::new(),
+                seed => format!("; seed {seed}"),
+            }
         )?;
         if let Some(prefilled) = &self.prefilled {
             writeln!(
@@ -145,6 +149,9 @@ impl fmt::Display for Report {
         }
         if let Some(expected) = &self.expected {
             expected.fmt(f)?;
+        }
+        if let Some(verified) = &self.verify {
+            verified.fmt(f)?;
         }
         for notice in &self.notices {
             writeln!(

@@ -4,6 +4,7 @@ use super::text::{bytes, per, percent, seconds};
 use super::{Clock, Fill, Report};
 use crate::pool::Reason;
 use crate::replay::latencies::{Latencies, MAPPED, is_fast};
+use crate::replay::verify::Verified;
 use serde::Serialize;
 use std::fmt;
 
@@ -37,6 +38,8 @@ pub enum Topic {
     Failures,
     /// Whether the metadata is sound.
     Check,
+    /// Whether reads found what was written.
+    Verify,
 }
 
 impl fmt::Display for Topic {
@@ -55,6 +58,7 @@ impl fmt::Display for Topic {
             Self::Cells => "cells",
             Self::Failures => "failures",
             Self::Check => "check",
+            Self::Verify => "verify",
         })
     }
 }
@@ -93,6 +97,7 @@ impl Report {
             (Topic::Cells, self.on_cells()),
             (Topic::Failures, self.on_failures()),
             (Topic::Check, self.on_check()),
+            (Topic::Verify, self.on_verify()),
         ];
         self.verdicts = said
             .into_iter()
@@ -388,6 +393,30 @@ impl Report {
             .map(|(n, what)| format!("{n} {what}"))
             .collect();
         (!said.is_empty()).then(|| said.join("; "))
+    }
+
+    fn on_verify(&self) -> Option<String> {
+        let verified = self.verify.as_ref()?;
+        let Verified {
+            one_of,
+            reads,
+            blocks,
+            wrong,
+            ..
+        } = verified;
+        let mut text = match wrong {
+            0 => format!("{reads} reads, and {blocks} blocks as a whole, held what was written"),
+            _ => format!(
+                "{wrong} of {reads} reads, and of {blocks} blocks as a whole, held something else than what was written, which is a defect"
+            ),
+        };
+        if *one_of > 1 {
+            text.push_str(&format!("; one virtual block of {one_of} was looked at"));
+        }
+        if verified.is_cut_short {
+            text.push_str("; nothing was looked at from when the metadata failed");
+        }
+        Some(text)
     }
 
     fn on_check(&self) -> Option<String> {
