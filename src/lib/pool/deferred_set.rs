@@ -2,30 +2,35 @@
 //!
 //! A ring of generations, each with a count of tickets and the work that waits for all generations up to it. The guarantee: work
 //! runs only after every ticket that was taken before it was added is returned; a few later ones may be waited for, too. Whoever
-//! holds the cell that proves a mapping to be current takes the ticket *before* releasing it.
+//! goes by a mapping takes the ticket while a cell proves it to be current, or before it is looked up.
+//!
+//! A ticket is an atomic count, taken of the current generation and kept if that is the current one still: then nobody who sweeps
+//! has passed it. The lock is for work, and for tickets, too, where a set is to cost what it costs in the kernel.
 
 use super::contention::{LockCounts, Watch};
 use super::list::{Linked, List, Taken};
-use crate::sync::{Mutex, MutexGuard};
+use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+use crate::sync::{Mutex, MutexGuard, keep_order};
 
-const GENERATIONS: usize = 64;
+/// A model has fewer, so as to come to an end.
+const GENERATIONS: usize = if cfg!(loom) { 4 } else { 64 };
 
 /// Something is in flight. It has to be returned.
 #[derive(Debug)]
 #[must_use]
-pub(super) struct Ticket(u8);
-
-#[derive(Debug)]
-struct Generation<W: Linked> {
-    tickets: u32,
-    work: List<W>,
+pub(super) struct Ticket {
+    generation: u8,
+    /// Whoever took it held up work for a moment, and nobody may have looked since.
+    owes_sweep: bool,
 }
 
+/// Work by the generation that it waits for.
 #[derive(Debug)]
 struct Ring<W: Linked> {
-    generations: [Generation<W>; GENERATIONS],
-    current: usize,
-    /// The oldest that has tickets, or the current one.
+    work: [List<W>; GENERATIONS],
+    /// Work in all of them.
+    waiting: usize,
+    /// The oldest that may have tickets, or the current one.
     sweeper: usize,
     /// Times that the lock was taken.
     taken: u64,
@@ -34,92 +39,129 @@ struct Ring<W: Linked> {
 /// The set.
 #[derive(Debug)]
 #[repr(align(128))]
-pub(super) struct DeferredSet<W: Linked>(Mutex<Ring<W>>, Watch);
-
-impl<W: Linked> Default for DeferredSet<W> {
-    fn default() -> Self {
-        let ring = Ring {
-            generations: std::array::from_fn(|_| Generation {
-                tickets: 0,
-                work: List::default(),
-            }),
-            current: 0,
-            sweeper: 0,
-            taken: 0,
-        };
-        Self(Mutex::new(ring), Watch::default())
-    }
+pub(super) struct DeferredSet<W: Linked> {
+    current: AtomicU32,
+    /// There is work that waits.
+    is_awaited: AtomicBool,
+    /// Every ticket takes the lock.
+    is_locked: bool,
+    /// By generation.
+    tickets: [AtomicU32; GENERATIONS],
+    ring: Mutex<Ring<W>>,
+    watch: Watch,
 }
 
 impl<W: Linked> DeferredSet<W> {
+    /// An empty one; with `is_locked` tickets are taken and returned under its lock, as in the kernel.
+    pub(super) fn new(is_locked: bool) -> Self {
+        Self {
+            current: AtomicU32::new(0),
+            is_awaited: AtomicBool::new(false),
+            is_locked,
+            tickets: std::array::from_fn(|_| AtomicU32::new(0)),
+            ring: Mutex::new(Ring {
+                work: std::array::from_fn(|_| List::default()),
+                waiting: 0,
+                sweeper: 0,
+                taken: 0,
+            }),
+            watch: Watch::default(),
+        }
+    }
+
     fn ring(&self) -> MutexGuard<'_, Ring<W>> {
-        let mut ring = self.1.lock(&self.0);
+        let mut ring = self.watch.lock(&self.ring);
         ring.taken += 1;
         ring
     }
 
     /// Has waits for its lock counted from here on.
     pub(super) fn watch(&self) {
-        self.1.begin();
+        self.watch.begin();
     }
 
     /// What its lock cost.
     pub(super) fn lock_counts(&self) -> LockCounts {
-        self.1.counts(self.1.lock(&self.0).taken)
+        self.watch.counts(self.watch.lock(&self.ring).taken)
     }
 
-    /// A ticket for something that is in flight from here on.
+    /// A ticket for something that is in flight from here on. Either work that is added finds it, or whatever is read from here on,
+    /// sequentially consistent, is at least as new as what who added the work wrote before.
+    #[inline]
     pub(super) fn enter(&self) -> Ticket {
-        let mut ring = self.ring();
-        let current = ring.current;
-        ring.generations[current].tickets += 1;
-        Ticket(current as u8)
+        let _lock = self.is_locked.then(|| self.ring());
+        let mut owes_sweep = false;
+        loop {
+            let current = self.current.load(Ordering::SeqCst);
+            self.tickets[current as usize].fetch_add(1, Ordering::SeqCst);
+            keep_order();
+            if self.current.load(Ordering::SeqCst) == current {
+                return Ticket {
+                    generation: current as u8,
+                    owes_sweep,
+                };
+            }
+            // Who sweeps may have passed it already, or have stopped at it.
+            self.tickets[current as usize].fetch_sub(1, Ordering::SeqCst);
+            owes_sweep = true;
+        }
     }
 
     /// It has ended. Returns the work whose wait is over.
+    #[inline]
     pub(super) fn leave(&self, ticket: Ticket) -> Taken<W> {
-        let mut ring = self.ring();
-        let Ring {
-            generations,
-            current,
-            sweeper,
-            ..
-        } = &mut *ring;
-        generations[usize::from(ticket.0)].tickets -= 1;
+        let lock = self.is_locked.then(|| self.ring());
+        let left = self.tickets[usize::from(ticket.generation)].fetch_sub(1, Ordering::SeqCst);
+        keep_order();
+        match (left == 1 || ticket.owes_sweep) && self.is_awaited.load(Ordering::SeqCst) {
+            true => self.sweep(&mut lock.unwrap_or_else(|| self.ring())),
+            false => List::default().take(),
+        }
+    }
+
+    /// Takes out the work of all generations up to the oldest that has tickets.
+    fn sweep(&self, ring: &mut Ring<W>) -> Taken<W> {
+        let current = self.current.load(Ordering::SeqCst) as usize;
         let mut ready = List::default();
-        while generations[*sweeper].tickets == 0 {
-            for work in generations[*sweeper].work.take() {
+        while self.tickets[ring.sweeper].load(Ordering::SeqCst) == 0 {
+            for work in ring.work[ring.sweeper].take() {
+                ring.waiting -= 1;
                 ready.push(work);
             }
-            if sweeper == current {
+            if ring.sweeper == current {
                 break;
             }
-            *sweeper = (*sweeper + 1) % GENERATIONS;
+            ring.sweeper = (ring.sweeper + 1) % GENERATIONS;
         }
-        drop(ring);
+        if ring.waiting == 0 {
+            self.is_awaited.store(false, Ordering::SeqCst);
+        }
         ready.take()
     }
 
-    /// Adds work that waits for everything in flight. It comes back if nothing is.
-    pub(super) fn defer(&self, work: Box<W>) -> Option<Box<W>> {
+    /// Adds work that waits for everything in flight. Returns what does not have to wait any more: this, if nothing is in flight, and
+    /// whatever else.
+    pub(super) fn defer(&self, work: Box<W>) -> Taken<W> {
         let mut ring = self.ring();
-        let current = ring.current;
-        if ring.sweeper == current && ring.generations[current].tickets == 0 {
-            return Some(work);
-        }
-        ring.generations[current].work.push(work);
-        let next = (current + 1) % GENERATIONS;
+        let current = self.current.load(Ordering::SeqCst);
+        ring.work[current as usize].push(work);
+        ring.waiting += 1;
+        self.is_awaited.store(true, Ordering::SeqCst);
+        let next = (current as usize + 1) % GENERATIONS;
         // A ring that came round goes on with the generation it is at.
         if next != ring.sweeper {
-            ring.current = next;
+            self.current.store(next as u32, Ordering::SeqCst);
         }
-        None
+        // Orders all of this, and what was written before, with the tickets that are counted now.
+        fence(Ordering::SeqCst);
+        self.sweep(&mut ring)
     }
 
     /// True if nothing is in flight.
     pub(super) fn is_quiet(&self) -> bool {
-        let ring = self.ring();
-        ring.generations.iter().all(|g| g.tickets == 0)
+        let _ring = self.ring();
+        fence(Ordering::SeqCst);
+        self.tickets.iter().all(|n| n.load(Ordering::SeqCst) == 0)
     }
 }
 
@@ -146,53 +188,114 @@ mod tests {
         taken.map(|w| w.0).collect()
     }
 
+    fn defer(set: &DeferredSet<Work>, n: u32) -> Vec<u32> {
+        numbers(set.defer(work(n)))
+    }
+
+    fn sets() -> [DeferredSet<Work>; 2] {
+        [false, true].map(DeferredSet::new)
+    }
+
     #[test]
     fn work_runs_at_once_when_nothing_is_in_flight() {
-        let set = DeferredSet::default();
-        assert!(set.defer(work(1)).is_some());
-        let ticket = set.enter();
-        assert!(set.defer(work(2)).is_none());
-        assert_eq!(numbers(set.leave(ticket)), [2]);
-        assert!(set.defer(work(3)).is_some());
+        for set in sets() {
+            assert_eq!(defer(&set, 1), [1]);
+            let ticket = set.enter();
+            assert_eq!(defer(&set, 2), [0; 0]);
+            assert_eq!(numbers(set.leave(ticket)), [2]);
+            assert_eq!(defer(&set, 3), [3]);
+        }
     }
 
     #[test]
     fn work_waits_for_older_tickets_only() {
-        let set = DeferredSet::default();
-        let old = set.enter();
-        assert!(set.defer(work(1)).is_none());
-        let new = set.enter();
-        assert!(set.defer(work(2)).is_none());
-        assert_eq!(numbers(set.leave(old)), [1]);
-        assert_eq!(numbers(set.leave(new)), [2]);
-        assert!(set.is_quiet());
+        for set in sets() {
+            let old = set.enter();
+            assert_eq!(defer(&set, 1), [0; 0]);
+            let new = set.enter();
+            assert_eq!(defer(&set, 2), [0; 0]);
+            assert_eq!(numbers(set.leave(old)), [1]);
+            assert!(!set.is_quiet());
+            assert_eq!(numbers(set.leave(new)), [2]);
+            assert!(set.is_quiet());
+        }
     }
 
     #[test]
     fn a_newer_ticket_that_ends_first_releases_nothing() {
-        let set = DeferredSet::default();
-        let old = set.enter();
-        assert!(set.defer(work(1)).is_none());
-        let new = set.enter();
-        assert!(set.defer(work(2)).is_none());
-        assert!(numbers(set.leave(new)).is_empty());
-        assert_eq!(numbers(set.leave(old)), [1, 2]);
+        for set in sets() {
+            let old = set.enter();
+            assert_eq!(defer(&set, 1), [0; 0]);
+            let new = set.enter();
+            assert_eq!(defer(&set, 2), [0; 0]);
+            assert!(numbers(set.leave(new)).is_empty());
+            assert_eq!(numbers(set.leave(old)), [1, 2]);
+        }
     }
 
     #[test]
     fn more_generations_than_the_ring_has() {
-        let set = DeferredSet::default();
-        let first = set.enter();
-        let mut later = Vec::new();
-        for n in 0..200 {
-            assert!(set.defer(work(n)).is_none());
-            later.push(set.enter());
+        for set in sets() {
+            let first = set.enter();
+            let mut later = Vec::new();
+            for n in 0..200 {
+                assert_eq!(defer(&set, n), [0; 0]);
+                later.push(set.enter());
+            }
+            for ticket in later {
+                assert!(numbers(set.leave(ticket)).is_empty());
+            }
+            assert_eq!(numbers(set.leave(first)), (0..200).collect::<Vec<_>>());
+            assert_eq!(defer(&set, 1), [1]);
         }
-        for ticket in later {
-            assert!(numbers(set.leave(ticket)).is_empty());
+    }
+
+    #[test]
+    fn a_free_ticket_takes_no_lock() {
+        for (set, taken) in sets().into_iter().zip([1, 8]) {
+            let tickets: Vec<Ticket> = (0..3).map(|_| set.enter()).collect();
+            for ticket in tickets {
+                assert!(numbers(set.leave(ticket)).is_empty());
+            }
+            assert!(set.is_quiet());
+            // One by whoever asks whether it is quiet.
+            assert!(set.lock_counts().acquisitions < taken + 1);
+            assert_eq!(set.lock_counts().acquisitions > 1, taken > 1);
         }
-        assert_eq!(numbers(set.leave(first)), (0..200).collect::<Vec<_>>());
-        assert!(set.defer(work(1)).is_some());
+    }
+
+    #[test]
+    fn on_threads_work_waits_for_what_was_in_flight() {
+        use std::sync::atomic::{AtomicU64, Ordering};
+        // What is in flight adds to the sum of its round and takes it away again when it ends.
+        let set = DeferredSet::new(false);
+        let (sums, done) = ([const { AtomicU64::new(0) }; 1000], AtomicU64::new(0));
+        let round = AtomicU64::new(0);
+        let run = |ready: Taken<Work>| {
+            for n in numbers(ready) {
+                assert_eq!(sums[n as usize].load(Ordering::SeqCst), 0, "round {n}");
+                done.fetch_add(1, Ordering::SeqCst);
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while done.load(Ordering::SeqCst) < 1000 {
+                        let ticket = set.enter();
+                        let at = (round.load(Ordering::SeqCst) as usize).min(999);
+                        sums[at].fetch_add(1, Ordering::SeqCst);
+                        std::hint::spin_loop();
+                        sums[at].fetch_sub(1, Ordering::SeqCst);
+                        run(set.leave(ticket));
+                    }
+                });
+            }
+            for n in 0..1000 {
+                round.store(u64::from(n) + 1, Ordering::SeqCst);
+                run(set.defer(work(n)));
+            }
+        });
+        assert_eq!(done.into_inner(), 1000);
     }
 }
 
@@ -201,33 +304,50 @@ mod tests {
 mod models {
     use super::*;
     use loom::sync::Arc;
-    use loom::sync::atomic::{AtomicBool, Ordering};
+    use loom::sync::atomic::{AtomicBool, AtomicU32, Ordering};
     use loom::thread;
 
-    #[test]
-    fn work_runs_once_and_after_what_was_in_flight() {
-        loom::model(|| {
-            let set = Arc::new(DeferredSet::<Work>::default());
-            let has_ended = Arc::new(AtomicBool::new(false));
-            let ticket = set.enter();
+    /// Something in flight uses what the work takes away, unless it sees that it is about to.
+    fn work_runs_once_and_after_what_was_in_flight(is_locked: bool) {
+        loom::model(move || {
+            let set = Arc::new(DeferredSet::<Work>::new(is_locked));
+            let is_gated = Arc::new(AtomicBool::new(false));
+            let is_gone = Arc::new(AtomicBool::new(false));
+            let ran = Arc::new(AtomicU32::new(0));
+            let run = |is_gone: &AtomicBool, ran: &AtomicU32, ready: Taken<Work>| {
+                for work in ready {
+                    assert_eq!(work.0, 1);
+                    is_gone.store(true, Ordering::Relaxed);
+                    ran.fetch_add(1, Ordering::Relaxed);
+                }
+            };
             let other = {
-                let (set, has_ended) = (set.clone(), has_ended.clone());
+                let (set, is_gated) = (set.clone(), is_gated.clone());
+                let (is_gone, ran) = (is_gone.clone(), ran.clone());
                 thread::spawn(move || {
-                    has_ended.store(true, Ordering::Relaxed);
-                    let ready = set.leave(ticket).count();
-                    let another = set.enter();
-                    ready + set.leave(another).count()
+                    for _ in 0..2 {
+                        let ticket = set.enter();
+                        if !is_gated.load(Ordering::SeqCst) {
+                            assert!(!is_gone.load(Ordering::Relaxed), "it ran too early");
+                        }
+                        run(&is_gone, &ran, set.leave(ticket));
+                    }
                 })
             };
-            let ran_here = match set.defer(Box::new(Work(1, None))) {
-                Some(_) => {
-                    assert!(has_ended.load(Ordering::Relaxed), "before it ended");
-                    1
-                }
-                None => 0,
-            };
-            let ran_there = other.join().expect("no panic");
-            assert_eq!(ran_here + ran_there, 1);
+            is_gated.store(true, Ordering::Release);
+            run(&is_gone, &ran, set.defer(Box::new(Work(1, None))));
+            other.join().expect("no panic");
+            assert_eq!(ran.load(Ordering::Relaxed), 1);
         });
+    }
+
+    #[test]
+    fn work_runs_once_and_after_what_was_in_flight_without_a_lock() {
+        work_runs_once_and_after_what_was_in_flight(false);
+    }
+
+    #[test]
+    fn work_runs_once_and_after_what_was_in_flight_under_a_lock() {
+        work_runs_once_and_after_what_was_in_flight(true);
     }
 }

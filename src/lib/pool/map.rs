@@ -4,6 +4,8 @@
 //! 2. The virtual cell is held while the mapping is looked up and until the data cell is held; the data cell until the bio has its
 //!    ticket. A discard holds the same two cells and then waits for the tickets: either it finds the bio, or the bio finds it. Leave
 //!    either cell out, and a bio is issued to a block that was unmapped in between.
+//!    Under [`LockScheme::Optimistic`] nothing is held on the way of a mapped block: the bio takes its ticket first, and is looked up if
+//!    no cell is near. A discard that takes its cell after that waits for the ticket.
 //! 3. A device is gated before it is snapshotted. The gate is looked at once the ticket is taken, so a bio that passed it is waited for.
 
 use super::PoolMode;
@@ -12,7 +14,7 @@ use super::cells::{AllocationOrder, Starved};
 use super::pool::Pool;
 use super::prison::{Cell, Detained, Key};
 use super::thin::Thin;
-use crate::pdata::txn::{LookupCounts, WouldBlock};
+use crate::pdata::txn::{LockScheme, LookupCounts, WouldBlock};
 use crate::thin::{Reader, SharedMetadata, TryLookup};
 use crate::units::{DataBlock, ThinBlock};
 use serde::Serialize;
@@ -136,6 +138,8 @@ pub struct Mapper {
     reader: Reader<Arc<SharedMetadata>>,
     cells: Option<[Box<Cell>; 2]>,
     counts: MapCounts,
+    /// Mapped blocks need no cell.
+    is_optimistic: bool,
 }
 
 impl Drop for Mapper {
@@ -158,6 +162,7 @@ impl Mapper {
             pool: Arc::clone(pool),
             cells: is_reserved.then(|| [Cell::spare(), Cell::spare()]),
             counts: MapCounts::default(),
+            is_optimistic: pool.metadata.scheme() == LockScheme::Optimistic && is_reserved,
         }
     }
 
@@ -217,12 +222,20 @@ impl Mapper {
             pool.submit(bio);
             return Mapped::Deferred(reason);
         }
+        let block = bio.block(pool.block_sectors);
+        let key = Key::of_virtual(thin.id(), block, ThinBlock(block.0 + 1));
+        let bio = match (self.is_optimistic, busy) {
+            (true, None) => match self.pass(thin, key, block, bio) {
+                Ok(mapped) => return mapped,
+                Err(bio) => bio,
+            },
+            _ => bio,
+        };
+        let pool = &*self.pool;
         let Some((first, second)) = take_cells(pool, &mut self.cells) else {
             pool.submit(bio);
             return Mapped::Deferred(Reason::NoCells);
         };
-        let block = bio.block(pool.block_sectors);
-        let key = Key::of_virtual(thin.id(), block, ThinBlock(block.0 + 1));
         let (held, mut bio) = match pool.prison.detain(key, bio, first) {
             Detained::Free(held, bio) => (held, bio),
             Detained::Busy(first) => {
@@ -281,6 +294,39 @@ impl Mapper {
         bio.reserved = Some((held, second));
         pool.submit(bio);
         Mapped::Deferred(reason)
+    }
+}
+
+impl Mapper {
+    /// Maps a bio without a lock, if its block is mapped for this device alone, or read and not mapped, and nobody works near it.
+    #[inline]
+    fn pass(
+        &mut self,
+        thin: &Thin,
+        key: Key,
+        block: ThinBlock,
+        mut bio: Box<Bio>,
+    ) -> Result<Mapped, Box<Bio>> {
+        let pool = &*self.pool;
+        let ticket = pool.all_io.enter();
+        bio.all_io = Some(ticket);
+        let is_free = !(pool.prison.may_be_held(&key) || thin.is_gated() || pool.is_suspended());
+        let found = is_free.then(|| self.reader.try_find_block(&thin.metadata, block));
+        match found {
+            Some(Ok(TryLookup::Mapped(found))) if !found.is_shared => {
+                let sector = pool.remap(found.block, bio.sector);
+                return Ok(Mapped::Remapped { bio, sector });
+            }
+            Some(Ok(TryLookup::Unmapped))
+                if bio.op == Op::Read && thin.origin_sectors.is_none() =>
+            {
+                pool.leave(&mut bio);
+                return Ok(Mapped::Zero(bio));
+            }
+            _ => {}
+        }
+        pool.leave(&mut bio);
+        Err(bio)
     }
 }
 
@@ -366,6 +412,21 @@ mod models {
             }
         }
 
+        /// As the map half without locks; or with the ticket taken too late, or cells that nobody looks for.
+        fn pass(&self, has_ticket_first: bool, looks_for_cells: bool) {
+            let early = has_ticket_first.then(|| self.all_io.enter());
+            let is_held = looks_for_cells && self.prison.may_be_held(&virtual_key());
+            let is_mapped = !is_held && self.is_mapped.load(Ordering::Relaxed);
+            let ticket = early.unwrap_or_else(|| self.all_io.enter());
+            if is_mapped {
+                let is_stale = self.is_given_back.load(Ordering::Relaxed);
+                assert!(!is_stale, "a block was read that was given back");
+            }
+            if self.all_io.leave(ticket).count() > 0 {
+                self.give_back();
+            }
+        }
+
         /// As the worker: the virtual cell for all of it, the data cell until the block is unmapped.
         fn discard(&self, job: crate::pool::JobId) {
             let Ok(of_virtual) = self.prison.try_hold(virtual_key(), Cell::spare()) else {
@@ -373,7 +434,7 @@ mod models {
             };
             if let Ok(of_data) = self.prison.try_hold(data_key(), Cell::spare()) {
                 // Its cells are held until it has ended, which a deferred one does later.
-                if self.all_io.defer(Waiting::new(job)).is_some() {
+                if self.all_io.defer(Waiting::new(job)).count() > 0 {
                     self.give_back();
                     drop(self.prison.release(of_data));
                 }
@@ -390,17 +451,17 @@ mod models {
         Key::of_data(THIN, DataBlock(0), DataBlock(1))
     }
 
-    fn race(with_virtual: bool, with_data: bool) {
+    fn race(read: impl Fn(&Block) + Copy + Send + Sync + 'static) {
         loom::model(move || {
             let block = Arc::new(Block {
                 prison: Prison::with_one_shard(),
-                all_io: DeferredSet::default(),
+                all_io: DeferredSet::new(false),
                 is_mapped: AtomicBool::new(true),
                 is_given_back: AtomicBool::new(false),
             });
             let reader = {
                 let block = block.clone();
-                thread::spawn(move || block.read(with_virtual, with_data))
+                thread::spawn(move || read(&block))
             };
             block.discard(crate::pool::JobId::of_model());
             reader.join().expect("a block was read that was given back");
@@ -409,18 +470,35 @@ mod models {
 
     #[test]
     fn a_read_and_a_discard_of_one_block_exclude_each_other() {
-        race(true, true);
+        race(|block| block.read(true, true));
     }
 
     #[test]
     #[should_panic(expected = "given back")]
     fn without_the_virtual_cell_they_do_not() {
-        race(false, true);
+        race(|block| block.read(false, true));
     }
 
     #[test]
     #[should_panic(expected = "given back")]
     fn without_the_data_cell_they_do_not() {
-        race(true, false);
+        race(|block| block.read(true, false));
+    }
+
+    #[test]
+    fn without_locks_they_do_by_the_ticket() {
+        race(|block| block.pass(true, true));
+    }
+
+    #[test]
+    #[should_panic(expected = "given back")]
+    fn without_locks_and_with_a_late_ticket_they_do_not() {
+        race(|block| block.pass(false, true));
+    }
+
+    #[test]
+    #[should_panic(expected = "given back")]
+    fn without_locks_and_blind_to_cells_they_do_not() {
+        race(|block| block.pass(true, false));
     }
 }

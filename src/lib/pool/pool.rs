@@ -9,6 +9,7 @@ use super::mode::{AtomicMode, PoolMode};
 use super::prison::{Cell, Held, Prison};
 use super::worker::{JobId, Traffic};
 use crate::error::Result;
+use crate::pdata::txn::LockScheme;
 use crate::thin::{PoolMetadata, SharedMetadata};
 use crate::units::DataBlock;
 use std::fmt;
@@ -100,12 +101,13 @@ impl Pool {
         (cells, order): (usize, AllocationOrder),
         mode: PoolMode,
     ) -> Self {
+        let is_locked = metadata.scheme() != LockScheme::Optimistic;
         Self {
             metadata: Arc::new(metadata),
             block_sectors,
             prison: Prison::default(),
-            all_io: DeferredSet::default(),
-            shared_read: DeferredSet::default(),
+            all_io: DeferredSet::new(is_locked),
+            shared_read: DeferredSet::new(is_locked),
             cells: CellPool::new(cells),
             order,
             mode: AtomicMode::new(mode),
@@ -228,7 +230,7 @@ impl Pool {
 
     /// True while bios that come are held back.
     pub fn is_suspended(&self) -> bool {
-        self.is_suspended.load(Ordering::Acquire)
+        self.is_suspended.load(Ordering::SeqCst)
     }
 
     pub(super) fn suspend(&self, is_suspended: bool) {

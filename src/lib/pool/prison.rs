@@ -4,12 +4,16 @@
 //! meanwhile are its inmates, and come out in order when it is released. As in the kernel, keys of data blocks carry the device,
 //! too: devices that share a block do not exclude each other here.
 //!
+//! To be sure of a mapping, its block need not be held: take a ticket of the deferred set, see that no cell is near, and look the
+//! mapping up. Whoever takes a cell later, and then the block away, waits for the ticket in between.
+//!
 //! Cells are brought by the caller and moved in and out, so nothing is allocated while a lock is held. A range lies within
 //! [`DISCARD_BLOCKS`] aligned blocks, so that one shard knows everything that may overlap it.
 
 use super::bio::{Bio, DISCARD_BLOCKS};
 use super::contention::{LockCounts, Watch};
 use super::list::{List, Taken};
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, MutexGuard};
 use crate::units::{DataBlock, ThinBlock, ThinId};
 use std::fmt;
@@ -122,7 +126,20 @@ pub enum Detained {
 /// A line of cache for each lock.
 #[derive(Debug)]
 #[repr(align(128))]
-struct Shard(Mutex<Cells>);
+struct Shard {
+    /// There are cells. Changes under the lock.
+    has_cells: AtomicBool,
+    cells: Mutex<Cells>,
+}
+
+impl Shard {
+    fn new() -> Self {
+        Self {
+            has_cells: AtomicBool::new(false),
+            cells: Mutex::new(Cells::default()),
+        }
+    }
+}
 
 #[derive(Debug, Default)]
 struct Cells {
@@ -141,20 +158,27 @@ pub struct Prison {
 impl Default for Prison {
     fn default() -> Self {
         Self {
-            shards: (0..SHARDS)
-                .map(|_| Shard(Mutex::new(Cells::default())))
-                .collect(),
+            shards: (0..SHARDS).map(|_| Shard::new()).collect(),
             watch: Watch::default(),
         }
     }
 }
 
 impl Prison {
-    fn shard(&self, key: &Key) -> MutexGuard<'_, Cells> {
-        let shard = &self.shards[key.shard() % self.shards.len()].0;
-        let mut cells = self.watch.lock(shard);
+    fn shard(&self, key: &Key) -> &Shard {
+        &self.shards[key.shard() % self.shards.len()]
+    }
+
+    fn lock<'a>(&self, shard: &'a Shard) -> MutexGuard<'a, Cells> {
+        let mut cells = self.watch.lock(&shard.cells);
         cells.taken += 1;
         cells
+    }
+
+    /// True if somebody may hold a block of `key`. If not, somebody may the moment after: for those who hold a ticket.
+    #[inline]
+    pub(super) fn may_be_held(&self, key: &Key) -> bool {
+        self.shard(key).has_cells.load(Ordering::SeqCst)
     }
 
     /// Has waits for its locks counted from here on.
@@ -172,23 +196,23 @@ impl Prison {
     #[cfg(all(test, loom))]
     pub(super) fn with_one_shard() -> Self {
         Self {
-            shards: (0..1)
-                .map(|_| Shard(Mutex::new(Cells::default())))
-                .collect(),
+            shards: Box::new([Shard::new()]),
             watch: Watch::default(),
         }
     }
 
     /// Holds the cell of `key`, or makes `bio` an inmate of the one that is in the way.
     pub fn detain(&self, key: Key, bio: Box<Bio>, spare: Box<Cell>) -> Detained {
-        let mut shard = self.shard(&key);
-        match overlapping(&mut shard.first, &key) {
+        let shard = self.shard(&key);
+        let mut cells = self.lock(shard);
+        match overlapping(&mut cells.first, &key) {
             Some(cell) => {
                 cell.inmates.push(bio);
                 Detained::Busy(spare)
             }
             None => {
-                put(&mut shard.first, key, spare);
+                put(&mut cells.first, key, spare);
+                shard.has_cells.store(true, Ordering::Release);
                 Detained::Free(Held(key), bio)
             }
         }
@@ -199,11 +223,13 @@ impl Prison {
     /// # Errors
     /// The spare cell, if there is.
     pub fn try_hold(&self, key: Key, spare: Box<Cell>) -> Result<Held, Box<Cell>> {
-        let mut shard = self.shard(&key);
-        match overlapping(&mut shard.first, &key) {
+        let shard = self.shard(&key);
+        let mut cells = self.lock(shard);
+        match overlapping(&mut cells.first, &key) {
             Some(_) => Err(spare),
             None => {
-                put(&mut shard.first, key, spare);
+                put(&mut cells.first, key, spare);
+                shard.has_cells.store(true, Ordering::Release);
                 Ok(Held(key))
             }
         }
@@ -213,8 +239,9 @@ impl Prison {
     /// in it but that of a deferred set.
     pub fn visit_release(&self, held: Held, visit: impl FnOnce(Inmates)) -> Box<Cell> {
         let key = held.0;
-        let mut shard = self.shard(&key);
-        let mut link = &mut shard.first;
+        let shard = self.shard(&key);
+        let mut cells = self.lock(shard);
+        let mut link = &mut cells.first;
         while link.as_ref().is_some_and(|cell| cell.key != key) {
             link = match link {
                 Some(cell) => &mut cell.next,
@@ -224,6 +251,8 @@ impl Prison {
         match link.take() {
             Some(mut cell) => {
                 *link = cell.next.take();
+                let has_cells = cells.first.is_some();
+                shard.has_cells.store(has_cells, Ordering::Release);
                 visit(Inmates(cell.inmates.take()));
                 cell
             }
@@ -275,7 +304,7 @@ impl Iterator for Inmates {
 }
 
 fn lock(shard: &Shard) -> MutexGuard<'_, Cells> {
-    shard.0.lock().unwrap_or_else(PoisonError::into_inner)
+    shard.cells.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn put(shard: &mut Option<Box<Cell>>, key: Key, mut cell: Box<Cell>) {

@@ -37,7 +37,7 @@ impl Thin {
     }
 
     pub(super) fn is_gated(&self) -> bool {
-        self.is_gated.load(Ordering::Acquire)
+        self.is_gated.load(Ordering::SeqCst)
     }
 
     pub(super) fn gate(&self, is_gated: bool) {

@@ -471,9 +471,8 @@ impl Worker {
 
     /// Runs `job` once nothing is in flight that is now; [`done`](Self::done) is told then.
     fn after_all_io(&mut self, job: JobId) {
-        if self.pool.all_io.defer(Waiting::new(job)).is_some() {
-            self.ready.push_back(job);
-        }
+        let ready = self.pool.all_io.defer(Waiting::new(job));
+        self.ready.extend(ready.map(|work| work.job));
     }
 
     /// An effect of `job` was carried out, or what it waited for is over.

@@ -143,9 +143,9 @@ impl Worker {
         };
         let job = self.begin_mapping(thin, block, data, data_held);
         // What was read from the old block has to have ended before it may become somebody else's.
-        if self.pool.shared_read.defer(Waiting::new(job)).is_none() {
-            self.wait_for_more(job);
-        }
+        self.wait_for_more(job);
+        let ready = self.pool.shared_read.defer(Waiting::new(job));
+        self.ready.extend(ready.map(|work| work.job));
         let size = self.pool.block_sectors;
         let source = Some((Source::Data, old.0 * size));
         self.fill(job, bio, data, source, size, effects);

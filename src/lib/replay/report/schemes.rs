@@ -28,8 +28,8 @@ fn classes(report: &Report) -> [(&'static str, LockCounts); 4] {
 }
 
 impl Report {
-    /// Atomic read-modify-write operations for each bio: those of the lookups, and two for each lock of the prison and of the deferred
-    /// sets, the worker's among them.
+    /// Atomic read-modify-write operations for each bio: those of the lookups, two for each lock of the prison and of the deferred
+    /// sets, the worker's among them, and two for the ticket of each bio that was issued at once.
     pub fn rmws_per_bio(&self) -> f64 {
         let others = &self.contention;
         let taken = others
@@ -39,7 +39,7 @@ impl Report {
         let all = self
             .locks
             .atomic_rmws
-            .saturating_add(taken.saturating_mul(2));
+            .saturating_add(taken.saturating_add(self.map.remapped).saturating_mul(2));
         per(all, self.map.bios)
     }
 
