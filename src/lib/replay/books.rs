@@ -70,8 +70,9 @@ pub(super) struct Books {
     pub(super) notices: Vec<(Duration, String)>,
     pub(super) marks: Vec<Mark>,
     pub(super) timeline: Vec<Sample>,
-    /// Time between samples.
-    step: Duration,
+    /// When it is time for the next sample, and how long after that for another one, in nanoseconds.
+    next_sample: u64,
+    step: u64,
 }
 
 impl Default for Books {
@@ -85,7 +86,8 @@ impl Default for Books {
             notices: Vec::new(),
             marks: Vec::new(),
             timeline: Vec::new(),
-            step: Duration::from_millis(1),
+            next_sample: 0,
+            step: 1_000_000,
         }
     }
 }
@@ -101,19 +103,15 @@ impl Books {
         self.heat.add(&other.heat);
     }
 
-    /// When it is time for the next sample.
-    pub(super) fn next_sample(&self) -> Duration {
-        let last = self
-            .timeline
-            .last()
-            .map(|s| Duration::from_nanos(s.time_ns));
-        last.map_or(Duration::ZERO, |last| last + self.step)
+    /// When it is time for the next sample, in nanoseconds.
+    pub(super) fn next_sample(&self) -> u64 {
+        self.next_sample
     }
 
     /// Notes how much is in use. The map half did `counts`, in all.
     pub(super) fn sample(
         &mut self,
-        now: Duration,
+        now: u64,
         pool: &Pool,
         counts: &MapCounts,
         worker: &WorkerCounts,
@@ -121,7 +119,7 @@ impl Books {
         let (used_data_blocks, used_metadata_blocks) = pool.inspect(PoolMetadata::used_blocks);
         let metadata = pool.inspect(PoolMetadata::block_io);
         self.timeline.push(Sample {
-            time_ns: now.as_nanos() as u64,
+            time_ns: now,
             used_data_blocks,
             used_metadata_blocks,
             bios: counts.bios,
@@ -140,6 +138,8 @@ impl Books {
             });
             self.step *= 2;
         }
+        let last = self.timeline.last().map_or(0, |last| last.time_ns);
+        self.next_sample = last.saturating_add(self.step);
     }
 
     /// Counts a bio that ended.
@@ -178,8 +178,7 @@ impl Books {
     }
 
     /// Notes what the pool says.
-    pub(super) fn notice(&mut self, at: Duration, notice: Notice) {
-        let now = at.as_nanos() as u64;
+    pub(super) fn notice(&mut self, now: u64, notice: Notice) {
         let text = match notice {
             Notice::Mode(mode) => {
                 if mode == PoolMode::OutOfDataSpace {
@@ -204,6 +203,6 @@ impl Books {
             Notice::NoSpaceTimeout => "writes waited for space too long and fail".into(),
             Notice::MetadataFailed(e) => format!("the metadata failed: {e}"),
         };
-        self.notices.push((at, text));
+        self.notices.push((Duration::from_nanos(now), text));
     }
 }

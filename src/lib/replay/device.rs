@@ -54,57 +54,69 @@ impl DeviceModel {
         worker_step: Duration::ZERO,
     };
 
-    fn moved(&self, sectors: u64) -> Duration {
-        let nanos = self.each_4k.as_nanos() as u64;
-        Duration::from_nanos(nanos.saturating_mul(sectors.div_ceil(8)))
+    fn moved(&self, sectors: u64) -> u64 {
+        ns(self.each_4k).saturating_mul(sectors.div_ceil(8))
     }
 
-    /// How much longer something takes by a seed and its number: up to four reads. Nothing with seed 0.
-    pub fn variation(&self, seed: u64, number: u64) -> Duration {
+    /// How many nanoseconds longer something takes by a seed and its number: up to four reads. Nothing with seed 0.
+    pub fn variation(&self, seed: u64, number: u64) -> u64 {
         if seed == 0 {
-            return Duration::ZERO;
+            return 0;
         }
         // The finalizer of MurmurHash3: all bits of both decide.
         let mut mixed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number;
         for factor in [0xff51_afd7_ed55_8ccd, 0xc4ce_b9fe_1a85_ec53] {
             mixed = (mixed ^ mixed >> 33).wrapping_mul(factor);
         }
-        let longest = self.read.saturating_mul(4).as_nanos() as u64;
-        Duration::from_nanos((mixed ^ mixed >> 33) % longest.max(1))
+        let longest = ns(self.read).saturating_mul(4);
+        (mixed ^ mixed >> 33) % longest.max(1)
     }
 
-    /// How long a bio takes.
-    pub fn bio(&self, op: Op, sectors: u64, is_fua: bool) -> Duration {
-        let flush = if is_fua { self.flush } else { Duration::ZERO };
+    /// How many nanoseconds a bio takes.
+    pub fn bio(&self, op: Op, sectors: u64, is_fua: bool) -> u64 {
+        let flush = if is_fua { ns(self.flush) } else { 0 };
+        let moved = self.moved(sectors);
         match op {
-            Op::Read => self.read + self.moved(sectors),
-            Op::Write => self.write + self.moved(sectors) + flush,
-            Op::Flush => self.flush,
-            Op::Discard => self.discard,
+            Op::Read => ns(self.read).saturating_add(moved),
+            Op::Write => ns(self.write).saturating_add(moved).saturating_add(flush),
+            Op::Flush => ns(self.flush),
+            Op::Discard => ns(self.discard),
         }
     }
 
-    /// How long zeroing takes.
-    pub fn zero(&self, sectors: u64) -> Duration {
-        self.write + self.moved(sectors)
+    /// How many nanoseconds zeroing takes.
+    pub fn zero(&self, sectors: u64) -> u64 {
+        ns(self.write).saturating_add(self.moved(sectors))
     }
 
-    /// How long the worker waits for so many blocks of metadata, which it reads one by one.
-    pub fn metadata_reads(&self, blocks: u64) -> Duration {
-        self.metadata_read
-            .saturating_mul(u32::try_from(blocks).unwrap_or(u32::MAX))
+    /// How many nanoseconds the worker waits for so many blocks of metadata, which it reads one by one.
+    pub fn metadata_reads(&self, blocks: u64) -> u64 {
+        ns(self.metadata_read).saturating_mul(blocks)
     }
 
-    /// How long commits take that write so many blocks, many at a time.
-    pub fn commits(&self, commits: u64, blocks: u64) -> Duration {
-        let commits = u32::try_from(commits).unwrap_or(u32::MAX);
-        let each = self.write.saturating_add(self.metadata_flush * 2);
+    /// How many nanoseconds the worker takes for so many things that it wants done.
+    pub fn worker_steps(&self, steps: u64) -> u64 {
+        ns(self.worker_step).saturating_mul(steps)
+    }
+
+    /// How many nanoseconds commits take that write so many blocks, many at a time.
+    pub fn commits(&self, commits: u64, blocks: u64) -> u64 {
+        let flushes = ns(self.metadata_flush).saturating_mul(2);
+        let each = ns(self.write).saturating_add(flushes);
         each.saturating_mul(commits)
             .saturating_add(self.moved(blocks.saturating_mul(8)))
     }
 
-    /// How long a copy takes.
-    pub fn copy(&self, sectors: u64) -> Duration {
-        self.read + self.write + self.moved(sectors) * 2
+    /// How many nanoseconds a copy takes.
+    pub fn copy(&self, sectors: u64) -> u64 {
+        let moved = self.moved(sectors).saturating_mul(2);
+        ns(self.read)
+            .saturating_add(ns(self.write))
+            .saturating_add(moved)
     }
+}
+
+/// Nanoseconds, of a time that is at most some centuries.
+fn ns(time: Duration) -> u64 {
+    time.as_nanos() as u64
 }

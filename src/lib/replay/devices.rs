@@ -118,8 +118,18 @@ impl Devices {
         matches!(target, None | Some(Target::Unknown))
     }
 
-    pub(super) fn note(&mut self, device: u32, end: u64) {
-        self.seen.note(device, end);
+    /// The thin device that a request goes to; none if it goes nowhere. Its end is noted.
+    #[inline]
+    pub(super) fn target(&mut self, io: &TraceIo) -> Option<&Arc<Thin>> {
+        let Some(Target::Thin { thin, sectors }) = self.targets.get(io.device as usize) else {
+            return None;
+        };
+        let end = io.sector.checked_add(io.sectors)?;
+        if end > *sectors {
+            return None;
+        }
+        self.seen.note(io.device, end);
+        Some(thin)
     }
 
     /// Finds out what a device of the trace is; it is made already if it is to be.

@@ -52,15 +52,18 @@ impl HeatMap {
             return;
         };
         let last = io.sector.saturating_add(more);
-        while last / self.cell_sectors >= ROWS as u64 {
+        // Rows are powers of two.
+        let row = |map: &Self, sector: u64| sector >> map.cell_sectors.trailing_zeros();
+        while row(self, last) >= ROWS as u64 {
             self.double_sectors();
         }
-        while io.time_ns / self.cell_ns >= COLUMNS as u64 {
+        let mut column = io.time_ns / self.cell_ns;
+        while column >= COLUMNS as u64 {
             self.double_time();
+            column = io.time_ns / self.cell_ns;
         }
-        let column = (io.time_ns / self.cell_ns) as usize;
-        let (first, last) = (io.sector / self.cell_sectors, last / self.cell_sectors);
-        for row in first..=last {
+        let column = column as usize;
+        for row in row(self, io.sector)..=row(self, last) {
             let cell = &mut self.cells[at(kind, row as usize, column)];
             *cell = cell.saturating_add(1);
         }

@@ -6,6 +6,8 @@ mod control;
 mod counts;
 mod device;
 mod devices;
+mod ends;
+mod engine;
 mod event;
 mod expect;
 mod fan;

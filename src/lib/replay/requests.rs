@@ -3,7 +3,6 @@
 use super::event::{TraceIo, TraceOp};
 use crate::pool::{Bio, Op, Reason, Thin, pieces};
 use std::sync::Arc;
-use std::time::Duration;
 
 /// A request, whose bios have not all ended.
 #[derive(Debug)]
@@ -12,11 +11,11 @@ pub(super) struct Request {
     pub(super) thin: u32,
     pub(super) sector: u64,
     pub(super) sectors: u64,
-    /// When it was submitted; none if nobody wants to know.
-    pub(super) submitted: Option<Duration>,
+    /// When it was submitted, in nanoseconds; none if nobody wants to know.
+    pub(super) submitted: Option<u64>,
     pub(super) left: u32,
     /// The write that its flush is in front of.
-    pub(super) then: Option<(Arc<Thin>, TraceIo)>,
+    pub(super) then: Option<Box<(Arc<Thin>, TraceIo)>>,
     /// Why the map half left it, or its flush, to the worker first.
     pub(super) deferred: Option<Reason>,
     /// A part of it was read as zeros at once.
@@ -111,7 +110,12 @@ impl Cut {
         };
         let mut parts = parts;
         parts.clear();
-        parts.extend(pieces(op, io.sector, io.sectors, block, max));
+        let most = block.min(max.unwrap_or(block));
+        let is_one = op != Op::Discard && io.sector % block + io.sectors <= most;
+        match is_one && io.sectors > 0 {
+            true => parts.push((io.sector, io.sectors)),
+            false => parts.extend(pieces(op, io.sector, io.sectors, block, max)),
+        }
         let is_fua = io.is_fua && op == Op::Write;
         Self { op, is_fua, parts }
     }

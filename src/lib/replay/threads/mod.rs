@@ -15,6 +15,7 @@ mod feed;
 mod submitter;
 mod worker;
 
+use super::engine::Engine;
 use super::event::{ControlEvent, TraceOp, TraceReader};
 use super::player::Player;
 use super::run::{SnapshotSchedule, Snapshots};
@@ -99,11 +100,11 @@ struct Conductor<'a> {
 impl<'a> Conductor<'a> {
     fn new(player: &'a mut Player) -> Self {
         player.leave_time();
-        player.pool.watch_locks();
+        player.engine.pool.watch_locks();
         let bell = Arc::new(Bell::default());
         let rung = Arc::clone(&bell);
-        player.pool.set_waker(move || rung.ring());
-        let numbers = 0..player.mappers.len();
+        player.engine.pool.set_waker(move || rung.ring());
+        let numbers = 0..player.engine.mappers.len();
         let max_sectors = player.options.max_sectors;
         Self {
             start: Instant::now(),
@@ -129,7 +130,9 @@ impl<'a> Conductor<'a> {
                 Next::End => break,
                 Next::Control => {
                     if let Some(event) = feed.take_control() {
-                        self.player.set_now(self.start.elapsed());
+                        self.player
+                            .engine
+                            .set_now(self.start.elapsed().as_nanos() as u64);
                         self.player.control(&event)?;
                         self.settle()?;
                         at_control(self.player)?;
@@ -140,7 +143,9 @@ impl<'a> Conductor<'a> {
                     if let Some(snapshots) = snapshots
                         && due <= time
                     {
-                        self.player.set_now(self.start.elapsed());
+                        self.player
+                            .engine
+                            .set_now(self.start.elapsed().as_nanos() as u64);
                         snapshots.take(self.player, time)?;
                         self.settle()?;
                     }
@@ -157,7 +162,7 @@ impl<'a> Conductor<'a> {
         self.player.finish()?;
         self.settle()?;
         for submitter in &self.submitters {
-            self.player.books.add(submitter.books());
+            self.player.engine.books.add(submitter.books());
         }
         Ok(())
     }
@@ -167,7 +172,7 @@ impl<'a> Conductor<'a> {
         let player = &mut *self.player;
         let yard = Yard {
             player: Shared {
-                pool: &player.pool,
+                pool: &player.engine.pool,
                 devices: &player.devices,
             },
             bell: &self.bell,
@@ -176,12 +181,12 @@ impl<'a> Conductor<'a> {
             start: self.start,
         };
         let yard = &yard;
-        let (worker, books) = (&mut player.worker, &mut player.books);
+        let (worker, books) = (&mut player.engine.worker, &mut player.engine.books);
         self.bell.open();
         thread::scope(|scope| -> Result<()> {
             let mut routes = Vec::new();
             let mut submitting = Vec::new();
-            for (submitter, mapper) in self.submitters.iter_mut().zip(&mut player.mappers) {
+            for (submitter, mapper) in self.submitters.iter_mut().zip(&mut player.engine.mappers) {
                 let (route, steps) = sync_channel(BATCHES);
                 let thread = thread::Builder::new()
                     .spawn_scoped(scope, move || submitter.run(mapper, &steps, yard))
@@ -210,16 +215,18 @@ impl<'a> Conductor<'a> {
     /// Lets everything end that is under way, but for what waits for space or for the resumption.
     fn settle(&mut self) -> Result<()> {
         loop {
-            self.player.set_now(self.start.elapsed());
-            self.player.catch_up()?;
-            let mut ended = std::mem::take(&mut self.player.of_others);
+            self.player
+                .engine
+                .set_now(self.start.elapsed().as_nanos() as u64);
+            self.player.engine.catch_up()?;
+            let mut ended = std::mem::take(&mut self.player.engine.of_others);
             for desk in &self.desks {
                 desk.take(&mut ended);
             }
             if ended.is_empty() {
                 return Ok(());
             }
-            let Player { mappers, pool, .. } = &mut *self.player;
+            let Engine { mappers, pool, .. } = &mut self.player.engine;
             for (bio, result) in ended {
                 let n = Submitter::of(&bio);
                 if let (Some(submitter), Some(mapper)) =

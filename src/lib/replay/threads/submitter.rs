@@ -169,7 +169,7 @@ impl Submitter {
         self.make_room(mapper, yard);
         self.untimed += 1;
         let submitted = self.untimed.is_multiple_of(TIMED);
-        let submitted = submitted.then(|| self.start.elapsed());
+        let submitted = submitted.then(|| self.start.elapsed().as_nanos() as u64);
         let pool = yard.player.pool;
         if io.op != TraceOp::Flush && !io.is_preflush {
             return self.submit(mapper, pool, thin, io, submitted, None);
@@ -180,7 +180,7 @@ impl Submitter {
                 is_preflush: false,
                 ..*io
             };
-            (Arc::clone(thin), io)
+            Box::new((Arc::clone(thin), io))
         });
         let request = self.requests.begin(Request {
             thin: thin.number(),
@@ -244,7 +244,7 @@ impl Submitter {
         pool: &Pool,
         thin: &Thin,
         io: &TraceIo,
-        submitted: Option<Duration>,
+        submitted: Option<u64>,
         deferred: Option<Reason>,
     ) {
         let size = pool.block_sectors();
@@ -309,20 +309,14 @@ impl Submitter {
         let Ended::All(request) = ended else {
             return;
         };
-        if let Some((thin, io)) = request.then
+        if let Some(then) = request.then
             && result.is_ok()
         {
-            return self.submit(
-                mapper,
-                pool,
-                &thin,
-                &io,
-                request.submitted,
-                request.deferred,
-            );
+            let (thin, io) = &*then;
+            return self.submit(mapper, pool, thin, io, request.submitted, request.deferred);
         }
         if let Some(submitted) = request.submitted {
-            let nanos = (self.start.elapsed() - submitted).as_nanos() as u64;
+            let nanos = (self.start.elapsed().as_nanos() as u64).saturating_sub(submitted);
             self.books
                 .latencies
                 .record(request.deferred, request.is_zero, nanos);

@@ -88,6 +88,7 @@ pub(super) fn work(worker: &mut Worker, books: &mut Books, yard: &Yard<'_>) {
     loop {
         let now = yard.start.elapsed();
         let has_more = worker.apply(now, event, &mut effects);
+        let now = now.as_nanos() as u64;
         for effect in effects.drain(..) {
             books.count_effect(&effect, size);
             match effect {
