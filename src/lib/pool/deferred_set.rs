@@ -107,16 +107,15 @@ impl<W: Linked> DeferredSet<W> {
         }
     }
 
-    /// It has ended. Returns the work whose wait is over.
+    /// It has ended. Returns the work whose wait is over, where there is work.
     #[inline]
-    pub(super) fn leave(&self, ticket: Ticket) -> Taken<W> {
+    pub(super) fn leave(&self, ticket: Ticket) -> Option<Taken<W>> {
         let lock = self.is_locked.then(|| self.ring());
         let left = self.tickets[usize::from(ticket.generation)].fetch_sub(1, Ordering::SeqCst);
         keep_order();
-        match (left == 1 || ticket.owes_sweep) && self.is_awaited.load(Ordering::SeqCst) {
-            true => self.sweep(&mut lock.unwrap_or_else(|| self.ring())),
-            false => List::default().take(),
-        }
+        let is_last = left == 1 || ticket.owes_sweep;
+        (is_last && self.is_awaited.load(Ordering::SeqCst))
+            .then(|| self.sweep(&mut lock.unwrap_or_else(|| self.ring())))
     }
 
     /// Takes out the work of all generations up to the oldest that has tickets.
@@ -184,12 +183,12 @@ mod tests {
         Box::new(Work(n, None))
     }
 
-    fn numbers(taken: Taken<Work>) -> Vec<u32> {
-        taken.map(|w| w.0).collect()
+    fn numbers(taken: impl IntoIterator<Item = Taken<Work>>) -> Vec<u32> {
+        taken.into_iter().flatten().map(|w| w.0).collect()
     }
 
     fn defer(set: &DeferredSet<Work>, n: u32) -> Vec<u32> {
-        numbers(set.defer(work(n)))
+        numbers([set.defer(work(n))])
     }
 
     fn sets() -> [DeferredSet<Work>; 2] {
@@ -271,7 +270,7 @@ mod tests {
         let set = DeferredSet::new(false);
         let (sums, done) = ([const { AtomicU64::new(0) }; 1000], AtomicU64::new(0));
         let round = AtomicU64::new(0);
-        let run = |ready: Taken<Work>| {
+        let run = |ready: Option<Taken<Work>>| {
             for n in numbers(ready) {
                 assert_eq!(sums[n as usize].load(Ordering::SeqCst), 0, "round {n}");
                 done.fetch_add(1, Ordering::SeqCst);
@@ -292,7 +291,7 @@ mod tests {
             }
             for n in 0..1000 {
                 round.store(u64::from(n) + 1, Ordering::SeqCst);
-                run(set.defer(work(n)));
+                run(Some(set.defer(work(n))));
             }
         });
         assert_eq!(done.into_inner(), 1000);
@@ -314,8 +313,8 @@ mod models {
             let is_gated = Arc::new(AtomicBool::new(false));
             let is_gone = Arc::new(AtomicBool::new(false));
             let ran = Arc::new(AtomicU32::new(0));
-            let run = |is_gone: &AtomicBool, ran: &AtomicU32, ready: Taken<Work>| {
-                for work in ready {
+            let run = |is_gone: &AtomicBool, ran: &AtomicU32, ready: Option<Taken<Work>>| {
+                for work in ready.into_iter().flatten() {
                     assert_eq!(work.0, 1);
                     is_gone.store(true, Ordering::Relaxed);
                     ran.fetch_add(1, Ordering::Relaxed);
@@ -335,7 +334,7 @@ mod models {
                 })
             };
             is_gated.store(true, Ordering::Release);
-            run(&is_gone, &ran, set.defer(Box::new(Work(1, None))));
+            run(&is_gone, &ran, Some(set.defer(Box::new(Work(1, None)))));
             other.join().expect("no panic");
             assert_eq!(ran.load(Ordering::Relaxed), 1);
         });

@@ -407,7 +407,11 @@ mod models {
             // What is read now must still be what was looked up.
             let is_stale = self.is_given_back.load(Ordering::Relaxed);
             assert!(!is_stale, "a block was read that was given back");
-            if self.all_io.leave(ticket).count() > 0 {
+            if self
+                .all_io
+                .leave(ticket)
+                .is_some_and(|ready| ready.count() > 0)
+            {
                 self.give_back();
             }
         }
@@ -422,7 +426,11 @@ mod models {
                 let is_stale = self.is_given_back.load(Ordering::Relaxed);
                 assert!(!is_stale, "a block was read that was given back");
             }
-            if self.all_io.leave(ticket).count() > 0 {
+            if self
+                .all_io
+                .leave(ticket)
+                .is_some_and(|ready| ready.count() > 0)
+            {
                 self.give_back();
             }
         }

@@ -296,21 +296,18 @@ impl Pool {
     }
 
     /// Returns the tickets of a bio.
+    #[inline]
     pub(super) fn leave(&self, bio: &mut Bio) {
-        let sets = [
-            (&self.all_io, bio.all_io.take()),
-            (&self.shared_read, bio.shared_read.take()),
-        ];
-        for (set, ticket) in sets {
-            let Some(ticket) = ticket else { continue };
-            let mut ready = set.leave(ticket);
-            if let Some(first) = ready.next() {
-                let mut inbox = self.inbox();
-                inbox.ready.push(first);
-                ready.for_each(|work| inbox.ready.push(work));
-                drop(inbox);
-                self.wake();
-            }
+        let all_io = bio.all_io.take();
+        let ready = all_io.and_then(|ticket| self.all_io.leave(ticket));
+        let shared_read = bio.shared_read.take();
+        let more = shared_read.and_then(|ticket| self.shared_read.leave(ticket));
+        if ready.is_some() || more.is_some() {
+            let mut inbox = self.inbox();
+            let ready = ready.into_iter().chain(more).flatten();
+            ready.for_each(|work| inbox.ready.push(work));
+            drop(inbox);
+            self.wake();
         }
     }
 

@@ -309,8 +309,8 @@ impl Engine {
             Io::Bio(_) | Io::Job(_) => self.device.variation(self.seed, number),
             Io::Ended(..) | Io::Map(..) | Io::Worker => 0,
         };
-        let at = self.now.saturating_add(takes).saturating_add(varies);
-        self.ends.push(at, number, io);
+        self.ends
+            .push(self.now, takes.saturating_add(varies), number, io);
     }
 
     /// Begins what the worker wants done, once it is through with wanting it.

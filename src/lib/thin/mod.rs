@@ -3,6 +3,7 @@
 mod block_time;
 mod device_detail;
 mod pool_metadata;
+mod recent_mappings;
 mod shared_metadata;
 mod superblock;
 

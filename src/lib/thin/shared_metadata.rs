@@ -6,6 +6,7 @@
 
 use super::BlockTime;
 use super::pool_metadata::{Lookup, PoolMetadata};
+use super::recent_mappings::{Changes, RecentMappings};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::txn::{
     A, B, BlockManager, Found, Kernel, LockScheme, LookupCounts, NoTally, Optimistic, Place, Roots,
@@ -57,6 +58,7 @@ pub struct SharedMetadata {
     scheme: LockScheme,
     blocks: Arc<BlockManager>,
     roots: Roots,
+    changes: Changes,
     writer: Mutex<Writer>,
     commits: AtomicU64,
     barrier_stalls: AtomicU64,
@@ -69,6 +71,8 @@ pub struct Reader<P: Deref<Target = SharedMetadata>> {
     shared: P,
     place: Arc<Place>,
     counts: Option<Box<LookupCounts>>,
+    /// Under [`LockScheme::Optimistic`].
+    recent: Option<RecentMappings>,
 }
 
 impl<P: Deref<Target = SharedMetadata>> Drop for Reader<P> {
@@ -84,6 +88,7 @@ impl SharedMetadata {
             scheme,
             blocks: Arc::clone(pool.blocks()),
             roots: Roots::new(pool.mapping_root()),
+            changes: Changes::new(),
             commits: AtomicU64::new(0),
             barrier_stalls: AtomicU64::new(0),
             barrier_wait_ns: AtomicU64::new(0),
@@ -156,8 +161,10 @@ impl SharedMetadata {
     pub fn change<T>(&self, change: impl FnOnce(&mut PoolMetadata) -> Result<T>) -> Result<T> {
         let mut writer = self.writer();
         let held = self.exclude();
+        self.changes.begin();
         let changed = change(&mut writer.pool);
         self.roots.publish(writer.pool.mapping_root(), self.scheme);
+        self.changes.end();
         drop(held);
         writer.refresh(false);
         changed
@@ -208,11 +215,14 @@ impl SharedMetadata {
     pub fn abort(&self) -> Result<()> {
         let mut writer = self.writer();
         let held = self.exclude();
+        // For good, if it fails.
+        self.changes.begin();
         // What is on the disk of this transaction is not whole: nobody may look at it.
         self.roots.publish(MetadataBlock(0), self.scheme);
         self.roots.epochs.wait(self.roots.epochs.begin());
         writer.pool.abort().inspect_err(|_| self.roots.fail())?;
         self.roots.publish(writer.pool.mapping_root(), self.scheme);
+        self.changes.end();
         drop(held);
         writer.refresh(true);
         Ok(())
@@ -268,6 +278,7 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
         Self {
             place: shared.roots.epochs.join(),
             counts: counting.then(Box::default),
+            recent: (shared.scheme == LockScheme::Optimistic).then(RecentMappings::new),
             shared,
         }
     }
@@ -296,9 +307,28 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
     ///
     /// # Errors
     /// `NotFound` for the device, `Damaged`.
+    #[inline]
     pub fn try_find_block(&mut self, thin: &OpenThin, block: ThinBlock) -> Result<TryLookup> {
+        let key = (thin.id.0, block.0);
+        let time = match &self.recent {
+            Some(_) => self.shared.changes.time(),
+            None => None,
+        };
+        if let (Some(recent), Some(time)) = (&mut self.recent, time)
+            && let Some(value) = recent.get(time, key.0, key.1)
+        {
+            if let Some(counts) = self.counts.as_deref_mut() {
+                counts.lookups += 1;
+            }
+            return Ok(TryLookup::Mapped(lookup_of(thin, value)));
+        }
         Ok(match self.look(thin, block, false)? {
-            Found::Value(value) => TryLookup::Mapped(lookup_of(thin, value)),
+            Found::Value(value) => {
+                if let (Some(recent), Some(time)) = (&mut self.recent, time) {
+                    recent.put(&self.shared.changes, time, key, value);
+                }
+                TryLookup::Mapped(lookup_of(thin, value))
+            }
             Found::Nothing => TryLookup::Unmapped,
             Found::WouldBlock(reason) => TryLookup::WouldBlock(reason),
             Found::NoDevice => return Err(no_device(thin)),

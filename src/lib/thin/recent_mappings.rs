@@ -1,0 +1,161 @@
+//! Mappings that a reader looked up lately, so that it need not walk down a tree for a block that is used again and again.
+//!
+//! Each is good as long as nothing has been changed: [`Changes`] says so without a lock.
+
+use crate::sync::atomic::{AtomicU64, Ordering, fence};
+
+/// How often the metadata was changed.
+#[derive(Debug)]
+pub(crate) struct Changes(AtomicU64);
+
+/// Two for each change, so that an odd number says that one is under way. No mapping is of the time 0.
+const FIRST: u64 = 2;
+
+impl Changes {
+    pub(crate) fn new() -> Self {
+        Self(AtomicU64::new(FIRST))
+    }
+
+    /// What is looked up from here on may be half of a change. One thread at a time changes things.
+    pub(crate) fn begin(&self) {
+        let now = self.0.load(Ordering::Relaxed);
+        self.0.store(now | 1, Ordering::Relaxed);
+        // Nothing of the change may be seen before this.
+        fence(Ordering::Release);
+    }
+
+    pub(crate) fn end(&self) {
+        let now = self.0.load(Ordering::Relaxed);
+        self.0.store((now | 1) + 1, Ordering::Release);
+    }
+
+    /// The time by which mappings are known, unless something is being changed.
+    #[inline]
+    pub(crate) fn time(&self) -> Option<u64> {
+        let now = self.0.load(Ordering::Acquire);
+        (now & 1 == 0).then_some(now)
+    }
+
+    /// True if what was looked up since `time` is of that time.
+    #[inline]
+    fn is_still(&self, time: u64) -> bool {
+        fence(Ordering::Acquire);
+        self.0.load(Ordering::Relaxed) == time
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Entry {
+    time: u64,
+    device: u64,
+    block: u64,
+    value: u64,
+}
+
+/// Mappings in a table, one for each hash: 32 KiB.
+const ENTRIES: usize = 1024;
+
+/// The mappings.
+#[derive(Debug)]
+pub(super) struct RecentMappings(Box<[Entry]>);
+
+impl RecentMappings {
+    pub(super) fn new() -> Self {
+        Self(vec![Entry::default(); ENTRIES].into())
+    }
+
+    /// Neighbouring blocks are in neighbouring places.
+    #[inline]
+    fn entry(&mut self, device: u64, block: u64) -> &mut Entry {
+        let place = device.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32 ^ block;
+        &mut self.0[place as usize % ENTRIES]
+    }
+
+    /// The mapping of a block as it is at `time`, if it was looked up.
+    #[inline]
+    pub(super) fn get(&mut self, time: u64, device: u64, block: u64) -> Option<u64> {
+        let entry = *self.entry(device, block);
+        let is_it = (entry.time, entry.device, entry.block) == (time, device, block);
+        is_it.then_some(entry.value)
+    }
+
+    /// Keeps what was looked up since `time`, if it is of that time.
+    #[inline]
+    pub(super) fn put(
+        &mut self,
+        changes: &Changes,
+        time: u64,
+        (device, block): (u64, u64),
+        value: u64,
+    ) {
+        if changes.is_still(time) {
+            *self.entry(device, block) = Entry {
+                time,
+                device,
+                block,
+                value,
+            };
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mapping_is_good_until_something_changes() {
+        let (changes, mut recent) = (Changes::new(), RecentMappings::new());
+        let time = changes.time().expect("nothing is being changed");
+        assert_eq!(recent.get(time, 0, 0), None);
+        recent.put(&changes, time, (0, 0), 7);
+        recent.put(&changes, time, (1, 0), 8);
+        recent.put(&changes, time, (0, ENTRIES as u64 + 1), 9);
+        assert_eq!(recent.get(time, 0, 0), Some(7));
+        assert_eq!(recent.get(time, 1, 0), Some(8));
+        assert_eq!(recent.get(time, 0, 1), None);
+        changes.begin();
+        assert_eq!(changes.time(), None);
+        // What was looked up meanwhile is of no time.
+        recent.put(&changes, time, (0, 5), 7);
+        assert_eq!(recent.get(time, 0, 5), None);
+        changes.end();
+        let later = changes.time().expect("it is over");
+        assert_eq!(recent.get(later, 0, 0), None);
+        recent.put(&changes, time, (0, 5), 7);
+        assert_eq!(recent.get(time, 0, 5), None);
+        assert!(later > time);
+    }
+}
+
+/// Run with `RUSTFLAGS="--cfg loom"`.
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use loom::sync::Arc;
+    use loom::thread;
+
+    #[test]
+    fn a_recent_mapping_is_never_older_than_the_last_change() {
+        loom::model(|| {
+            let changes = Arc::new(Changes::new());
+            let mapping = Arc::new(AtomicU64::new(1));
+            let writer = {
+                let (changes, mapping) = (changes.clone(), mapping.clone());
+                thread::spawn(move || {
+                    changes.begin();
+                    mapping.store(2, Ordering::Relaxed);
+                    changes.end();
+                })
+            };
+            let mut recent = RecentMappings::new();
+            if let Some(time) = changes.time() {
+                let value = mapping.load(Ordering::Relaxed);
+                recent.put(&changes, time, (0, 0), value);
+            }
+            writer.join().expect("no panic");
+            let kept = changes.time().and_then(|time| recent.get(time, 0, 0));
+            assert!(kept.is_none_or(|value| value == 2), "an old mapping");
+        });
+    }
+}
