@@ -29,7 +29,8 @@ pub(crate) const PAGE: Page = Page {
          became of it: how full the pool gets, what snapshots and discards do, how many requests \
          leave the fast path and why, what the locks cost. The engine does what dm-thin does; no \
          data is moved and no device is needed. Time is virtual: the data device is modelled, \
-         and the same trace gives the same report.",
+         and the same trace gives the same report. Without --metadata the pool is a new one in memory. \
+         Metadata that is given is read into memory, as much as it takes, and the file is never changed.",
         "With --clock threads the trace is played as fast as it goes instead, by a thread for each \
          of --cpus and one that is the worker, on a data device that takes no time: what the \
          locks cost when somebody else wants them, too, and how many requests a second there \
@@ -60,8 +61,6 @@ pub(crate) const PAGE: Page = Page {
          a discard of a whole block is a hint. Every device is looked at as a whole in the end and before it is deleted. \
          What is wrong is told with device, sector, what was found and what was expected, and the exit status is 6. \
          Where the metadata failed, what was not committed is lost, and nothing is looked at any more.",
-        "Without --metadata the pool is a new one in memory. Metadata that is given is read into \
-         memory, as much as it takes, and the file is never changed.",
     ],
     sections: &[
         (
