@@ -203,6 +203,49 @@ fn biosnoop_is_read_by_its_heading_from_the_end() {
     assert!(new.ios[0].is_preflush);
 }
 
+#[test]
+fn biosnoop_is_told_by_its_heading() {
+    let queued = text(
+        "Tracing block device I/O... Hit Ctrl-C to end.\n\
+         TIME(s)     COMM           PID     DISK      T SECTOR     BYTES   QUE(ms) P LAT(ms)\n\
+         0.100000    my fio job     5       dm-0      W 16         8192    10.000  S   5.000\n\
+         Possibly lost 12 samples\n\
+         0.200000    fio            5       dm-0      W 32         8192   -1.000   R   5.000\n",
+        None,
+    );
+    assert_eq!(
+        queued.times(),
+        [0, 110_000_000],
+        "they begin when they are queued"
+    );
+    assert_eq!(queued.notes.lost, 12);
+    let others = text(
+        "TIME(ms)     DISK    COMM             PID    T SECTOR     BYTES   LAT(us)\n\
+         100          vda     my job           4179   R 100        512     5000\n\
+         200          vdb     cksum            4179   W 200        512     10000\n",
+        None,
+    );
+    assert_eq!(
+        (others.times(), others.devices.clone()),
+        (vec![0, 95_000_000], vec!["vda".into(), "vdb".into()])
+    );
+
+    let bpftrace = "Attached 4 probes\n\
+                    TIME(ms)     DISK    COMM             PID    LAT(ms)\n\
+                    611          vda     bash             4179        10\n";
+    let error = fault(bpftrace, None);
+    assert!(
+        error.contains("line 2: the heading has no T, SECTOR and BYTES")
+            && error.contains("bcc's biosnoop")
+            && error.contains("TIME(ms)     DISK    COMM"),
+        "{error}"
+    );
+    let heading = "TIME COMM PID DISK T SECTOR BYTES LAT(ms)\n";
+    assert!(fault(heading, Some("biosnoop")).contains("no TIME in s, ms, us or ns"));
+    let heading = "TIME(s) COMM PID DISK T SECTOR BYTES LAT(days)\n";
+    assert!(fault(heading, None).contains("no LAT in s, ms, us or ns"));
+}
+
 /// A record of vscsiStats.
 fn scsi(version: u16, command: u16, length: u32, sector: u64, micros: u64) -> Vec<u8> {
     let mut record = Vec::new();

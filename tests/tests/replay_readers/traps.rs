@@ -204,7 +204,47 @@ fn an_empty_flush_has_fewer_fields_in_text() {
         ]
     );
     assert_eq!(trace.texts(), ["delete 1"]);
-    assert_eq!(trace.notes.skipped, 4);
+    assert_eq!(trace.notes.skipped, 6, "of the summary, too");
+}
+
+#[test]
+fn texts_of_blkparse_that_were_joined_are_read_to_the_end() {
+    let run = |name: &str, lost: &str| {
+        format!(
+            "Input file {name}.blktrace.0 added\n\
+             254,1    0        1     0.000001000   161  Q   R 8 + 8 [fio]\n\
+             254,1    0        2     0.500000000   161  Q   W 16 + 8 [fio]\n\
+             fio (161)\n Reads Queued:           1,        4KiB\t Writes Queued:           1,        4KiB\n\n\
+             CPU0 ({name}):\n Reads Queued:           1,        4KiB\t Writes Queued:           1,        4KiB\n \
+             Read depth:             0        \t Write depth:             0\n\n\
+             Total ({name}):\n IO unplugs:             0        \t Timer unplugs:           0\n\n\
+             Throughput (R/W): 0KiB/s / 0KiB/s\nEvents ({name}): 2 entries\nSkips: {lost}\n"
+        )
+    };
+    let one = text(&run("a", "0 forward (0 -   0.0%)"), None);
+    assert_eq!((one.ios.len(), one.notes.lost), (2, 0));
+    assert!(one.notes.warnings.is_empty() && !one.notes.is_truncated);
+    let joined = [
+        run("a", "3 forward (1,500 -  99.9%)"),
+        run("b", "1 forward (7 -  70.0%)"),
+    ];
+    let joined = text(&joined.concat(), None);
+    assert_eq!(joined.format, "blkparse");
+    assert_eq!(joined.times(), [0, 499_999_000, 500_000_000, 999_999_000]);
+    assert_eq!((joined.notes.lost, joined.notes.regressed), (1507, 0));
+    assert!(joined.notes.warnings[0].contains("several runs of blkparse"));
+
+    let blktrace = "=== dm-1 ===\n  CPU  0:                    2 events,        1 KiB data\n  \
+                    Total:                     2 events (dropped 12),        1 KiB data\n";
+    let later = "254,1    0        3     0.600000000   161  Q   R 8 + 8 [fio]\n";
+    let both = text(
+        &[&run("a", "0 forward (0 -   0.0%)"), blktrace, later].concat(),
+        None,
+    );
+    assert_eq!((both.ios.len(), both.notes.lost), (3, 12));
+    assert_eq!(both.times()[2], 599_999_000, "time goes on where it can");
+    assert!(both.notes.warnings.is_empty());
+    assert!(fault(&format!("{later}hello\n"), Some("blkparse")).contains("line 2: no line of"));
 }
 
 #[test]

@@ -25,8 +25,6 @@ pub(super) enum Line {
     Event,
     /// Something that says nothing about I/O.
     Other,
-    /// The first line after the events.
-    End,
 }
 
 /// Why a line is none of its format.
@@ -216,10 +214,6 @@ impl<F: LineFormat> Lines<F> {
                 Ok(Line::Event) if self.sink.is_full() => break,
                 Ok(Line::Event) => {}
                 Ok(Line::Other) => self.sink.notes.skipped += u64::from(!line.is_empty()),
-                Ok(Line::End) => {
-                    self.is_ended = true;
-                    break;
-                }
                 Err(fault) => {
                     bad(&self.input, self.line, fault, line, self.is_lenient)?;
                     self.sink.notes.malformed += 1;
