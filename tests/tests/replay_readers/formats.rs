@@ -346,6 +346,62 @@ fn a_log_of_dm_log_writes() {
 }
 
 #[test]
+fn a_log_of_dm_log_writes_goes_on_behind_what_is_wrong_if_it_may() {
+    let entry = |values: [u64; 4], data: usize| {
+        let mut entry = values.map(u64::to_le_bytes).concat();
+        entry.resize(512 + data, 0);
+        entry
+    };
+    let log = |entries: &[Vec<u8>], number: u64| {
+        [
+            entry([0x006a_7366_7773_6872, 1, number, 512], 0),
+            entries.concat(),
+        ]
+        .concat()
+    };
+    let sound = [entry([8, 2, 0, 0], 1024), entry([16, 1, 0, 0], 512)];
+    let wrong = [
+        (
+            entry([0, 0, 8, 481], 0),
+            "the text of the mark is longer than its sector",
+        ),
+        (
+            entry([u64::MAX, 1, 0, 0], 512),
+            "it ends beyond what a device can have",
+        ),
+    ];
+    for (wrong, fault) in wrong {
+        let [first, last] = sound.clone();
+        let log = log(&[first, wrong, last], 3);
+        let error = contents(&log, None, false).expect_err(fault).to_string();
+        assert!(
+            error.contains("record at byte 2048: ") && error.contains(fault),
+            "{error}"
+        );
+        let trace = contents(&log, None, true).expect("lenient");
+        assert_eq!(
+            ranges(&trace.ios),
+            [(TraceOp::Write, 8, 2), (TraceOp::Write, 16, 1)]
+        );
+        assert_eq!(
+            (trace.notes.malformed, trace.notes.is_truncated),
+            (1, false)
+        );
+        assert_eq!(trace.times(), [0, 2], "it has its number all the same");
+    }
+    let whole = log(&sound, 2);
+    for (len, is_cut) in [
+        (whole.len(), false),
+        (whole.len() - 1, true),
+        (2048, true),
+        (2049, true),
+    ] {
+        let trace = contents(&whole[..len], None, false).expect("what is there");
+        assert_eq!(trace.notes.is_truncated, is_cut, "{len}");
+    }
+}
+
+#[test]
 fn a_csv_by_its_columns() {
     let spec =
         "csv:dev=0,op=1,off=2:bytes,len=3:kib,ts=4:ms,read=r,write=w,discard=trim,flush=sync";

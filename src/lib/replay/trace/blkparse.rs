@@ -6,7 +6,7 @@ use super::blktrace::below;
 use super::devices::text;
 use super::lines::{Fault, Line, LineFormat, Sink};
 use super::rwbs::Rwbs;
-use super::scan::{digits, number, time, word};
+use super::scan::{digits, next_number, next_time, number, skip_blanks, word};
 use crate::replay::event::{TraceIo, TraceOp};
 
 const SECOND: u64 = 1_000_000_000;
@@ -30,12 +30,13 @@ impl LineFormat for Blkparse {
         if !is_device(device) {
             return self.about_events(line, out);
         }
-        let cpu = number(word(&mut rest)).ok_or("no processor after the device")?;
+        let cpu = next_number(&mut rest).ok_or("no processor after the device")?;
         let cpu = u16::try_from(cpu).map_err(|_| "a processor above 65535")?;
-        number(word(&mut rest)).ok_or("no sequence number")?;
-        let time_ns = time(word(&mut rest), SECOND).ok_or("no time")?;
+        next_number(&mut rest).ok_or("no sequence number")?;
+        skip_blanks(&mut rest);
+        let time_ns = next_time(&mut rest, SECOND).ok_or("no time")?;
         let time_ns = self.in_trace(time_ns, out).ok_or("no time")?;
-        number(word(&mut rest)).ok_or("no process id")?;
+        next_number(&mut rest).ok_or("no process id")?;
         let action = word(&mut rest);
         let letters = word(&mut rest);
         match action {
@@ -142,14 +143,14 @@ pub(super) fn is_device(device: &[u8]) -> bool {
 
 /// The sectors of `sector + count [command]`; none of a line that has none, which an empty flush has not, nor a passed-through command.
 pub(super) fn range(mut rest: &[u8]) -> Result<Option<(u64, u64)>, Fault> {
-    let sector = word(&mut rest);
-    if sector.is_empty() || sector.starts_with(b"[") {
+    skip_blanks(&mut rest);
+    if matches!(rest, [] | [b'[', ..]) {
         return Ok(Some((0, 0)));
     }
-    let sector = number(sector).ok_or("no sector")?;
+    let sector = next_number(&mut rest).ok_or("no sector")?;
     match word(&mut rest) {
         b"+" => {
-            let sectors = number(word(&mut rest)).ok_or("no number of sectors")?;
+            let sectors = next_number(&mut rest).ok_or("no number of sectors")?;
             Ok(Some((sector, sectors)))
         }
         next if next.starts_with(b"(") || next.starts_with(b"[") => Ok(None),

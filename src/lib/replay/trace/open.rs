@@ -20,6 +20,7 @@ use super::load::Load;
 use super::log_writes::{self, LogWrites};
 use super::merge::Merge;
 use super::record;
+use super::records::Records;
 use super::resort::Resort;
 use super::siblings::Group;
 use super::spread::Spread;
@@ -108,7 +109,7 @@ fn reader(format: &Format, input: Input, lenient: bool) -> Box<dyn TraceReader> 
         }
     };
     match format {
-        Format::Events => Box::new(Events::new(input, lenient)),
+        Format::Events => Box::new(Records::new(input, Events::default(), lenient)),
         Format::Blktrace => Box::new(Resort::new(Blktrace::dump(input, lenient))),
         Format::Blkparse => Box::new(Lines::new(input, Blkparse::default(), lenient)),
         Format::Iolog => Box::new(Lines::new(input, Iolog::default(), lenient)),
@@ -122,8 +123,8 @@ fn reader(format: &Format, input: Input, lenient: bool) -> Box<dyn TraceReader> 
         Format::Ftrace => Box::new(Lines::new(input, Ftrace::default(), lenient)),
         // It tells of requests when they are complete.
         Format::Biosnoop => Box::new(Resort::new(Lines::new(input, Biosnoop::default(), lenient))),
-        Format::Vscsi => Box::new(Vscsi::new(input, lenient)),
-        Format::LogWrites => Box::new(LogWrites::new(input)),
+        Format::Vscsi => Box::new(Records::new(input, Vscsi::default(), lenient)),
+        Format::LogWrites => Box::new(Records::new(input, LogWrites::default(), lenient)),
     }
 }
 
