@@ -13,11 +13,14 @@ import sys
 import time
 from pathlib import Path
 
-# Of a data block, as the pool has them unless told otherwise.
-BLOCK_SHAPES = ("provisioning", "uniform", "locality")
+# Of blocks that are not mapped yet, and of those that are; how many blocks generate-trace has requests for.
+SHAPES = ("provisioning", "uniform", "locality")
+BLOCKS = 1 << 20
 # The device of the traces, as a thin device of 64 GiB; that of the CSV.
 MAP = ["--map", "254:1=0:64g"]
 MAP_CSV = ["--map", "0=0:64g"]
+# The metadata device is in memory, all of it: as much as the mappings of these blocks take, and a half more.
+POOL_FOR_MEMORY = ["--data-size", "64g", "--metadata-size", "48m"]
 # What a replay may take: bytes for each mapped block, and beside them.
 PER_BLOCK = 32
 BESIDE = 64 << 20
@@ -30,7 +33,6 @@ class Run:
         told = folder / "time.txt"
         command = ["/usr/bin/time", "-f", "%M", "-o", str(told), *argv]
         before = time.perf_counter()
-        # Its own group, so that all of it ends if this does.
         child = subprocess.Popen(command, stdin=source or subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, cwd=folder)
         said = child.stderr.read()
         _, status, used = os.wait4(child.pid, 0)
@@ -87,15 +89,15 @@ def rates(args):
     replay = [str(args.ours), "thin_replay", "--quiet"]
     print("| trace | command | M events/s | by CPU time | CPU s | of fio's rate | by CPU time | peak MiB |")
     print("|---|---|--:|--:|--:|--:|--:|--:|")
-    for shape in BLOCK_SHAPES:
+    generate(args, "provisioning", "blktrace", str(BLOCKS), "1", "start")
+    pool = ["--create", "--data-size", "1t", "--metadata-size", "256m"]
+    Run(args.folder, [*replay, *pool, *MAP, "-o", "mapped.img", "start.blktrace.0"])
+    for shape in SHAPES:
         generate(args, shape, "blktrace", str(events), "2", shape)
         dump = f"{shape}.blktrace-dump"
         make_dump = ["blkparse", "-q", "-O", "-i", shape, "-d", dump]
         Run(args.folder, make_dump)
-        # The blocks are mapped already, but where that is what is measured.
-        start = ["--create", "--data-size", "1t", "--metadata-size", "256m"]
-        if shape != "provisioning":
-            start = ["--metadata", "mapped.img", "--data-size", "1t"]
+        start = pool if shape == "provisioning" else ["--metadata", "mapped.img", "--data-size", "1t"]
         whole = [*replay, *start, *MAP, "--json", "report.json", "--max-sectors", "1024"]
         fio = ["fio", "--name=replay", "--ioengine=null", "--iodepth=32", "--thread", "--replay_no_stall=1"]
         fio += ["--replay_redirect=/dev/null", f"--read_iolog={dump}"]
@@ -110,8 +112,6 @@ def rates(args):
         measure(args, rows)
         for row in rows:
             print_row([shape, row.name, *row.cells(events, None if row.is_peer else rows[3])])
-        if shape == "provisioning":
-            Run(args.folder, [*replay, *start, *MAP, "-o", "mapped.img", dump])
         for path in args.folder.glob(f"{shape}.*"):
             path.unlink()
     with open(args.folder / "volumes.csv", "xb") as file:
@@ -131,14 +131,14 @@ def memory(args):
         report = args.folder / "report.json"
         report.unlink(missing_ok=True)
         source = subprocess.Popen([str(args.generator), "locality", "alibaba", str(count)], stdout=subprocess.PIPE)
-        argv = [str(args.ours), "thin_replay", "--quiet", "--format", "alibaba", "--json", str(report), "--data-size", "1t"]
+        argv = [str(args.ours), "thin_replay", "--quiet", "--format", "alibaba", "--json", str(report), *POOL_FOR_MEMORY]
         try:
             run = Run(args.folder, [*argv, *MAP_CSV, "-"], source.stdout)
         finally:
             source.stdout.close()
             source.kill()
             source.wait()
-        space = json.loads(report.read_text())["space"]
+        space = json.loads(report.read_text())[0]["space"]
         mapped = space["used_data_blocks"]
         bound = mapped * PER_BLOCK + BESIDE
         holds &= run.memory <= bound

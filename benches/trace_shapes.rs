@@ -1,4 +1,4 @@
-//! Traces of random requests, the same for the same numbers, one request each microsecond.
+//! Traces of random requests, the same for the same numbers.
 
 use std::io::{Result, Write};
 
@@ -8,7 +8,7 @@ use rand::{RngExt, SeedableRng};
 /// Where the requests go.
 #[derive(Clone, Copy)]
 pub(crate) enum Shape {
-    /// 4 KiB to 124 KiB anywhere in 40 GB.
+    /// 4 KiB to 124 KiB anywhere in 40 GB, one request each microsecond.
     Random,
     /// 4 KiB anywhere in [`BLOCKS`] blocks of 64 KiB.
     Uniform,
@@ -17,6 +17,9 @@ pub(crate) enum Shape {
     /// A write of each of these blocks, out of order, again and again.
     Provisioning,
 }
+
+/// Microseconds between requests of all shapes but [`Shape::Random`], so that the worker of a pool keeps up with them.
+const PACE: u64 = 50;
 
 impl Shape {
     /// By its name.
@@ -54,7 +57,7 @@ pub(crate) struct Request {
 pub(crate) fn requests(shape: Shape, events: u64) -> impl Iterator<Item = Request> {
     let mut rng = SmallRng::seed_from_u64(1);
     let mut start = 0;
-    (0..events).map(move |micros| {
+    (0..events).map(move |number| {
         let is_write = rng.random();
         let (is_write, block, blocks) = match shape {
             Shape::Random => {
@@ -63,23 +66,26 @@ pub(crate) fn requests(shape: Shape, events: u64) -> impl Iterator<Item = Reques
             }
             Shape::Uniform => (is_write, rng.random_range(0..BLOCKS * UNITS), 1),
             Shape::Locality => {
-                if micros % RUN == 0 {
+                if number % RUN == 0 {
                     let block: u64 = rng.random_range(0..BLOCKS);
                     let is_cold = rng.random_range(0..10) == 0;
                     let block = if is_cold { block } else { block / 100 * 100 };
                     start = block * UNITS + rng.random_range(0..=UNITS - RUN);
                 }
-                (is_write, start + micros % RUN, 1)
+                (is_write, start + number % RUN, 1)
             }
             // Odd, so that each block has its turn.
             Shape::Provisioning => (
                 true,
-                micros.wrapping_mul(0x9e37_79b1) % BLOCKS * UNITS,
+                number.wrapping_mul(0x9e37_79b1) % BLOCKS * UNITS,
                 UNITS,
             ),
         };
         Request {
-            micros,
+            micros: match shape {
+                Shape::Random => number,
+                _ => number * PACE,
+            },
             is_write,
             block,
             blocks,

@@ -101,8 +101,9 @@ impl<F: RecordFormat> Fill for Records<F> {
         let is_begun = std::mem::replace(&mut self.is_begun, true)
             || self.format.head(&mut self.input, &mut self.sink)?;
         while !self.is_ended && !self.sink.is_full() {
-            self.is_ended = self.format.is_over() == Some(true);
-            if !self.is_ended && !(is_begun && self.take()?) {
+            if self.format.is_over() == Some(true) {
+                self.is_ended = true;
+            } else if !is_begun || !self.take()? {
                 self.is_ended = true;
                 self.sink.notes.is_truncated |= self.format.is_over() == Some(false)
                     || !self.input.data().is_empty()
