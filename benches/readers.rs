@@ -12,8 +12,10 @@ use std::path::Path;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use thintools::replay::{Batch, Format, open};
+use trace_shapes::Shape;
 
 const EVENTS: u64 = 2_000_000;
+const RANDOM: Shape = Shape::Random;
 
 /// Reads a trace to its end; how many requests it has.
 fn read(path: &Path, format: &str) -> u64 {
@@ -28,9 +30,9 @@ fn main() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = |name: &str| folder.path().join(name);
     let file = |path: &Path| BufWriter::new(File::create(path).expect("there is room"));
-    trace_shapes::alibaba(EVENTS, 1000, &mut file(&path("csv"))).expect("there is room");
-    trace_shapes::blkparse(EVENTS, &mut file(&path("blkparse"))).expect("there is room");
-    trace_shapes::iolog(EVENTS, &mut file(&path("iolog"))).expect("there is room");
+    trace_shapes::alibaba(RANDOM, EVENTS, 1000, &mut file(&path("csv"))).expect("there is room");
+    trace_shapes::blkparse(RANDOM, EVENTS, &mut file(&path("blkparse"))).expect("there is room");
+    trace_shapes::iolog(RANDOM, EVENTS, &mut file(&path("iolog"))).expect("there is room");
     let mut traces = vec![
         ("iolog", String::new(), path("iolog")),
         ("alibaba", String::new(), path("csv")),
@@ -43,7 +45,8 @@ fn main() {
         let files = names
             .iter()
             .map(|name| Box::new(file(name)) as Box<dyn Write>);
-        trace_shapes::blktrace(EVENTS, &mut files.collect::<Vec<_>>()).expect("there is room");
+        trace_shapes::blktrace(RANDOM, EVENTS, &mut files.collect::<Vec<_>>())
+            .expect("there is room");
         traces.push(("blktrace", format!("{cpus} processors"), names[0].clone()));
     }
     let mut criterion = Criterion::default().configure_from_args();

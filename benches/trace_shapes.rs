@@ -1,9 +1,46 @@
-//! Traces of random requests, the same for the same number: 4 KiB to 124 KiB of 40 GB, one request each microsecond.
+//! Traces of random requests, the same for the same numbers.
 
 use std::io::{Result, Write};
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+
+/// Where the requests go.
+#[derive(Clone, Copy)]
+pub(crate) enum Shape {
+    /// 4 KiB to 124 KiB anywhere in 40 GB, one request each microsecond.
+    Random,
+    /// 4 KiB anywhere in [`BLOCKS`] blocks of 64 KiB.
+    Uniform,
+    /// The same blocks; nine of ten requests go to each hundredth of them, eight one after the other.
+    Locality,
+    /// A write of each of these blocks, out of order, again and again.
+    Provisioning,
+}
+
+/// Microseconds between requests of all shapes but [`Shape::Random`], so that the worker of a pool keeps up with them.
+const PACE: u64 = 50;
+
+impl Shape {
+    /// By its name.
+    #[allow(dead_code)]
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "random" => Self::Random,
+            "uniform" => Self::Uniform,
+            "locality" => Self::Locality,
+            "provisioning" => Self::Provisioning,
+            _ => return None,
+        })
+    }
+}
+
+/// Blocks of 64 KiB that have requests, of all shapes but [`Shape::Random`].
+const BLOCKS: u64 = 1 << 20;
+/// Units of 4 KiB in a block.
+const UNITS: u64 = 16;
+/// Requests of a run.
+const RUN: u64 = 8;
 
 /// One request.
 pub(crate) struct Request {
@@ -17,20 +54,49 @@ pub(crate) struct Request {
 }
 
 /// So many requests.
-pub(crate) fn requests(events: u64) -> impl Iterator<Item = Request> {
+pub(crate) fn requests(shape: Shape, events: u64) -> impl Iterator<Item = Request> {
     let mut rng = SmallRng::seed_from_u64(1);
-    (0..events).map(move |micros| Request {
-        micros,
-        is_write: rng.random(),
-        block: rng.random_range(0..10_000_000),
-        blocks: rng.random_range(1..32),
-        other: rng.random_range(0..1000),
+    let mut start = 0;
+    (0..events).map(move |number| {
+        let is_write = rng.random();
+        let (is_write, block, blocks) = match shape {
+            Shape::Random => {
+                let block = rng.random_range(0..10_000_000);
+                (is_write, block, rng.random_range(1..32))
+            }
+            Shape::Uniform => (is_write, rng.random_range(0..BLOCKS * UNITS), 1),
+            Shape::Locality => {
+                if number % RUN == 0 {
+                    let block: u64 = rng.random_range(0..BLOCKS);
+                    let is_cold = rng.random_range(0..10) == 0;
+                    let block = if is_cold { block } else { block / 100 * 100 };
+                    start = block * UNITS + rng.random_range(0..=UNITS - RUN);
+                }
+                (is_write, start + number % RUN, 1)
+            }
+            // Odd, so that each block has its turn.
+            Shape::Provisioning => (
+                true,
+                number.wrapping_mul(0x9e37_79b1) % BLOCKS * UNITS,
+                UNITS,
+            ),
+        };
+        Request {
+            micros: match shape {
+                Shape::Random => number,
+                _ => number * PACE,
+            },
+            is_write,
+            block,
+            blocks,
+            other: rng.random_range(0..1000),
+        }
     })
 }
 
 /// The Alibaba CSV, of so many volumes up to 1000.
-pub(crate) fn alibaba(events: u64, volumes: u64, out: &mut dyn Write) -> Result<()> {
-    for request in requests(events) {
+pub(crate) fn alibaba(shape: Shape, events: u64, volumes: u64, out: &mut dyn Write) -> Result<()> {
+    for request in requests(shape, events) {
         writeln!(
             out,
             "{},{},{},{},{}",
@@ -45,8 +111,8 @@ pub(crate) fn alibaba(events: u64, volumes: u64, out: &mut dyn Write) -> Result<
 }
 
 /// blkparse's text.
-pub(crate) fn blkparse(events: u64, out: &mut dyn Write) -> Result<()> {
-    for request in requests(events) {
+pub(crate) fn blkparse(shape: Shape, events: u64, out: &mut dyn Write) -> Result<()> {
+    for request in requests(shape, events) {
         let (seconds, micros) = (request.micros / 1_000_000, request.micros % 1_000_000);
         writeln!(
             out,
@@ -61,9 +127,9 @@ pub(crate) fn blkparse(events: u64, out: &mut dyn Write) -> Result<()> {
 }
 
 /// A log of fio, version 3.
-pub(crate) fn iolog(events: u64, out: &mut dyn Write) -> Result<()> {
+pub(crate) fn iolog(shape: Shape, events: u64, out: &mut dyn Write) -> Result<()> {
     writeln!(out, "fio version 3 iolog\n0 disk add\n0 disk open")?;
-    for request in requests(events) {
+    for request in requests(shape, events) {
         writeln!(
             out,
             "{} disk {} {} {}",
@@ -77,9 +143,9 @@ pub(crate) fn iolog(events: u64, out: &mut dyn Write) -> Result<()> {
 }
 
 /// The files of blktrace, of as many processors as there are outputs.
-pub(crate) fn blktrace(events: u64, files: &mut [Box<dyn Write>]) -> Result<()> {
+pub(crate) fn blktrace(shape: Shape, events: u64, files: &mut [Box<dyn Write>]) -> Result<()> {
     let mut numbers = vec![0u32; files.len()];
-    for request in requests(events) {
+    for request in requests(shape, events) {
         let cpu = request.other as usize % files.len();
         numbers[cpu] += 1;
         let action = 1 | 1u32 << 16 << u32::from(request.is_write);

@@ -69,6 +69,7 @@ fn traces() -> Vec<Vec<u8>> {
         b"2.500000 0 200 16 0\n",
         b"TIME(s) COMM PID DISK T SECTOR BYTES LAT(ms)\n0.5 a b 25 vda W 8 4096 0.01\n",
         b"R,0,512,1.5\n",
+        b"254,1 0 1 0.000001000 161 Q R 8 + 8 [fio]\nCPU0 (a):\nSkips: 3 forward (1,500 -  99.9%)\n254,1 0 1 0.0000005 161 Q WS 8 + 8 [a]\n",
     ];
     traces.extend(plain.map(<[u8]>::to_vec));
     let mut scsi = [[0; 32]; 3];

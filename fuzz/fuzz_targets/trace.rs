@@ -10,7 +10,7 @@ use libfuzzer_sys::fuzz_target;
 use thintools::replay::{Batch, ControlEvent, Format, TraceIo, TraceNotes, open};
 
 /// The first one is told from the contents.
-const FORMATS: [&str; 17] = [
+const FORMATS: [&str; 18] = [
     "",
     "blktrace",
     "blkparse",
@@ -28,6 +28,7 @@ const FORMATS: [&str; 17] = [
     "csv:op=0,off=1,len=2,ts=3:s,read=R",
     "csv:dev=1-2,op=3,off=4:kib,len=5:sectors,write=W,discard=D,flush=F",
     "csv:dev=0,op=1,off=2,len=3,ts=4:filetime,read=R,write=W",
+    "events",
 ];
 /// A thousand bytes can expand to tens of megabytes.
 const MAX_PACKED: usize = 1000;

@@ -203,6 +203,49 @@ fn biosnoop_is_read_by_its_heading_from_the_end() {
     assert!(new.ios[0].is_preflush);
 }
 
+#[test]
+fn biosnoop_is_told_by_its_heading() {
+    let queued = text(
+        "Tracing block device I/O... Hit Ctrl-C to end.\n\
+         TIME(s)     COMM           PID     DISK      T SECTOR     BYTES   QUE(ms) P LAT(ms)\n\
+         0.100000    my fio job     5       dm-0      W 16         8192    10.000  S   5.000\n\
+         Possibly lost 12 samples\n\
+         0.200000    fio            5       dm-0      W 32         8192   -1.000   R   5.000\n",
+        None,
+    );
+    assert_eq!(
+        queued.times(),
+        [0, 110_000_000],
+        "they begin when they are queued"
+    );
+    assert_eq!(queued.notes.lost, 12);
+    let others = text(
+        "TIME(ms)     DISK    COMM             PID    T SECTOR     BYTES   LAT(us)\n\
+         100          vda     my job           4179   R 100        512     5000\n\
+         200          vdb     cksum            4179   W 200        512     10000\n",
+        None,
+    );
+    assert_eq!(
+        (others.times(), others.devices.clone()),
+        (vec![0, 95_000_000], vec!["vda".into(), "vdb".into()])
+    );
+
+    let bpftrace = "Attached 4 probes\n\
+                    TIME(ms)     DISK    COMM             PID    LAT(ms)\n\
+                    611          vda     bash             4179        10\n";
+    let error = fault(bpftrace, None);
+    assert!(
+        error.contains("line 2: the heading has no T, SECTOR and BYTES")
+            && error.contains("bcc's biosnoop")
+            && error.contains("TIME(ms)     DISK    COMM"),
+        "{error}"
+    );
+    let heading = "TIME COMM PID DISK T SECTOR BYTES LAT(ms)\n";
+    assert!(fault(heading, Some("biosnoop")).contains("no TIME in s, ms, us or ns"));
+    let heading = "TIME(s) COMM PID DISK T SECTOR BYTES LAT(days)\n";
+    assert!(fault(heading, None).contains("no LAT in s, ms, us or ns"));
+}
+
 /// A record of vscsiStats.
 fn scsi(version: u16, command: u16, length: u32, sector: u64, micros: u64) -> Vec<u8> {
     let mut record = Vec::new();
@@ -300,6 +343,62 @@ fn a_log_of_dm_log_writes() {
     );
     let cut = contents(&log[..log.len() - 1], None, false).expect("sound");
     assert!(cut.notes.is_truncated && cut.ios.len() == 1);
+}
+
+#[test]
+fn a_log_of_dm_log_writes_goes_on_behind_what_is_wrong_if_it_may() {
+    let entry = |values: [u64; 4], data: usize| {
+        let mut entry = values.map(u64::to_le_bytes).concat();
+        entry.resize(512 + data, 0);
+        entry
+    };
+    let log = |entries: &[Vec<u8>], number: u64| {
+        [
+            entry([0x006a_7366_7773_6872, 1, number, 512], 0),
+            entries.concat(),
+        ]
+        .concat()
+    };
+    let sound = [entry([8, 2, 0, 0], 1024), entry([16, 1, 0, 0], 512)];
+    let wrong = [
+        (
+            entry([0, 0, 8, 481], 0),
+            "the text of the mark is longer than its sector",
+        ),
+        (
+            entry([u64::MAX, 1, 0, 0], 512),
+            "it ends beyond what a device can have",
+        ),
+    ];
+    for (wrong, fault) in wrong {
+        let [first, last] = sound.clone();
+        let log = log(&[first, wrong, last], 3);
+        let error = contents(&log, None, false).expect_err(fault).to_string();
+        assert!(
+            error.contains("record at byte 2048: ") && error.contains(fault),
+            "{error}"
+        );
+        let trace = contents(&log, None, true).expect("lenient");
+        assert_eq!(
+            ranges(&trace.ios),
+            [(TraceOp::Write, 8, 2), (TraceOp::Write, 16, 1)]
+        );
+        assert_eq!(
+            (trace.notes.malformed, trace.notes.is_truncated),
+            (1, false)
+        );
+        assert_eq!(trace.times(), [0, 2], "it has its number all the same");
+    }
+    let whole = log(&sound, 2);
+    for (len, is_cut) in [
+        (whole.len(), false),
+        (whole.len() - 1, true),
+        (2048, true),
+        (2049, true),
+    ] {
+        let trace = contents(&whole[..len], None, false).expect("what is there");
+        assert_eq!(trace.notes.is_truncated, is_cut, "{len}");
+    }
 }
 
 #[test]

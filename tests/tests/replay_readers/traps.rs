@@ -4,6 +4,7 @@
 //! |---|---|
 //! | bit 0x100 of an action | [`bit_0x100_of_an_action_is_no_part_of_it`] |
 //! | FUA is bit 15 | [`fua_is_bit_15_of_the_categories`] |
+//! | texts of blkparse joined, with summaries between | [`texts_of_blkparse_that_were_joined_are_read_to_the_end`] |
 //! | text of an empty flush | [`an_empty_flush_has_fewer_fields_in_text`] |
 //! | ends of messages | [`a_control_event_may_end_in_anything_and_begin_with_the_name_of_the_program`] |
 //! | messages of a dump out of order | [`messages_out_of_order_in_a_dump_are_put_in_order`] |
@@ -22,6 +23,7 @@
 //! | recorded below the thin device | [`what_is_below_the_thin_device_is_warned_of`] |
 //! | CRLF | [`lines_may_end_as_in_dos`] |
 //! | joined members of gzip and others | [`compressed_files_may_be_joined_and_cut_off`] |
+//! | windows of 128 MiB | [`what_refers_back_further_than_memory_may_go_is_refused`] |
 //! | CSV with a heading and without | [`a_heading_of_a_csv_is_no_fault_but_only_at_its_beginning`] |
 //! | lines and records of nonsense | [`lenient_reading_counts_and_goes_on`] |
 
@@ -30,7 +32,7 @@ use std::io::Write;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use thintools::replay::TraceOp;
+use thintools::replay::{TraceIo, TraceOp};
 
 use super::{Trace, contents, fault, read_all, recorded, text};
 use crate::support::folder;
@@ -204,7 +206,47 @@ fn an_empty_flush_has_fewer_fields_in_text() {
         ]
     );
     assert_eq!(trace.texts(), ["delete 1"]);
-    assert_eq!(trace.notes.skipped, 4);
+    assert_eq!(trace.notes.skipped, 6, "of the summary, too");
+}
+
+#[test]
+fn texts_of_blkparse_that_were_joined_are_read_to_the_end() {
+    let run = |name: &str, lost: &str| {
+        format!(
+            "Input file {name}.blktrace.0 added\n\
+             254,1    0        1     0.000001000   161  Q   R 8 + 8 [fio]\n\
+             254,1    0        2     0.500000000   161  Q   W 16 + 8 [fio]\n\
+             fio (161)\n Reads Queued:           1,        4KiB\t Writes Queued:           1,        4KiB\n\n\
+             CPU0 ({name}):\n Reads Queued:           1,        4KiB\t Writes Queued:           1,        4KiB\n \
+             Read depth:             0        \t Write depth:             0\n\n\
+             Total ({name}):\n IO unplugs:             0        \t Timer unplugs:           0\n\n\
+             Throughput (R/W): 0KiB/s / 0KiB/s\nEvents ({name}): 2 entries\nSkips: {lost}\n"
+        )
+    };
+    let one = text(&run("a", "0 forward (0 -   0.0%)"), None);
+    assert_eq!((one.ios.len(), one.notes.lost), (2, 0));
+    assert!(one.notes.warnings.is_empty() && !one.notes.is_truncated);
+    let joined = [
+        run("a", "3 forward (1,500 -  99.9%)"),
+        run("b", "1 forward (7 -  70.0%)"),
+    ];
+    let joined = text(&joined.concat(), None);
+    assert_eq!(joined.format, "blkparse");
+    assert_eq!(joined.times(), [0, 499_999_000, 500_000_000, 999_999_000]);
+    assert_eq!((joined.notes.lost, joined.notes.regressed), (1507, 0));
+    assert!(joined.notes.warnings[0].contains("several runs of blkparse"));
+
+    let blktrace = "=== dm-1 ===\n  CPU  0:                    2 events,        1 KiB data\n  \
+                    Total:                     2 events (dropped 12),        1 KiB data\n";
+    let later = "254,1    0        3     0.600000000   161  Q   R 8 + 8 [fio]\n";
+    let both = text(
+        &[&run("a", "0 forward (0 -   0.0%)"), blktrace, later].concat(),
+        None,
+    );
+    assert_eq!((both.ios.len(), both.notes.lost), (3, 12));
+    assert_eq!(both.times()[2], 599_999_000, "time goes on where it can");
+    assert!(both.notes.warnings.is_empty());
+    assert!(fault(&format!("{later}hello\n"), Some("blkparse")).contains("line 2: no line of"));
 }
 
 #[test]
@@ -406,6 +448,35 @@ fn the_file_of_a_processor_is_missing() {
 }
 
 #[test]
+fn runs_of_one_processor_are_merged_with_the_others() {
+    let record = |time: u64, cpu: u32| {
+        let mut record = Rec::new(time, Q);
+        record.cpu = cpu;
+        record
+    };
+    let folder = crate::support::folder();
+    let mut expected = Vec::new();
+    // Runs of 1 to 50 requests, and every seventh time is on all processors.
+    for cpu in 0..5u32 {
+        let times = (0..20_000u64).filter(|time| {
+            time % 7 == 0 || (time / u64::from(1 + (time >> 9) as u32 % 50)) % 5 == u64::from(cpu)
+        });
+        let times: Vec<u64> = times.collect();
+        expected.extend(times.iter().map(|&time| (time, cpu as u16)));
+        let records: Vec<Rec> = times.iter().map(|&time| record(time, cpu)).collect();
+        std::fs::write(
+            folder.path().join(format!("t.blktrace.{cpu}")),
+            trace(&records),
+        )
+        .expect("there is room");
+    }
+    expected.sort();
+    let trace = read_all(&[folder.path().join("t.blktrace.0")], None, false).expect("sound");
+    let found: Vec<_> = trace.ios.iter().map(|io| (io.time_ns, io.cpu)).collect();
+    assert!(found == expected, "they are in order of time and processor");
+}
+
+#[test]
 fn lost_events_are_gaps_in_the_numbers_of_a_processor() {
     let at = |sequence, cpu| Rec {
         sequence,
@@ -534,6 +605,72 @@ fn compressed_files_may_be_joined_and_cut_off() {
         broken[middle..middle + 64].fill(0xa5);
         let _ = contents(&broken, Some("alibaba"), false);
     }
+}
+
+#[test]
+fn what_refers_back_further_than_memory_may_go_is_refused() {
+    // One line of a CSV, as zstd --long=27, xz -9 and xz -8 compress it.
+    let zstd = b"\x28\xb5\x2f\xfd\x04\x88\x69\x00\x00\x31\x2c\x57\x2c\x30\x2c\x34\x30\x39\x36\x2c\x31\x0a\xd1\xc9\xb5\x64";
+    let xz = |dictionary: &[u8]| {
+        let (header, rest) = (
+            b"\xfd7zXZ\0\x00\x04\xe6\xd6\xb4\x46\x02\x00\x21\x01",
+            b"\x01\x00\x0c\x31\x2c\x57\x2c\x30\x2c\x34\x30\x39\x36\x2c\x31\x0a\x00\x00\x00\x00\x0f\xbc\xca\xf7\xc6\x44\xca\xd8\
+              \x00\x01\x25\x0d\x71\x19\xc4\xb6\x1f\xb6\xf3\x7d\x01\x00\x00\x00\x00\x04\x59\x5a",
+        );
+        [&header[..], dictionary, rest].concat()
+    };
+    let large = xz(b"\x1c\0\0\0\x10\xcf\x58\xcc");
+    for (packed, window) in [(&zstd[..], "128 MiB"), (&large, "64 MiB")] {
+        let error = contents(packed, Some("alibaba"), true).expect_err("too far");
+        let reason = std::error::Error::source(&error)
+            .expect("a reason")
+            .to_string();
+        assert!(
+            reason.contains(&format!("it refers back by {window}"))
+                && reason.contains("32 MiB is the most")
+                && reason.contains("zstd -19 or xz -8"),
+            "{reason}"
+        );
+    }
+    let small = xz(b"\x1a\0\0\0\xcc\x90\x33\xe9");
+    assert_eq!(contents(&small, None, false).expect("32 MiB").ios.len(), 1);
+}
+
+#[test]
+fn lines_are_read_alike_wherever_they_end_and_whatever_ends_them() {
+    // The window of the reader ends anywhere in these; columns are behind the last one that counts or not.
+    for (end, extra) in [("\n", ""), ("\r\n", ""), ("\n", ",7,\"x\""), ("\r\n", ",7")] {
+        let line = |i: u64| {
+            format!(
+                "{},{},{},4096,{}{extra}{end}",
+                i % 7,
+                ["R", "w"][i as usize % 2],
+                i * 4096,
+                1000 * i
+            )
+        };
+        let lines: String = (0..20_000).map(line).collect();
+        for text in [lines.as_str(), lines.trim_end()] {
+            let trace = contents(text.as_bytes(), Some("alibaba"), false).expect("sound");
+            assert_eq!(trace.ios.len(), 20_000);
+            assert_eq!(trace.devices, ["0", "1", "2", "3", "4", "5", "6"]);
+            let is_right =
+                |(io, i): (&TraceIo, u64)| io.sector == 8 * i && io.time_ns == 1_000_000 * i;
+            assert!(trace.ios.iter().zip(0..).all(is_right));
+            assert_eq!(trace.count(TraceOp::Write), 10_000);
+        }
+    }
+    // The device, which comes last, is the same with either end.
+    let tencent = text(
+        "1538323200,0,8,0,12\r\n1538323200,0,8,1,12\n",
+        Some("tencent"),
+    );
+    assert_eq!(tencent.devices, ["12"]);
+    let short = fault("0,R,0,512,1\n0,R,0\n0,R,0,512,2\n", Some("alibaba"));
+    assert!(
+        short.contains("line 2: too few columns: \"0,R,0\""),
+        "{short}"
+    );
 }
 
 #[test]

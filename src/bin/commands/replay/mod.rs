@@ -43,6 +43,11 @@ pub(crate) const PAGE: Page = Page {
          spc, or columns that are described); block events of tracefs and perf; biosnoop; \
          vscsiStats; blkreplay's loads; DiskSim; dm-log-writes; the event files of split. Of a blktrace one file is \
          enough, the others are found beside it. - is standard input.",
+        "Memory does not grow with the length of a trace: beside what the pool takes it is less than \
+         64 MiB, for a trace in one compressed file. Each further one that is compressed adds as much \
+         as it refers back, 2 to 8 MiB by default. What refers back by more than 32 MiB, as \
+         zstd --ultra, zstd --long and xz -9 make it, is refused: zstd --long=31 -dc or xz -dc \
+         expands it in front of a thin_replay that reads standard input.",
         "Control events change the pool on the way. They are messages in a blktrace that begin \
          with ctl, or lines of the file of --events, with a time in seconds in front: create_thin \
          ID, create_snap ID ORIGIN, delete ID, set_transaction_id OLD NEW, reserve_metadata_snap, \

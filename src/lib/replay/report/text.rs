@@ -89,9 +89,10 @@ impl fmt::Display for Report {
         }
         writeln!(
             f,
-            "trace     {} events, {} other records, {} lost, {} malformed, {} back in time{}",
+            "trace     {} events, {} other records, {} left out, {} lost, {} malformed, {} back in time{}",
             self.trace.events,
             self.trace.skipped,
+            self.trace.left_out,
             self.trace.lost,
             self.trace.malformed,
             self.trace.regressed,

@@ -3,11 +3,11 @@
 use std::collections::HashMap;
 
 use super::input::Input;
-use super::lines::{Fault, Sink, control};
+use super::lines::{Fault, Fill, Sink, control};
 use super::next::Next;
 use super::record::{self, Record};
 use crate::error::{Error, ErrorKind, Result};
-use crate::replay::event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
+use crate::replay::event::{Batch, ControlEvent, TraceIo, TraceOp};
 
 /// Processes and messages of a dump that are remembered.
 const MAX_REMEMBERED: usize = 4096;
@@ -91,51 +91,56 @@ impl Blktrace {
         }
         Next::of(&keys)
     }
+}
 
-    fn fill_batch(&mut self) -> Result<()> {
+impl Fill for Blktrace {
+    fn sink(&self) -> &Sink {
+        &self.shared.sink
+    }
+
+    fn sink_mut(&mut self) -> &mut Sink {
+        &mut self.shared.sink
+    }
+
+    fn fill(&mut self) -> Result<()> {
         let mut next = match self.next.take() {
             Some(next) => next,
             None => self.prime()?,
         };
+        let mut last = None;
         while let Some(index) = next.first()
             && !self.shared.sink.is_full()
         {
             let stream = &mut self.streams[index];
-            let batch = &mut self.shared.sink.batch;
-            match stream.control.take() {
-                None => batch.ios.push(stream.io),
-                Some(text) => {
-                    let time_ns = stream.io.time_ns;
-                    batch.controls.push(ControlEvent { time_ns, text });
+            // Requests of a processor often come one after the other; while they come before those of the others the tree can wait.
+            let second = if last == Some(index) {
+                next.second()
+            } else {
+                0
+            };
+            last = Some(index);
+            loop {
+                let batch = &mut self.shared.sink.batch;
+                match stream.control.take() {
+                    None => batch.ios.push(stream.io),
+                    Some(text) => {
+                        let time_ns = stream.io.time_ns;
+                        batch.controls.push(ControlEvent { time_ns, text });
+                    }
+                }
+                let key = stream.advance(&mut self.shared)?;
+                let stays = key.is_some_and(|key| next.stays_first(key, second));
+                if !stays || self.shared.sink.is_full() {
+                    next.replace_first(key);
+                    break;
                 }
             }
-            next.replace_first(stream.advance(&mut self.shared)?);
         }
         if let Some(dump) = &mut self.shared.dump {
             dump.place(&mut self.shared.sink.batch, next.first().is_none());
         }
         self.next = Some(next);
         Ok(())
-    }
-}
-
-impl TraceReader for Blktrace {
-    fn read(&mut self, batch: &mut Batch) -> Result<bool> {
-        std::mem::swap(batch, &mut self.shared.sink.batch);
-        self.shared.sink.batch.ios.clear();
-        self.shared.sink.batch.controls.clear();
-        let done = self.fill_batch();
-        std::mem::swap(batch, &mut self.shared.sink.batch);
-        done?;
-        Ok(!(batch.ios.is_empty() && batch.controls.is_empty()))
-    }
-
-    fn devices(&self) -> &[String] {
-        self.shared.sink.devices.names()
-    }
-
-    fn notes(&self) -> &TraceNotes {
-        &self.shared.sink.notes
     }
 }
 

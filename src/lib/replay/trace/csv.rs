@@ -4,8 +4,8 @@ use memchr::memchr;
 
 use super::csv_spec::{CsvSpec, TimeUnit};
 use super::devices::text;
-use super::lines::{Fault, Line, LineFormat, Sink, plain, sectors};
-use super::scan;
+use super::lines::{Fault, Line, LineFormat, Sink, flush, plain, sectors};
+use super::scan::{self, field_len};
 use crate::replay::event::TraceOp;
 
 /// What a column means.
@@ -20,6 +20,24 @@ enum Column {
     Time,
 }
 
+/// What the words of a [`CsvSpec`] stand for.
+const OPS: [TraceOp; 4] = [
+    TraceOp::Read,
+    TraceOp::Write,
+    TraceOp::Discard,
+    TraceOp::Flush,
+];
+
+/// The columns of a line, and what follows them.
+struct Row<'a> {
+    device: Option<&'a [u8]>,
+    op: Option<TraceOp>,
+    offset: u64,
+    length: u64,
+    time: u64,
+    rest: &'a [u8],
+}
+
 /// Lines of columns that a [`CsvSpec`] names.
 pub(super) struct Csv {
     columns: Vec<Column>,
@@ -27,6 +45,8 @@ pub(super) struct Csv {
     length_unit: u64,
     time_unit: TimeUnit,
     words: [String; 4],
+    /// Those of up to eight letters, as they are and in the other case.
+    ops: Vec<(u64, TraceOp)>,
     offset_column: usize,
     /// A heading may come yet.
     is_first: bool,
@@ -57,8 +77,18 @@ impl Csv {
         if let Some(device) = device {
             columns.splice(device.clone(), [Column::Device(device.len() - 1)]);
         }
+        let mut ops = Vec::new();
+        for (word, op) in spec.words.iter().zip(OPS) {
+            for word in [word, &word.to_ascii_lowercase(), &word.to_ascii_uppercase()] {
+                let short = (scan::eight(word.as_bytes()), op);
+                if (1..=8).contains(&word.len()) && !ops.contains(&short) {
+                    ops.push(short);
+                }
+            }
+        }
         Self {
             columns,
+            ops,
             offset_unit,
             length_unit,
             time_unit: spec.time.map_or(TimeUnit::Of(1), |(_, unit)| unit),
@@ -68,55 +98,88 @@ impl Csv {
         }
     }
 
-    #[inline]
-    fn event(&self, line: &[u8], out: &mut Sink) -> Result<Line, Fault> {
-        let mut rest = Some(line);
-        let (mut device, mut op, mut offset, mut length, mut time) = (None, None, 0, 0, 0);
-        for column in &self.columns {
+    /// Reads the columns of the line that `text` begins with.
+    #[inline(always)]
+    fn row<'a>(&self, text: &'a [u8]) -> Result<Row<'a>, Fault> {
+        let mut row = Row {
+            device: None,
+            op: None,
+            offset: 0,
+            length: 0,
+            time: 0,
+            rest: text,
+        };
+        let rest = &mut row.rest;
+        for (index, column) in self.columns.iter().enumerate() {
+            if index > 0 {
+                let [b',', behind @ ..] = *rest else {
+                    return Err("too few columns");
+                };
+                *rest = behind;
+            }
             match column {
                 Column::None => {
-                    field(&mut rest)?;
+                    field(rest, 0)?;
                 }
-                Column::Device(more) => device = Some(fields(&mut rest, *more)?),
-                Column::Op => op = Some(self.op(field(&mut rest)?)?),
-                Column::Offset => offset = number(&mut rest, self.offset_unit, "no offset")?,
-                Column::Length => length = number(&mut rest, self.length_unit, "no length")?,
-                Column::Time => {
-                    let read = match plain_number(&mut rest) {
-                        Some(count) => self.time_unit.whole(count),
-                        None => self.time_unit.read(field(&mut rest)?.trim_ascii()),
-                    };
-                    time = read.ok_or("no time")?;
-                }
+                Column::Device(more) => row.device = Some(field(rest, *more)?),
+                Column::Op => row.op = Some(self.op(field(rest, 0)?)?),
+                Column::Offset => row.offset = number(rest, self.offset_unit).ok_or("no offset")?,
+                Column::Length => row.length = number(rest, self.length_unit).ok_or("no length")?,
+                Column::Time => row.time = self.time(rest).ok_or("no time")?,
             }
         }
-        let op = op.ok_or("no operation")?;
-        let device = match device {
+        Ok(row)
+    }
+
+    #[inline(always)]
+    fn op(&self, field: &[u8]) -> Result<TraceOp, Fault> {
+        let word = scan::eight(field);
+        let mut found = None;
+        // Reads and writes take turns at random: whoever stops at the one that fits mispredicts every other time.
+        for (known, op) in &self.ops {
+            if *known == word {
+                found = Some(*op);
+            }
+        }
+        match found {
+            Some(op) if field.len() <= 8 => Ok(op),
+            _ => self.op_in_any_case(field),
+        }
+    }
+
+    #[cold]
+    fn op_in_any_case(&self, field: &[u8]) -> Result<TraceOp, Fault> {
+        let field = field.trim_ascii();
+        let is = |word: &String| !word.is_empty() && field.eq_ignore_ascii_case(word.as_bytes());
+        let found = self.words.iter().zip(OPS).find(|(word, _)| is(word));
+        found.map(|(_, op)| op).ok_or("no operation")
+    }
+
+    #[inline(always)]
+    fn time(&self, rest: &mut &[u8]) -> Option<u64> {
+        if let Some(count) = plain_number(rest) {
+            return self.time_unit.whole(count);
+        }
+        self.time_unit.read(field(rest, 0).ok()?.trim_ascii())
+    }
+
+    /// Takes the request of a row.
+    #[inline]
+    fn event(&mut self, row: &Row<'_>, out: &mut Sink) -> Result<Line, Fault> {
+        let op = row.op.ok_or("no operation")?;
+        let device = match row.device {
             None => out.devices.named(b"0")?,
             Some(key) => out.devices.index(key, || text(key).replace(',', "_"))?,
         };
-        let (sector, sectors) = match op {
-            TraceOp::Flush => return out.io(super::lines::flush(time, device)),
-            _ => sectors(offset, length)?,
-        };
-        out.io(plain(time, device, op, sector, sectors))
-    }
-
-    #[inline]
-    fn op(&self, field: &[u8]) -> Result<TraceOp, Fault> {
-        let field = field.trim_ascii();
-        let ops = [
-            TraceOp::Read,
-            TraceOp::Write,
-            TraceOp::Discard,
-            TraceOp::Flush,
-        ];
-        for (word, op) in self.words.iter().zip(ops) {
-            if !word.is_empty() && field.eq_ignore_ascii_case(word.as_bytes()) {
-                return Ok(op);
+        let line = out.io(match op {
+            TraceOp::Flush => flush(row.time, device),
+            _ => {
+                let (sector, sectors) = sectors(row.offset, row.length)?;
+                plain(row.time, device, op, sector, sectors)
             }
-        }
-        Err("no operation")
+        })?;
+        self.is_first = false;
+        Ok(line)
     }
 
     /// True for a line that names columns: words where numbers have to be.
@@ -132,75 +195,65 @@ impl Csv {
 }
 
 impl LineFormat for Csv {
-    #[inline]
     fn line(&mut self, line: &[u8], out: &mut Sink) -> Result<Line, Fault> {
-        match self.event(line, out) {
-            Ok(line) => {
-                self.is_first = false;
-                Ok(line)
-            }
+        match self.row(line).and_then(|row| self.event(&row, out)) {
             Err(_) if line.trim_ascii().is_empty() || line.starts_with(b"#") => Ok(Line::Other),
             Err(_) if std::mem::take(&mut self.is_first) && self.is_heading(line) => {
                 Ok(Line::Other)
             }
-            Err(fault) => Err(fault),
+            taken => taken,
         }
     }
+
+    #[inline]
+    fn usual(&mut self, text: &[u8], out: &mut Sink) -> Option<(Line, usize)> {
+        let row = self.row(text).ok()?;
+        let len = text.len() - row.rest.len();
+        let end = match row.rest {
+            // The last column is not to end in the first half of what DOS ends lines with.
+            [b'\n', ..] if !text[..len].ends_with(b"\r") => 1,
+            [b'\r', b'\n', ..] => 2,
+            [b',', ..] => memchr(b'\n', row.rest)? + 1,
+            _ => return None,
+        };
+        let line = self.event(&row, out).ok()?;
+        Some((line, len + end))
+    }
 }
 
-/// The next field, and what follows it; nothing after the last one.
-#[inline]
-fn field<'a>(rest: &mut Option<&'a [u8]>) -> Result<&'a [u8], Fault> {
-    fields(rest, 0)
-}
-
-/// The next field with so many more and the commas between.
-#[inline]
-fn fields<'a>(rest: &mut Option<&'a [u8]>, more: usize) -> Result<&'a [u8], Fault> {
-    let line = rest.ok_or("too few columns")?;
-    let mut end = comma(line);
+/// The next field with so many more and the commas between; what comes next is a comma or the end of the line.
+#[inline(always)]
+fn field<'a>(rest: &mut &'a [u8], more: usize) -> Result<&'a [u8], Fault> {
+    let mut end = field_len(rest, b',');
     for _ in 0..more {
-        let at = end.ok_or("too few columns")? + 1;
-        end = comma(&line[at..]).map(|len| at + len);
+        if rest.get(end) != Some(&b',') {
+            return Err("too few columns");
+        }
+        end += 1 + field_len(&rest[end + 1..], b',');
     }
-    *rest = end.map(|end| &line[end + 1..]);
-    Ok(&line[..end.unwrap_or(line.len())])
-}
-
-/// Where the first comma is; most fields are so short that a look at eight bytes is all it takes.
-#[inline]
-fn comma(text: &[u8]) -> Option<usize> {
-    let Some(chunk) = text.first_chunk() else {
-        return text.iter().position(|&b| b == b',');
-    };
-    let others = u64::from_le_bytes(*chunk) ^ 0x2c2c_2c2c_2c2c_2c2c;
-    let commas = others.wrapping_sub(0x0101_0101_0101_0101) & !others & 0x8080_8080_8080_8080;
-    if commas != 0 {
-        Some(commas.trailing_zeros() as usize / 8)
-    } else {
-        memchr(b',', &text[8..]).map(|at| at + 8)
-    }
+    let (field, behind) = rest.split_at(end);
+    *rest = behind;
+    Ok(field)
 }
 
 /// The next field, a number of `unit`s.
-#[inline]
-fn number(rest: &mut Option<&[u8]>, unit: u64, fault: Fault) -> Result<u64, Fault> {
+#[inline(always)]
+fn number(rest: &mut &[u8], unit: u64) -> Option<u64> {
     let value = match plain_number(rest) {
         Some(value) => value,
-        None => scan::number(field(rest)?.trim_ascii()).ok_or(fault)?,
+        None => scan::number(field(rest, 0).ok()?.trim_ascii())?,
     };
-    value.checked_mul(unit).ok_or(fault)
+    value.checked_mul(unit)
 }
 
 /// The next field if it is nothing but digits.
-#[inline]
-fn plain_number(rest: &mut Option<&[u8]>) -> Option<u64> {
-    let line = (*rest)?;
-    let (value, len) = scan::digits(line)?;
-    *rest = match line.get(len) {
-        Some(b',') => Some(&line[len + 1..]),
-        Some(_) => return None,
-        None => None,
-    };
+#[inline(always)]
+fn plain_number(rest: &mut &[u8]) -> Option<u64> {
+    let (value, len) = scan::digits(rest)?;
+    let behind = &rest[len..];
+    if !matches!(behind, [] | [b',' | b'\n', ..] | [b'\r', b'\n', ..]) {
+        return None;
+    }
+    *rest = behind;
     Some(value)
 }

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use super::scan::eight;
+
 /// More than any known trace has; a file of nonsense must not fill the memory.
 const MAX_DEVICES: usize = 1 << 16;
 const MAX_NAME: usize = 255;
@@ -82,16 +84,5 @@ pub(super) fn text(bytes: &[u8]) -> String {
 /// A key of up to seven bytes with its length, never 0.
 #[inline]
 fn short(key: &[u8]) -> Option<u64> {
-    let bytes = match *key {
-        [] => 0,
-        [a] => a.into(),
-        [a, b] => u64::from(u16::from_le_bytes([a, b])),
-        [a, b, c] => u64::from(u32::from_le_bytes([a, b, c, 0])),
-        [a, b, c, d] => u64::from(u32::from_le_bytes([a, b, c, d])),
-        [a, b, c, d, e] => u64::from_le_bytes([a, b, c, d, e, 0, 0, 0]),
-        [a, b, c, d, e, f] => u64::from_le_bytes([a, b, c, d, e, f, 0, 0]),
-        [a, b, c, d, e, f, g] => u64::from_le_bytes([a, b, c, d, e, f, g, 0]),
-        _ => return None,
-    };
-    Some(bytes | (key.len() as u64 + 1) << 56)
+    (key.len() < 8).then(|| eight(key) | (key.len() as u64 + 1) << 56)
 }

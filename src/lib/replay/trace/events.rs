@@ -2,10 +2,11 @@
 //! [`crate::replay::Format::Events`].
 
 use super::input::Input;
-use super::lines::{Fault, Sink};
+use super::lines::{Fault, Line, Sink};
+use super::records::{RecordFormat, bad};
 use crate::bytes::{get_u32, get_u64, put_u32, put_u64};
-use crate::error::{Error, ErrorKind, Result};
-use crate::replay::event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
+use crate::error::Result;
+use crate::replay::event::{ControlEvent, TraceIo, TraceOp};
 
 const MAGIC: &[u8; 8] = b"thinevts";
 const VERSION: u32 = 1;
@@ -92,97 +93,53 @@ pub(in crate::replay) fn end(out: &mut Vec<u8>, events: u64) {
 }
 
 /// An event file that is being read.
+#[derive(Default)]
 pub(super) struct Events {
-    input: Input,
-    sink: Sink,
-    is_lenient: bool,
-    is_begun: bool,
     is_ended: bool,
     events: u64,
 }
 
-impl Events {
-    pub(super) fn new(input: Input, is_lenient: bool) -> Self {
-        Self {
-            input,
-            sink: Sink::new(),
-            is_lenient,
-            is_begun: false,
-            is_ended: false,
-            events: 0,
+impl RecordFormat for Events {
+    fn head(&mut self, input: &mut Input, sink: &mut Sink) -> Result<bool> {
+        if !input.want(RECORD)? {
+            return Ok(false);
         }
-    }
-
-    fn header(&mut self) -> Result<()> {
-        if !self.input.want(RECORD)? {
-            self.cut();
-            return Ok(());
+        if !is_events(input.data()) {
+            return Err(bad(input, "no header of an event file"));
         }
-        if !is_events(self.input.data()) {
-            return Err(self.bad("no header of an event file"));
-        }
-        let data = self.input.data();
+        let data = input.data();
         let (version, len) = (get_u32(data, 8), get_u32(data, 12) as usize);
         if version != VERSION {
-            return Err(self.bad(&format!(
-                "version {version} of the form is not known, only {VERSION}"
-            )));
+            let message = format!("version {version} of the form is not known, only {VERSION}");
+            return Err(bad(input, &message));
         }
         if len > MAX_NAME {
-            return Err(self.bad(&format!(
-                "a device with a name of {len} bytes; {MAX_NAME} is the most"
-            )));
+            let message = format!("a device with a name of {len} bytes; {MAX_NAME} is the most");
+            return Err(bad(input, &message));
         }
         if data[16..RECORD] != [0; 16] {
-            return Err(self.bad("reserved bytes of the header are not zero"));
+            return Err(bad(input, "reserved bytes of the header are not zero"));
         }
-        if !self.input.want(RECORD + padded(len))? {
-            self.cut();
-            return Ok(());
+        if !input.want(RECORD + padded(len))? {
+            return Ok(false);
         }
-        let name = &self.input.data()[RECORD..RECORD + len];
+        let name = &input.data()[RECORD..RECORD + len];
         let Ok(name) = std::str::from_utf8(name).map(str::to_owned) else {
-            return Err(self.bad("the name of the device is not UTF-8"));
+            return Err(bad(input, "the name of the device is not UTF-8"));
         };
         if len > 0 {
-            let added = self.sink.devices.index(b"0", || name);
-            added.map_err(|fault| self.bad(fault))?;
+            let added = sink.devices.index(b"0", || name);
+            added.map_err(|fault| bad(input, fault))?;
         }
-        self.input.consume(RECORD + padded(len));
-        self.is_begun = true;
-        Ok(())
+        input.consume(RECORD + padded(len));
+        Ok(true)
     }
 
-    fn fill_batch(&mut self) -> Result<()> {
-        if !self.is_begun {
-            self.header()?;
-        }
-        while !self.is_ended && !self.sink.is_full() {
-            if !self.input.want(RECORD)? {
-                self.cut();
-                break;
-            }
-            let len = self.length();
-            if let Ok(len) = len
-                && !self.input.want(len)?
-            {
-                self.cut();
-                break;
-            }
-            if let Err(fault) = len.and_then(|len| self.take(len)) {
-                self.fault(fault)?;
-            }
-            self.input.consume(len.unwrap_or(RECORD));
-        }
-        if self.is_ended && self.input.want(1)? {
-            self.fault("there is more behind the last record")?;
-        }
-        Ok(())
+    fn least(&self) -> usize {
+        RECORD
     }
 
-    /// Bytes of the record that comes next, with its text.
-    fn length(&self) -> std::result::Result<usize, Fault> {
-        let data = self.input.data();
+    fn len(&self, data: &[u8]) -> std::result::Result<usize, Fault> {
         if data[28] != CONTROL {
             return Ok(RECORD);
         }
@@ -192,26 +149,27 @@ impl Events {
         }
     }
 
-    /// Takes the record that comes next, of so many bytes.
-    fn take(&mut self, len: usize) -> std::result::Result<(), Fault> {
-        let data = &self.input.data()[..len];
+    fn take(&mut self, data: &[u8], sink: &mut Sink) -> std::result::Result<Line, Fault> {
         let (time_ns, sector, sectors) = (get_u64(data, 0), get_u64(data, 8), get_u64(data, 16));
+        if self.is_ended {
+            return Err("there is more behind the last record");
+        }
         if get_u32(data, 24) != 0 {
             return Err("reserved bytes of the record are not zero");
         }
-        match data[28] {
+        let line = match data[28] {
             CONTROL => {
                 let text = &data[RECORD..RECORD + sectors as usize];
                 let text = std::str::from_utf8(text)
                     .map_err(|_| "the text of the control event is not UTF-8")?;
                 let text = text.to_owned();
-                let controls = &mut self.sink.batch.controls;
-                controls.push(ControlEvent { time_ns, text });
+                sink.batch.controls.push(ControlEvent { time_ns, text });
+                Line::Event
             }
             END => {
                 self.is_ended = true;
                 return match sector == self.events {
-                    true => Ok(()),
+                    true => Ok(Line::Event),
                     false => Err("there are not as many events as the last record says"),
                 };
             }
@@ -221,10 +179,10 @@ impl Events {
                 if flags & !(PREFLUSH | FUA) != 0 {
                     return Err("flags that are not known");
                 }
-                if self.sink.devices.names().is_empty() {
+                if sink.devices.names().is_empty() {
                     return Err("a request, but the header names no device");
                 }
-                let io = TraceIo {
+                sink.io(TraceIo {
                     time_ns,
                     sector,
                     sectors,
@@ -233,56 +191,15 @@ impl Events {
                     op,
                     is_preflush: flags & PREFLUSH != 0,
                     is_fua: flags & FUA != 0,
-                };
-                let line = self.sink.io(io)?;
-                self.sink.notes.skipped += u64::from(line == super::lines::Line::Other);
+                })?
             }
-        }
+        };
         self.events += 1;
-        Ok(())
+        Ok(line)
     }
 
-    fn fault(&mut self, fault: Fault) -> Result<()> {
-        if !self.is_lenient {
-            return Err(self.bad(fault));
-        }
-        self.sink.notes.malformed += 1;
-        Ok(())
-    }
-
-    /// The last record is always the one that says how many there were.
-    fn cut(&mut self) {
-        self.input.consume(self.input.data().len());
-        self.is_begun = true;
-        self.is_ended = true;
-        self.sink.notes.is_truncated = true;
-    }
-
-    fn bad(&self, fault: &str) -> Error {
-        let (name, at) = (self.input.name(), self.input.offset());
-        Error::new(
-            ErrorKind::InvalidDescription,
-            format!("{name}, record at byte {at}: {fault}"),
-        )
-    }
-}
-
-impl TraceReader for Events {
-    fn read(&mut self, batch: &mut Batch) -> Result<bool> {
-        std::mem::swap(batch, &mut self.sink.batch);
-        self.sink.batch.ios.clear();
-        self.sink.batch.controls.clear();
-        let done = self.fill_batch();
-        std::mem::swap(batch, &mut self.sink.batch);
-        done?;
-        Ok(!(batch.ios.is_empty() && batch.controls.is_empty()))
-    }
-
-    fn devices(&self) -> &[String] {
-        self.sink.devices.names()
-    }
-
-    fn notes(&self) -> &TraceNotes {
-        &self.sink.notes
+    /// The last record is always the one that says how many there were; nothing follows it.
+    fn is_over(&self) -> Option<bool> {
+        (!self.is_ended).then_some(false)
     }
 }

@@ -1,22 +1,16 @@
-//! The bytes of a trace: from a file or standard input, expanded on a thread of its own if they are compressed.
+//! The bytes of a trace: from a file or standard input.
 
 use std::fs::File;
-use std::io::{self, Cursor, ErrorKind as IoError, Read};
+use std::io::{self, ErrorKind as IoError, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread;
 
+use super::expand::{HEAD, expanded};
 use crate::{Error, Result};
 
 /// Larger than any record: 64 bytes and 64 KiB of payload, or a line.
 const BUFFER: usize = 256 << 10;
-const CHUNK: usize = 128 << 10;
-/// Chunks between the thread that expands and the one that reads.
-const QUEUE: usize = 4;
-/// What xz may use to expand; its largest preset needs 65 MiB.
-const XZ_MEMORY: u64 = 256 << 20;
 
 /// How much of a file was read, before it is expanded.
 #[derive(Clone)]
@@ -91,7 +85,7 @@ impl Input {
         };
         let mut head = Vec::new();
         (&mut raw)
-            .take(6)
+            .take(HEAD)
             .read_to_end(&mut head)
             .map_err(|e| Error::io(format!("cannot read the trace {name}"), e))?;
         let from = expanded(head, raw)
@@ -143,10 +137,12 @@ impl Input {
     }
 
     /// What was read and not consumed yet.
+    #[inline]
     pub(super) fn data(&self) -> &[u8] {
         &self.buffer[self.start..self.end]
     }
 
+    #[inline]
     pub(super) fn consume(&mut self, len: usize) {
         self.start += len;
         self.offset += len as u64;
@@ -203,73 +199,6 @@ impl Input {
             if !self.fill()? {
                 return Ok(false);
             }
-        }
-    }
-}
-
-/// What `from`, of which `head` was read already, expands to.
-fn expanded(head: Vec<u8>, from: Box<dyn Read + Send>) -> io::Result<Box<dyn Read + Send>> {
-    let magic = head.clone();
-    let from = Cursor::new(head).chain(from);
-    Ok(match magic.as_slice() {
-        [0x1f, 0x8b, ..] => piped(flate2::read::MultiGzDecoder::new(from))?,
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => piped(zstd::Decoder::new(from)?)?,
-        [0xfd, b'7', b'z', b'X', b'Z', 0] => {
-            let flags = liblzma::stream::CONCATENATED;
-            let stream = liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY, flags)?;
-            piped(liblzma::read::XzDecoder::new_stream(from, stream))?
-        }
-        [b'B', b'Z', b'h', ..] => piped(bzip2::read::MultiBzDecoder::new(from))?,
-        _ => Box::new(from),
-    })
-}
-
-/// The end of a queue that another thread fills.
-struct Piped {
-    chunks: Receiver<io::Result<Vec<u8>>>,
-    chunk: Cursor<Vec<u8>>,
-}
-
-fn piped(from: impl Read + Send + 'static) -> io::Result<Box<dyn Read + Send>> {
-    let (to, chunks) = sync_channel(QUEUE);
-    thread::Builder::new()
-        .name("expand".into())
-        .spawn(move || expand(from, &to))?;
-    let chunk = Cursor::default();
-    Ok(Box::new(Piped { chunks, chunk }))
-}
-
-/// Fills the queue until there is no more, or nobody takes it.
-fn expand(mut from: impl Read, to: &SyncSender<io::Result<Vec<u8>>>) {
-    loop {
-        let mut chunk = Vec::with_capacity(CHUNK);
-        let read = (&mut from).take(CHUNK as u64).read_to_end(&mut chunk);
-        let is_last = read.is_err() || chunk.is_empty();
-        if !chunk.is_empty() && to.send(Ok(chunk)).is_err() {
-            return;
-        }
-        if let Err(e) = read {
-            // A receiver that is gone needs no error.
-            let _ = to.send(Err(e));
-        }
-        if is_last {
-            return;
-        }
-    }
-}
-
-impl Read for Piped {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let n = self.chunk.read(buf)?;
-        if n > 0 || buf.is_empty() {
-            return Ok(n);
-        }
-        match self.chunks.recv() {
-            Ok(chunk) => {
-                self.chunk = Cursor::new(chunk?);
-                self.chunk.read(buf)
-            }
-            Err(_) => Ok(0),
         }
     }
 }

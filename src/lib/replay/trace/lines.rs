@@ -25,8 +25,6 @@ pub(super) enum Line {
     Event,
     /// Something that says nothing about I/O.
     Other,
-    /// The first line after the events.
-    End,
 }
 
 /// Why a line is none of its format.
@@ -36,6 +34,13 @@ pub(super) type Fault = &'static str;
 pub(super) trait LineFormat: Send {
     /// Tells `out` what `line` says.
     fn line(&mut self, line: &[u8], out: &mut Sink) -> std::result::Result<Line, Fault>;
+
+    /// Does the same with the line that `text` begins with, if it is of the usual form and whole, without a search for its end first.
+    /// Tells how long it is with its end.
+    #[inline]
+    fn usual(&mut self, _text: &[u8], _out: &mut Sink) -> Option<(Line, usize)> {
+        None
+    }
 }
 
 /// Where a format leaves what it finds.
@@ -88,6 +93,37 @@ impl Sink {
 
     pub(super) fn warn(&mut self, warning: impl Into<String>) {
         self.notes.warnings.push(warning.into());
+    }
+}
+
+/// A reader that leaves what it finds in a sink.
+pub(super) trait Fill: Send {
+    fn sink(&self) -> &Sink;
+
+    fn sink_mut(&mut self) -> &mut Sink;
+
+    /// Finds what comes next, until the sink is full; nothing at the end.
+    fn fill(&mut self) -> Result<()>;
+}
+
+impl<F: Fill> TraceReader for F {
+    fn read(&mut self, batch: &mut Batch) -> Result<bool> {
+        // The vectors of both go round.
+        std::mem::swap(batch, &mut self.sink_mut().batch);
+        self.sink_mut().batch.ios.clear();
+        self.sink_mut().batch.controls.clear();
+        let done = self.fill();
+        std::mem::swap(batch, &mut self.sink_mut().batch);
+        done?;
+        Ok(!(batch.ios.is_empty() && batch.controls.is_empty()))
+    }
+
+    fn devices(&self) -> &[String] {
+        self.sink().devices.names()
+    }
+
+    fn notes(&self) -> &TraceNotes {
+        &self.sink().notes
     }
 }
 
@@ -167,59 +203,40 @@ impl<F: LineFormat> Lines<F> {
         }
     }
 
-    fn fill_batch(&mut self) -> Result<()> {
-        while !self.is_ended && !self.sink.is_full() {
-            let used = self.take_lines()?;
-            self.input.consume(used);
-            if self.is_ended || self.sink.is_full() {
-                break;
-            }
-            let Batch { ios, controls } = &self.sink.batch;
-            if self.input.is_live() && !(ios.is_empty() && controls.is_empty()) {
-                break;
-            }
-            if self.input.data().len() > MAX_LINE {
-                if !self.is_overlong {
-                    self.line += 1;
-                    let text = self.input.data();
-                    bad(&self.input, self.line, OVERLONG, text, self.is_lenient)?;
-                    self.sink.notes.malformed += 1;
-                }
-                self.is_overlong = true;
-                self.input.consume(self.input.data().len());
-            }
-            if !self.input.fill()? {
-                self.take_last();
-            }
-        }
-        Ok(())
-    }
-
     /// Takes the whole lines in the window, as far as the batch has room; how many bytes that were.
     fn take_lines(&mut self) -> Result<usize> {
         let data = self.input.data();
         let mut at = 0;
-        while let Some(len) = memchr(b'\n', &data[at..]) {
-            let line = data[at..at + len].strip_suffix(b"\r");
-            let line = line.unwrap_or(&data[at..at + len]);
+        while !self.sink.is_full() {
+            let text = &data[at..];
+            if !self.is_overlong
+                && let Some((line, len)) = self.format.usual(text, &mut self.sink)
+            {
+                self.sink.notes.skipped += u64::from(line == Line::Other);
+                self.line += 1;
+                at += len;
+                continue;
+            }
+            let Some(len) = memchr(b'\n', text) else {
+                break;
+            };
             at += len + 1;
             if std::mem::take(&mut self.is_overlong) {
                 continue;
             }
             self.line += 1;
+            let line = match &text[..len] {
+                [line @ .., b'\r'] => line,
+                line => line,
+            };
             let found = if len <= MAX_LINE {
                 self.format.line(line, &mut self.sink)
             } else {
                 Err(OVERLONG)
             };
             match found {
-                Ok(Line::Event) if self.sink.is_full() => break,
                 Ok(Line::Event) => {}
                 Ok(Line::Other) => self.sink.notes.skipped += u64::from(!line.is_empty()),
-                Ok(Line::End) => {
-                    self.is_ended = true;
-                    break;
-                }
                 Err(fault) => {
                     bad(&self.input, self.line, fault, line, self.is_lenient)?;
                     self.sink.notes.malformed += 1;
@@ -262,22 +279,40 @@ fn bad(input: &Input, line: u64, fault: Fault, text: &[u8], is_lenient: bool) ->
     ))
 }
 
-impl<F: LineFormat> TraceReader for Lines<F> {
-    fn read(&mut self, batch: &mut Batch) -> Result<bool> {
-        std::mem::swap(batch, &mut self.sink.batch);
-        self.sink.batch.ios.clear();
-        self.sink.batch.controls.clear();
-        let done = self.fill_batch();
-        std::mem::swap(batch, &mut self.sink.batch);
-        done?;
-        Ok(!(batch.ios.is_empty() && batch.controls.is_empty()))
+impl<F: LineFormat> Fill for Lines<F> {
+    fn sink(&self) -> &Sink {
+        &self.sink
     }
 
-    fn devices(&self) -> &[String] {
-        self.sink.devices.names()
+    fn sink_mut(&mut self) -> &mut Sink {
+        &mut self.sink
     }
 
-    fn notes(&self) -> &TraceNotes {
-        &self.sink.notes
+    fn fill(&mut self) -> Result<()> {
+        while !self.is_ended && !self.sink.is_full() {
+            let used = self.take_lines()?;
+            self.input.consume(used);
+            if self.sink.is_full() {
+                break;
+            }
+            let Batch { ios, controls } = &self.sink.batch;
+            if self.input.is_live() && !(ios.is_empty() && controls.is_empty()) {
+                break;
+            }
+            if self.input.data().len() > MAX_LINE {
+                if !self.is_overlong {
+                    self.line += 1;
+                    let text = self.input.data();
+                    bad(&self.input, self.line, OVERLONG, text, self.is_lenient)?;
+                    self.sink.notes.malformed += 1;
+                }
+                self.is_overlong = true;
+                self.input.consume(self.input.data().len());
+            }
+            if !self.input.fill()? {
+                self.take_last();
+            }
+        }
+        Ok(())
     }
 }

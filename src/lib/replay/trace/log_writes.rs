@@ -1,10 +1,11 @@
 //! Logs of dm-log-writes: everything that was written, in order, without times.
 
 use super::input::Input;
-use super::lines::{Sink, flush, plain};
+use super::lines::{Fault, Line, Sink, flush, plain};
+use super::records::{RecordFormat, bad};
 use crate::bytes::{get_u32, get_u64};
-use crate::error::{Error, ErrorKind, Result};
-use crate::replay::event::{Batch, TraceIo, TraceNotes, TraceOp, TraceReader};
+use crate::error::Result;
+use crate::replay::event::{TraceIo, TraceOp};
 
 const MAGIC: u64 = 0x006a_7366_7773_6872;
 const SUPER: usize = 28;
@@ -22,107 +23,60 @@ pub(super) fn is_log(head: &[u8]) -> bool {
 }
 
 /// A log. The time of an entry is its number: 1 ns for each.
+#[derive(Default)]
 pub(super) struct LogWrites {
-    input: Input,
+    /// Bytes of a sector; each entry has one.
     sector: usize,
-    left: u64,
+    entries: u64,
     number: u64,
-    sink: Sink,
 }
 
-impl LogWrites {
-    pub(super) fn new(input: Input) -> Self {
-        Self {
-            input,
-            sector: 0,
-            left: 0,
-            number: 0,
-            sink: Sink::new(),
+impl RecordFormat for LogWrites {
+    fn head(&mut self, input: &mut Input, _sink: &mut Sink) -> Result<bool> {
+        if !input.want(SUPER)? || !is_log(input.data()) {
+            return Err(bad(input, "no superblock of dm-log-writes"));
         }
-    }
-
-    fn superblock(&mut self) -> Result<()> {
-        if !self.input.want(SUPER)? || !is_log(self.input.data()) {
-            return Err(self.bad("no superblock of dm-log-writes"));
-        }
-        let data = self.input.data();
+        let data = input.data();
         let (entries, sector) = (get_u64(data, 16), get_u32(data, 24) as usize);
         if !sector.is_power_of_two() || !(512..=64 << 10).contains(&sector) {
-            return Err(self.bad("its sectors are not of 512 to 65536 bytes"));
+            return Err(bad(input, "its sectors are not of 512 to 65536 bytes"));
         }
-        (self.left, self.sector) = (entries, sector);
-        self.skip(sector as u64)
+        (self.entries, self.sector) = (entries, sector);
+        input.skip(sector as u64)
     }
 
-    fn fill_batch(&mut self) -> Result<()> {
-        if self.sector == 0 {
-            self.superblock()?;
-        }
-        while self.left > 0 && !self.sink.is_full() {
-            if !self.input.want(self.sector)? {
-                self.cut();
-                break;
-            }
-            self.entry()?;
-        }
-        Ok(())
+    fn least(&self) -> usize {
+        self.sector
     }
 
-    fn entry(&mut self) -> Result<()> {
-        let entry = &self.input.data()[..self.sector];
-        let [sector, sectors, flags, text_len] = [0, 8, 16, 24].map(|at| get_u64(entry, at));
+    fn behind(&self, entry: &[u8]) -> u64 {
+        match get_u64(entry, 16) & (DISCARD | MARK) {
+            0 => get_u64(entry, 8).saturating_mul(self.sector as u64),
+            _ => 0,
+        }
+    }
+
+    fn take(&mut self, entry: &[u8], sink: &mut Sink) -> std::result::Result<Line, Fault> {
         let time_ns = self.number;
-        let in_sectors = |n: u64| n.checked_mul(self.sector as u64 / 512);
-        let (Some(sector), Some(count)) = (in_sectors(sector), in_sectors(sectors)) else {
-            return Err(self.bad("it ends beyond what a device can have"));
-        };
-        let taken = if flags & MARK != 0 {
+        self.number += 1;
+        let [sector, sectors, flags, text_len] = [0, 8, 16, 24].map(|at| get_u64(entry, at));
+        if flags & MARK != 0 {
             let text = usize::try_from(text_len)
                 .ok()
                 .and_then(|len| entry.get(ENTRY..)?.get(..len));
-            match text {
-                Some(text) => Ok(self.sink.message(time_ns, text)),
-                None => Err("the text of the mark is longer than its sector"),
-            }
-        } else {
-            let device = self.sink.devices.named(b"0");
-            device.and_then(|device| self.sink.io(request(flags, time_ns, device, sector, count)))
-        };
-        match taken {
-            Ok(line) => self.sink.notes.skipped += u64::from(line == super::lines::Line::Other),
-            Err(fault) => return Err(self.bad(fault)),
+            let text = text.ok_or("the text of the mark is longer than its sector")?;
+            return Ok(sink.message(time_ns, text));
         }
-        (self.left, self.number) = (self.left - 1, self.number + 1);
-        let data = if flags & (DISCARD | MARK) == 0 {
-            count
-        } else {
-            0
-        };
-        let len = data
-            .checked_mul(512)
-            .and_then(|len| len.checked_add(self.sector as u64));
-        match len {
-            Some(len) => self.skip(len),
-            None => Err(self.bad("it ends beyond what a device can have")),
-        }
+        let in_sectors = |n: u64| n.checked_mul(self.sector as u64 / 512);
+        let (sector, sectors) = in_sectors(sector)
+            .zip(in_sectors(sectors))
+            .ok_or("it ends beyond what a device can have")?;
+        let device = sink.devices.named(b"0")?;
+        sink.io(request(flags, time_ns, device, sector, sectors))
     }
 
-    fn skip(&mut self, len: u64) -> Result<()> {
-        if !self.input.skip(len)? {
-            self.cut();
-        }
-        Ok(())
-    }
-
-    fn cut(&mut self) {
-        self.left = 0;
-        self.sink.notes.is_truncated = true;
-    }
-
-    fn bad(&self, fault: &str) -> Error {
-        let (name, at, number) = (self.input.name(), self.input.offset(), self.number);
-        let message = format!("{name}, entry {number} at byte {at}: {fault}");
-        Error::new(ErrorKind::InvalidDescription, message)
+    fn is_over(&self) -> Option<bool> {
+        Some(self.number == self.entries)
     }
 }
 
@@ -136,25 +90,5 @@ fn request(flags: u64, time_ns: u64, device: u32, sector: u64, sectors: u64) -> 
         is_preflush: flags & FLUSH != 0,
         is_fua: flags & FUA != 0,
         ..io
-    }
-}
-
-impl TraceReader for LogWrites {
-    fn read(&mut self, batch: &mut Batch) -> Result<bool> {
-        std::mem::swap(batch, &mut self.sink.batch);
-        self.sink.batch.ios.clear();
-        self.sink.batch.controls.clear();
-        let done = self.fill_batch();
-        std::mem::swap(batch, &mut self.sink.batch);
-        done?;
-        Ok(!(batch.ios.is_empty() && batch.controls.is_empty()))
-    }
-
-    fn devices(&self) -> &[String] {
-        self.sink.devices.names()
-    }
-
-    fn notes(&self) -> &TraceNotes {
-        &self.sink.notes
     }
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::ahead::Ahead;
-use super::biosnoop::Biosnoop;
+use super::biosnoop::{self, Biosnoop};
 use super::blkparse::Blkparse;
 use super::blktrace::Blktrace;
 use super::clock::Clock;
@@ -15,11 +15,12 @@ use super::format::{Format, NAMED};
 use super::ftrace::Ftrace;
 use super::input::Input;
 use super::iolog::Iolog;
-use super::lines::{Line, LineFormat, Lines, Sink};
+use super::lines::{LineFormat, Lines, Sink};
 use super::load::Load;
 use super::log_writes::{self, LogWrites};
 use super::merge::Merge;
 use super::record;
+use super::records::Records;
 use super::resort::Resort;
 use super::siblings::Group;
 use super::spread::Spread;
@@ -108,7 +109,7 @@ fn reader(format: &Format, input: Input, lenient: bool) -> Box<dyn TraceReader> 
         }
     };
     match format {
-        Format::Events => Box::new(Events::new(input, lenient)),
+        Format::Events => Box::new(Records::new(input, Events::default(), lenient)),
         Format::Blktrace => Box::new(Resort::new(Blktrace::dump(input, lenient))),
         Format::Blkparse => Box::new(Lines::new(input, Blkparse::default(), lenient)),
         Format::Iolog => Box::new(Lines::new(input, Iolog::default(), lenient)),
@@ -122,8 +123,8 @@ fn reader(format: &Format, input: Input, lenient: bool) -> Box<dyn TraceReader> 
         Format::Ftrace => Box::new(Lines::new(input, Ftrace::default(), lenient)),
         // It tells of requests when they are complete.
         Format::Biosnoop => Box::new(Resort::new(Lines::new(input, Biosnoop::default(), lenient))),
-        Format::Vscsi => Box::new(Vscsi::new(input, lenient)),
-        Format::LogWrites => Box::new(LogWrites::new(input)),
+        Format::Vscsi => Box::new(Records::new(input, Vscsi::default(), lenient)),
+        Format::LogWrites => Box::new(Records::new(input, LogWrites::default(), lenient)),
     }
 }
 
@@ -163,25 +164,28 @@ fn is(format: &Format, head: &[u8]) -> bool {
         Format::Load => accepts(Load::default(), head),
         Format::Disksim => accepts(Disksim::default(), head),
         Format::Ftrace => accepts(Ftrace::default(), head),
-        Format::Biosnoop => accepts(Biosnoop::default(), head),
+        // One without what a replay needs is told from others, to say what it has not.
+        Format::Biosnoop => biosnoop::has_heading(&first_lines(head)),
     }
 }
 
 /// True if the format finds sense in the lines that `head` begins with, and no nonsense.
 fn accepts(mut format: impl LineFormat, head: &[u8]) -> bool {
     let mut sink = Sink::new();
+    for line in first_lines(head) {
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        if format.line(line, &mut sink).is_err() {
+            return false;
+        }
+    }
+    !(sink.batch.ios.is_empty() && sink.batch.controls.is_empty())
+}
+
+fn first_lines(head: &[u8]) -> Vec<&[u8]> {
     let mut lines: Vec<&[u8]> = head.split(|&b| b == b'\n').take(TRIED).collect();
     // The last one may go on beyond the head.
     if lines.len() > 1 {
         lines.pop();
     }
-    for line in lines {
-        let line = line.strip_suffix(b"\r").unwrap_or(line);
-        match format.line(line, &mut sink) {
-            Ok(Line::End) => break,
-            Ok(_) => {}
-            Err(_) => return false,
-        }
-    }
-    !(sink.batch.ios.is_empty() && sink.batch.controls.is_empty())
+    lines
 }

@@ -1,26 +1,79 @@
 //! Numbers and words in text, without a copy.
 
-/// The number that `text` begins with, and its length.
-#[inline]
-pub(super) fn digits(text: &[u8]) -> Option<(u64, usize)> {
-    let (mut value, mut len) = first_digits(text)?;
-    if len == 8
-        && let Some((more, more_len)) = first_digits(&text[8..])
-    {
-        value = value * TENS[more_len] + more;
-        len += more_len;
+use memchr::memchr2;
+
+/// The first eight bytes of `text`, zeros behind its end.
+#[inline(always)]
+pub(super) fn eight(text: &[u8]) -> u64 {
+    if let Some(chunk) = text.first_chunk() {
+        return u64::from_le_bytes(*chunk);
     }
-    if len == 16 {
-        for &byte in text[16..].iter().take_while(|byte| byte.is_ascii_digit()) {
+    match (text.first_chunk(), text.last_chunk()) {
+        // Where they overlap they agree.
+        (Some(first), Some(last)) => {
+            let last = u64::from(u32::from_le_bytes(*last));
+            u64::from(u32::from_le_bytes(*first)) | last << (8 * (text.len() - 4))
+        }
+        _ => text
+            .iter()
+            .rev()
+            .fold(0, |word, &byte| word << 8 | u64::from(byte)),
+    }
+}
+
+/// Eight times this byte.
+const fn repeated(byte: u8) -> u64 {
+    u64::from_le_bytes([byte; 8])
+}
+
+/// Where the first of eight bytes is whose top bit is set; 8 if none is.
+#[inline(always)]
+fn first_marked(word: u64) -> usize {
+    (word & repeated(0x80)).trailing_zeros() as usize / 8
+}
+
+/// Marks the first of eight bytes that is `byte`, for [`first_marked`], and perhaps some behind it.
+#[inline(always)]
+fn marked(word: u64, byte: u8) -> u64 {
+    let others = word ^ repeated(byte);
+    others.wrapping_sub(repeated(1)) & !others
+}
+
+/// The length of what comes before the first `end`, or the end of the line; mostly it is less than eight bytes.
+#[inline(always)]
+pub(super) fn field_len(text: &[u8], end: u8) -> usize {
+    let word = eight(text);
+    match first_marked(marked(word, end) | marked(word, b'\n')) {
+        8 => memchr2(end, b'\n', text).unwrap_or(text.len()),
+        len => len,
+    }
+}
+
+/// The number that `text` begins with, and its length.
+#[inline(always)]
+pub(super) fn digits(text: &[u8]) -> Option<(u64, usize)> {
+    match first_digits(text) {
+        (_, 0) => None,
+        (value, 8) => more_digits(value, &text[8..]),
+        found => Some(found),
+    }
+}
+
+/// The number whose first eight digits are `value`, and its length.
+fn more_digits(mut value: u64, rest: &[u8]) -> Option<(u64, usize)> {
+    let (more, mut len) = first_digits(rest);
+    value = value * TENS[len] + more;
+    if len == 8 {
+        for &byte in rest[8..].iter().take_while(|byte| byte.is_ascii_digit()) {
             value = value.checked_mul(10)?.checked_add(u64::from(byte - b'0'))?;
             len += 1;
         }
     }
-    Some((value, len))
+    Some((value, 8 + len))
 }
 
-const TENS: [u64; 9] = {
-    let mut tens = [1; 9];
+const TENS: [u64; 10] = {
+    let mut tens = [1; 10];
     let mut i = 1;
     while i < tens.len() {
         tens[i] = 10 * tens[i - 1];
@@ -31,28 +84,16 @@ const TENS: [u64; 9] = {
 
 /// The number of up to eight digits that `text` begins with, and its length: all digits at once, since a loop over a number of digits
 /// that nobody can foretell costs several times as much.
-#[inline]
-fn first_digits(text: &[u8]) -> Option<(u64, usize)> {
-    let word = match text.first_chunk() {
-        Some(chunk) => *chunk,
-        None => {
-            let mut chunk = [0; 8];
-            chunk[..text.len()].copy_from_slice(text);
-            chunk
-        }
-    };
-    let values = u64::from_le_bytes(word) ^ 0x3030_3030_3030_3030;
+#[inline(always)]
+fn first_digits(text: &[u8]) -> (u64, usize) {
+    let values = eight(text) ^ repeated(b'0');
     // The first byte above 9 gets its top bit; what a carry does to those behind it is of no interest.
-    let others = (values.wrapping_add(0x7676_7676_7676_7676) | values) & 0x8080_8080_8080_8080;
-    let len = others.trailing_zeros() as usize / 8;
-    if len == 0 {
-        return None;
-    }
-    let digits = values << (64 - 8 * len);
+    let len = first_marked(values.wrapping_add(repeated(0x76)) | values);
+    let digits = values.checked_shl(64 - 8 * len as u32).unwrap_or(0);
     let pairs = (digits.wrapping_mul(10) + (digits >> 8)) & 0x00ff_00ff_00ff_00ff;
     let fours = (pairs.wrapping_mul(100) + (pairs >> 16)) & 0x0000_ffff_0000_ffff;
     let value = (fours.wrapping_mul(10_000) + (fours >> 32)) & 0xffff_ffff;
-    Some((value, len))
+    (value, len)
 }
 
 /// The number that `text` is.
@@ -62,31 +103,85 @@ pub(super) fn number(text: &[u8]) -> Option<u64> {
     (len == text.len()).then_some(value)
 }
 
-/// The time that `text` is, a decimal number of units of `unit` nanoseconds.
+/// The time that `text` is, a decimal number of units of `unit` nanoseconds, a second at most.
 #[inline]
 pub(super) fn time(text: &[u8], unit: u64) -> Option<u64> {
+    let mut rest = text;
+    let time = next_time(&mut rest, unit)?;
+    rest.is_empty().then_some(time)
+}
+
+/// The time that `text` begins with, in such units; it is left at what follows.
+#[inline]
+pub(super) fn next_time(text: &mut &[u8], unit: u64) -> Option<u64> {
     let (whole, len) = digits(text)?;
     let whole = whole.checked_mul(unit)?;
-    if len == text.len() {
+    *text = &text[len..];
+    let Some(fraction) = text.strip_prefix(b".") else {
         return Some(whole);
+    };
+    let (mut value, mut len) = first_digits(fraction);
+    if len == 8 {
+        let ninth = fraction.get(8).map_or(10, |byte| byte.wrapping_sub(b'0'));
+        if ninth < 10 {
+            (value, len) = (10 * value + u64::from(ninth), 9);
+            // Nobody has parts of nanoseconds.
+            len += fraction[9..]
+                .iter()
+                .take_while(|byte| byte.is_ascii_digit())
+                .count();
+        }
     }
-    let fraction = text[len..].strip_prefix(b".")?;
-    if !fraction.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    let fraction = &fraction[..fraction.len().min(9)];
-    let (value, len) = digits(fraction).unwrap_or((0, 0));
-    whole.checked_add((u128::from(value) * u128::from(unit) / 10u128.pow(len as u32)) as u64)
+    *text = &fraction[len..];
+    let billionths = value * TENS[9 - len.min(9)];
+    whole.checked_add(billionths * unit / 1_000_000_000)
 }
 
 /// The next word of `text`, which is left at what follows it; empty at the end.
 #[inline]
 pub(super) fn word<'a>(text: &mut &'a [u8]) -> &'a [u8] {
-    *text = text.trim_ascii_start();
-    let len = text.iter().position(u8::is_ascii_whitespace);
-    let (word, rest) = text.split_at(len.unwrap_or(text.len()));
+    skip_blanks(text);
+    let len = word_len(text);
+    let (word, rest) = text.split_at(len);
     *text = rest;
     word
+}
+
+/// The next word of `text` if it is a number; it is left at what follows.
+#[inline]
+pub(super) fn next_number(text: &mut &[u8]) -> Option<u64> {
+    skip_blanks(text);
+    let (value, len) = digits(text)?;
+    *text = &text[len..];
+    text.first()
+        .is_none_or(u8::is_ascii_whitespace)
+        .then_some(value)
+}
+
+/// Leaves out white space at the beginning; mostly it is less than eight spaces.
+#[inline]
+pub(super) fn skip_blanks(text: &mut &[u8]) {
+    let others = eight(text) ^ repeated(b' ');
+    let len = others.trailing_zeros() as usize / 8;
+    match text.get(len) {
+        Some(byte) if !byte.is_ascii_whitespace() => *text = &text[len..],
+        _ => *text = text.trim_ascii_start(),
+    }
+}
+
+/// The length of the word that `text` begins with; mostly it is less than eight bytes, and a space follows.
+#[inline]
+fn word_len(text: &[u8]) -> usize {
+    let word = eight(text);
+    // Whatever is below the exclamation mark.
+    let len = first_marked(word.wrapping_sub(repeated(b'!')) & !word);
+    match text.get(len) {
+        Some(byte) if byte.is_ascii_whitespace() => len,
+        _ => text
+            .iter()
+            .position(u8::is_ascii_whitespace)
+            .unwrap_or(text.len()),
+    }
 }
 
 #[cfg(test)]
@@ -112,8 +207,57 @@ mod tests {
         assert_eq!(time(b"1.5", 1_000_000_000), Some(1_500_000_000));
         assert_eq!(time(b"0.0000000019", 1_000_000_000), Some(1));
         assert_eq!(time(b"7.", 1000), Some(7000));
+        for (text, rest) in [
+            ("1.25 x", " x"),
+            ("1.", ""),
+            ("0.12345678", ""),
+            ("0.1234567891,", ","),
+        ] {
+            let mut after = text.as_bytes();
+            next_time(&mut after, 1_000_000_000).expect("a time");
+            assert_eq!(after, rest.as_bytes(), "{text}");
+        }
         for wrong in ["", ".5", "1.5.", "1.x", "-1", "18446744073709551615"] {
             assert_eq!(time(wrong.as_bytes(), 1000), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn words_of_every_length_and_distance() {
+        for len in 0..20 {
+            for blanks in 0..20 {
+                for blank in [" ", "\t", "\x0c"] {
+                    let text = format!("{}{}{blank}y", blank.repeat(blanks), "x\u{1}".repeat(len));
+                    let (mut rest, expected) = (text.as_bytes(), text.trim_start());
+                    assert_eq!(
+                        Some(word(&mut rest)),
+                        expected.split(blank).next().map(str::as_bytes),
+                        "{text:?}"
+                    );
+                    assert_eq!(
+                        word(&mut rest),
+                        if len == 0 { &b""[..] } else { b"y" },
+                        "{text:?}"
+                    );
+                    let text = format!("{}{}", " ".repeat(blanks), &"12345678901234567890"[..len]);
+                    let expected = text.trim().parse().ok();
+                    assert_eq!(next_number(&mut text.as_bytes()), expected, "{text:?}");
+                    let text = format!("{text}{blank}y");
+                    assert_eq!(next_number(&mut text.as_bytes()), expected, "{text:?}");
+                }
+            }
+        }
+        assert_eq!(next_number(&mut &b"12x"[..]), None);
+    }
+
+    #[test]
+    fn fields_of_every_length() {
+        for len in 0..20 {
+            for end in [",", ",,", ",\n", "\n,", "\r\n", ""] {
+                let text = format!("{}{end}", "x-+".repeat(7).split_at(len).0);
+                let expected = text.find([',', '\n']).unwrap_or(text.len());
+                assert_eq!(field_len(text.as_bytes(), b','), expected, "{text:?}");
+            }
         }
     }
 }
