@@ -129,6 +129,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "WHERE", value_parser = nbd)]
     nbd: Vec<Nbd>,
 
+    /// Serve the thin devices as files in this folder, which has to be empty.
+    #[arg(long, value_name = "DIR")]
+    fuse: Option<PathBuf>,
+
     /// Serve the control socket at this path.
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
