@@ -540,6 +540,55 @@ fn after_kill_9_the_folder_is_mounted_again_and_has_what_was_durable() {
     served.stop();
 }
 
+/// A file system that somebody forgot to unmount does not keep the server; what was synced is there.
+#[test]
+fn a_server_that_is_told_to_stop_stops_while_its_files_are_in_use() {
+    if !can(&[FUSE, LOOP]) {
+        return;
+    }
+    let mut served = Served::new(1024);
+    served.serve(&["--create", "--thin", "0:32m"]);
+    let attached = Loop::on(&served.file("0"));
+    on("mkfs.ext4", ["-q"], &attached.0);
+    let mounted = Mounted::on(&attached.0, "rw");
+    fs::write(mounted.path("kept"), [5; 70_000]).expect("written");
+    on("sync", ["-f"], mounted.0.path());
+    served.stop();
+    fs::read(mounted.path("lost")).expect_err("there is no disk any more");
+    drop((mounted, attached));
+    served.serve(&["--thin", "0:32m"]);
+    let attached = Loop::on(&served.file("0"));
+    let mounted = Mounted::on(&attached.0, "rw");
+    assert!(fs::read(mounted.path("kept")).expect("read") == [5; 70_000]);
+    drop((mounted, attached));
+    served.stop();
+}
+
+/// Whoever unmounts the folder of a server that serves nothing else wants it to end.
+#[test]
+fn unmounting_the_folder_ends_a_server_without_sockets() {
+    if !can(&[FUSE]) {
+        return;
+    }
+    let served = Served::new(64);
+    let folder = served.folder().display().to_string();
+    let mut server = std::process::Command::new(BINARY);
+    server.args(
+        served
+            .0
+            .arguments(&["--create", "--thin", "0:1m", "--fuse", &folder]),
+    );
+    let mut server = server.spawn().expect("started");
+    soon("the mount", || is_mounted(&served.folder()));
+    soon("the file", || fs::write(served.file("0"), [1; 512]).is_ok());
+    on("umount", [], &served.folder());
+    soon("its end", || {
+        server.try_wait().expect("waiting works").is_some()
+    });
+    assert_eq!(server.wait().expect("ended").code(), Some(0));
+    served.0.assert_sound();
+}
+
 /// Who is not root mounts with fusermount3, and has file systems on files without mounting those.
 #[test]
 fn whoever_is_not_root_has_files_too() {

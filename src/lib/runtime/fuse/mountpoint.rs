@@ -27,7 +27,7 @@ pub(super) fn prepare(folder: &Path) -> Result<()> {
         return Err(unsuitable("is no folder; give an empty one"));
     }
     let above = fs::metadata(folder.join("..")).map_err(failed)?;
-    if (itself.dev(), itself.ino()) != (above.dev(), above.ino()) && itself.dev() != above.dev() {
+    if itself.dev() != above.dev() {
         return Err(Error::new(
             ErrorKind::Busy,
             format!("something is mounted on {shown} already; unmount it, or give another folder"),
@@ -53,7 +53,7 @@ fn is_dead(folder: &Path) -> bool {
 /// # Errors
 /// Of `umount2`, or that of fusermount3, which does it for those who are not root.
 pub(super) fn detach(folder: &Path) -> io::Result<()> {
-    match unmount(folder, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+    match unmount(folder, UnmountFlags::DETACH) {
         Err(Errno::PERM) => {}
         done => return Ok(done?),
     }
