@@ -382,6 +382,15 @@ fn direct_writes_at_the_same_time_lose_nothing() {
     };
     std::thread::scope(|scope| {
         scope.spawn(|| torture(&attached.0, 0));
+        // Snapshots come and go meanwhile, and have their blocks broken out.
+        scope.spawn(|| {
+            for id in 1..8_u8 {
+                let id = id.to_string();
+                served.0.asked(&["message", "create_snap", &id, "0"]);
+                std::thread::sleep(Duration::from_millis(50));
+                served.0.asked(&["message", "delete", &id]);
+            }
+        });
         torture(&served.file("0"), 4);
     });
     drop(attached);

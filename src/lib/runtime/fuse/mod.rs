@@ -18,7 +18,6 @@ use super::export::Exports;
 use crate::error::{Error, Result};
 use fuser::{Config, MountOption, Session, SessionUnmounter};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -38,7 +37,7 @@ pub struct Fuse {
     is_over: Arc<RwLock<bool>>,
     /// Disconnected when the session has ended.
     ended: Receiver<()>,
-    is_unmounted: AtomicBool,
+    is_unmounted: bool,
 }
 
 impl Fuse {
@@ -77,7 +76,7 @@ impl Fuse {
             unmounter,
             is_over,
             ended,
-            is_unmounted: AtomicBool::new(false),
+            is_unmounted: false,
         };
         match thread.spawn(run) {
             Ok(_) => Ok(this),
@@ -101,7 +100,7 @@ impl Fuse {
     }
 
     fn unmount(&mut self) {
-        if self.is_unmounted.swap(true, Ordering::AcqRel) {
+        if std::mem::replace(&mut self.is_unmounted, true) {
             return;
         }
         // Somebody may have files open, a loop device for example: then the folder goes now, and the rest with the last of them.
@@ -113,7 +112,7 @@ impl Fuse {
 
 impl Drop for Fuse {
     fn drop(&mut self) {
-        if !self.is_unmounted.load(Ordering::Acquire) {
+        if !self.is_unmounted {
             self.end();
         }
     }
