@@ -8,6 +8,7 @@ mod damage;
 mod devtools;
 mod failures;
 mod fixtures;
+mod fuse;
 mod fuzzed;
 mod in_place;
 mod log_writes;

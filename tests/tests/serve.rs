@@ -1,6 +1,6 @@
 //! `thin_serve`: pools on real files, as NBD clients, managers and whoever pulls the plug see them.
 
-mod client;
+pub(crate) mod client;
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -20,13 +20,13 @@ use tempfile::TempDir;
 use crate::support::{BINARY, Finished, check, expand, folder, peer, program, thintools};
 use client::{Client, FUA, TRIM, WRITE};
 
-const BLOCK: usize = 65536;
+pub(crate) const BLOCK: usize = 65536;
 const ENOSPC: Option<u32> = Some(28);
 const EIO: Option<u32> = Some(5);
 const EINVAL: Option<u32> = Some(22);
 
 /// A pool in files of a folder, and the server that may run on it.
-struct Scene {
+pub(crate) struct Scene {
     folder: TempDir,
     server: Option<Child>,
 }
@@ -42,7 +42,7 @@ impl Drop for Scene {
 
 impl Scene {
     /// A new pool of so many data blocks and so many bytes of metadata, not served yet.
-    fn new(data_blocks: u64, metadata: u64) -> Self {
+    pub(crate) fn new(data_blocks: u64, metadata: u64) -> Self {
         let folder = folder();
         for (name, len) in [("meta", metadata), ("data", data_blocks * BLOCK as u64)] {
             File::create(folder.path().join(name))
@@ -67,11 +67,11 @@ impl Scene {
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    fn arguments(&self, more: &[&str]) -> Vec<std::ffi::OsString> {
+    pub(crate) fn arguments(&self, more: &[&str]) -> Vec<std::ffi::OsString> {
         let mut all = vec![
             "thin_serve".into(),
             "--metadata".into(),
@@ -83,7 +83,7 @@ impl Scene {
     }
 
     /// Serves it until [`stop`](Self::stop), once clients can connect.
-    fn serve(&mut self, more: &[&str]) {
+    pub(crate) fn serve(&mut self, more: &[&str]) {
         let sockets = [
             ("--nbd", format!("unix:{}", self.path("nbd").display())),
             ("--control", self.path("control").display().to_string()),
@@ -105,19 +105,19 @@ impl Scene {
     }
 
     /// Runs it with a command line that ends by itself.
-    fn run(&self, more: &[&str]) -> Finished {
+    pub(crate) fn run(&self, more: &[&str]) -> Finished {
         thintools(self.arguments(more)).run()
     }
 
     /// Pulls the plug.
-    fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         let mut server = self.server.take().expect("it is served");
         server.kill().expect("killed");
         server.wait().expect("gone");
     }
 
     /// Stops it as a service manager does.
-    fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         let mut server = self.server.take().expect("it is served");
         program("kill", [server.id().to_string()]).run().expect(0);
         let end = Instant::now() + Duration::from_secs(60);
@@ -137,7 +137,7 @@ impl Scene {
 
     /// Our check and Debian's find nothing wrong, not even a leak.
     #[track_caller]
-    fn assert_sound(&self) {
+    pub(crate) fn assert_sound(&self) {
         check(&["-q"], &self.path("meta")).expect(0);
         peer(
             "thin_check",
@@ -146,11 +146,11 @@ impl Scene {
         .expect(0);
     }
 
-    fn connect(&self, export: &str) -> Client {
+    pub(crate) fn connect(&self, export: &str) -> Client {
         Client::connect(&self.path("nbd"), export).expect("connected")
     }
 
-    fn ctl(&self, words: &[&str]) -> Finished {
+    pub(crate) fn ctl(&self, words: &[&str]) -> Finished {
         let mut all = vec![
             "thin_ctl".into(),
             "--socket".into(),
@@ -162,7 +162,7 @@ impl Scene {
 
     /// Sends something that must succeed; what is printed comes back.
     #[track_caller]
-    fn asked(&self, words: &[&str]) -> String {
+    pub(crate) fn asked(&self, words: &[&str]) -> String {
         self.ctl(words)
             .expect(0)
             .out()

@@ -124,6 +124,12 @@ pub trait Export: Send + Sync {
     /// `INVAL` for a context that it does not have, `IO` where it cannot be found out.
     fn extents(&self, context: &str, range: Range<u64>, most: usize) -> Result<Vec<Extent>, Errno>;
 
+    /// Bytes that have space of their own.
+    ///
+    /// # Errors
+    /// `IO` where it cannot be found out.
+    fn allocated(&self) -> Result<u64, Errno>;
+
     /// Opens it for one client.
     fn connect(self: Arc<Self>) -> Box<dyn Connection>;
 }

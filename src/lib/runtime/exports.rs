@@ -23,7 +23,12 @@ impl Exports for Runtime {
                 [only] => only,
                 _ => return None,
             },
-            name => ThinId(name.parse().ok()?),
+            // It has no second name such as 07.
+            name => ThinId(
+                name.parse()
+                    .ok()
+                    .filter(|id: &u64| id.to_string() == name)?,
+            ),
         };
         Some(self.export(id).ok()? as _)
     }
@@ -64,6 +69,13 @@ impl Export for ThinExport {
             Ok(found) => found.ok_or(Errno::INVAL),
             Err(_) => Err(Errno::IO),
         }
+    }
+
+    fn allocated(&self) -> Result<u64, Errno> {
+        let id = self.thin.id();
+        let details = self.driver.pool.inspect(|pool| pool.details(id));
+        let blocks = details.map_err(|_| Errno::IO)?.mapped_blocks;
+        Ok(blocks.saturating_mul(self.block_sectors() * SECTOR))
     }
 
     fn connect(self: Arc<Self>) -> Box<dyn Connection> {

@@ -184,6 +184,10 @@ impl Export for MemoryExport {
         Ok(extents)
     }
 
+    fn allocated(&self) -> Result<u64, Errno> {
+        Ok(self.pages().of_data.len() as u64 * PAGE)
+    }
+
     fn connect(self: Arc<Self>) -> Box<dyn Connection> {
         Box::new(Direct(self))
     }

@@ -12,6 +12,7 @@ mod driver;
 mod event_log;
 pub mod export;
 mod exports;
+pub mod fuse;
 pub mod memory_export;
 pub mod nbd;
 #[expect(clippy::module_inception, reason = "the runtime of the pool")]

@@ -1,4 +1,4 @@
-//! `thin_serve`: a thin pool without the kernel, its devices served to NBD clients.
+//! `thin_serve`: a thin pool without the kernel, its devices served to NBD clients and as files.
 
 mod ready;
 mod run;
@@ -19,7 +19,7 @@ pub(crate) const NAME: &str = "thin_serve";
 
 /// What the command does, in one line.
 pub(crate) const TITLE: &str =
-    "Serve the thin devices of a pool to NBD clients, without the kernel";
+    "Serve the thin devices of a pool to NBD clients and as files, without the kernel";
 
 /// The text of the manual page.
 pub(crate) const PAGE: Page = Page {
@@ -60,8 +60,26 @@ pub(crate) const PAGE: Page = Page {
                  or, with --run, when the command runs. Sockets in LISTEN_FDS are served, so that \
                  socket activation works, that of libnbd included.",
                 "--run CMD runs CMD with sh when clients can connect, with the URI of the first export in \
-                 $uri and the path of the socket in $unixsocket, and ends with its status when it ends. \
+                 $uri, the path of the socket in $unixsocket and the folder of --fuse in $fuse, and ends with its status when it ends. \
                  Without --nbd it makes a socket in a folder of its own.",
+            ],
+        ),
+        (
+            "FILES",
+            &[
+                "With --fuse each thin device that is exported is a sparse file, named by its id, in a folder that has to be \
+                 empty. It can be used at the same time as over NBD, and whatever is written is seen on all ways at once: the \
+                 kernel keeps no copy. A loop device makes a disk of it: losetup --direct-io=on. Only the user who runs the \
+                 server may use the files, and root may if that is the user; who is not root needs fusermount3.",
+                "A file has the size of its device, and cannot be truncated; to open it with O_TRUNC changes nothing, as with a \
+                 block device. fsync, and writing with O_SYNC or O_DSYNC, make durable; closing does not. Punching a hole makes \
+                 it read as zeros, and frees its whole blocks if the pool zeroes new ones; zeroing a range keeps them. SEEK_DATA \
+                 and SEEK_HOLE, and the blocks that stat(2) counts, tell what is mapped. Files can be mapped privately only \
+                 (MAP_PRIVATE). Writing past the end, or when the pool is full, fails with ENOSPC; with --read-only opening to \
+                 write fails with EROFS. A device whose file is open is in use.",
+                "When the server stops, files that are still open have a few seconds; then their I/O fails. So unmount file \
+                 systems and detach loop devices first. What a server that was killed has left mounted on the folder is \
+                 unmounted by the next one. Without --nbd the server ends when the folder is unmounted.",
             ],
         ),
         (
@@ -93,6 +111,12 @@ pub(crate) const PAGE: Page = Page {
             ],
         ),
         (
+            "Mount the file system on thin device 0 until the end of a shell:",
+            &[
+                "thin_serve --metadata meta --data data --fuse dir --run 'mount -o loop $fuse/0 /mnt && bash; umount /mnt'",
+            ],
+        ),
+        (
             "Copy a device out of a pool that the kernel refuses:",
             &[
                 "thin_serve --read-only --metadata tmeta --data tdata --thin 7 --run 'nbdcopy \"$uri\" saved.img'",
@@ -107,6 +131,8 @@ pub(crate) const PAGE: Page = Page {
     ],
     files: &[],
     see_also: &[
+        ("losetup", "8"),
+        ("fusermount3", "1"),
         ("nbdinfo", "1"),
         ("nbdcopy", "1"),
         ("qemu-nbd", "8"),
@@ -128,6 +154,10 @@ pub(crate) struct Args {
     /// Serve NBD on a socket: unix:PATH, or tcp:ADDRESS:PORT. May be given several times.
     #[arg(long, value_name = "WHERE", value_parser = nbd)]
     nbd: Vec<Nbd>,
+
+    /// Serve the thin devices as files in this folder, which has to be empty.
+    #[arg(long, value_name = "DIR")]
+    fuse: Option<PathBuf>,
 
     /// Serve the control socket at this path.
     #[arg(long, value_name = "PATH")]

@@ -15,6 +15,7 @@ use signal_hook::iterator::Signals;
 use thintools::io::{Access, open_read};
 use thintools::pool::{Features, Message};
 use thintools::runtime::control::Control;
+use thintools::runtime::fuse::Fuse;
 use thintools::runtime::nbd::{Listener, Server};
 use thintools::runtime::{Activation, DataDevice, Options, Runtime, bind_socket};
 use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, ThinId};
@@ -101,10 +102,10 @@ impl Sockets {
             this.add_unix(&folder.path().join("nbd.sock"))?;
             this._folder = Some(folder);
         }
-        if this.listeners.is_empty() {
+        if this.listeners.is_empty() && args.fuse.is_none() {
             return Err(Error::new(
                 ErrorKind::InvalidArgument,
-                "there is nowhere to serve: give --nbd, --run, or sockets in LISTEN_FDS",
+                "there is nowhere to serve: give --nbd, --fuse, --run, or sockets in LISTEN_FDS",
             )
             .into());
         }
@@ -146,7 +147,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         runtime.autoextend(how)?;
     }
     let listeners = std::mem::take(&mut sockets.listeners);
+    let is_only_fuse = listeners.is_empty();
     let server = Server::start(listeners, runtime.clone())?;
+    let fuse = args
+        .fuse
+        .as_deref()
+        .map(|folder| mount(folder, &runtime, is_only_fuse.then(|| end.clone())))
+        .transpose()?;
     say_events(&runtime, args.quiet)?;
     ready::tell(args.ready_fd)?;
     let child = match &args.run {
@@ -158,6 +165,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         // It may have ended by itself.
         let _ = child.lock().unwrap_or_else(PoisonError::into_inner).kill();
     }
+    if let Some(fuse) = fuse {
+        fuse.stop();
+    }
     server.stop();
     let stopped = runtime.stop();
     drop(control);
@@ -167,6 +177,15 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         End::Signal | End::Command(0) => Exit::Ok,
         End::Command(status) => Exit::Command(status),
     })
+}
+
+/// Serves files in a folder; `end` is told when somebody has unmounted it.
+fn mount(folder: &Path, runtime: &Arc<Runtime>, end: Option<Sender<End>>) -> anyhow::Result<Fuse> {
+    let at_end = move || {
+        // Whoever unmounts what is served nowhere else wants it to end.
+        let _ = end.map(|end| end.send(End::Signal));
+    };
+    Ok(Fuse::mount(folder, runtime.clone(), at_end)?)
 }
 
 /// Checks the metadata as thin_check does.
@@ -315,6 +334,9 @@ fn start(
     };
     let mut shell = Command::new("sh");
     shell.args(["-c", command]);
+    if let Some(folder) = &args.fuse {
+        shell.env("fuse", folder);
+    }
     if let Some(address) = &sockets.first {
         shell.env("uri", address.uri(&export));
         if let Address::Unix(path) = address {
