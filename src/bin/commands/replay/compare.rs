@@ -11,6 +11,7 @@ use crate::output;
 
 /// The command line.
 #[derive(Debug, clap::Args)]
+#[group(skip)]
 pub(crate) struct Args {
     /// Reports of --json; the others are compared with the first. A file may have several.
     #[arg(value_name = "REPORT", required = true)]

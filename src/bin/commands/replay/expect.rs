@@ -21,6 +21,7 @@ use super::play::file_name;
 
 /// The command line.
 #[derive(Debug, clap::Args)]
+#[group(skip)]
 pub(crate) struct Args {
     /// What the kernel had at the mark NAME: a file with what dmsetup status printed of the pool and its thin devices, or thin_dump's
     /// XML, compressed with gzip or zstd or not; or a folder that has status-NAME.txt and phase-NAME.xml, phase-NAME.xml.gz or

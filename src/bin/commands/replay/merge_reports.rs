@@ -10,6 +10,7 @@ use crate::exit::Exit;
 
 /// The command line.
 #[derive(Debug, clap::Args)]
+#[group(skip)]
 pub(crate) struct Args {
     /// Reports of --json, of replays that each had a pool of its own. A file may have several, also on lines. - is standard input.
     #[arg(value_name = "REPORT", required = true)]

@@ -217,12 +217,12 @@ impl BlockManager {
             tag: AtomicU32::new(0),
             lock: VersionLock::new(),
         };
-        let block = || [const { AtomicU64::new(0) }; WORDS];
         let numbers = |n: usize| (0..n).map(|_| AtomicU32::new(0)).collect();
         Self {
             engine,
             slots: (0..nr_slots).map(|_| slot()).collect(),
-            words: (0..nr_slots).map(|_| block()).collect(),
+            // Taken of the system as it is used.
+            words: bytemuck::zeroed_slice_box(nr_slots),
             table: numbers(2 * nr_slots),
             fill: Mutex::new(Fill {
                 used: 0,

@@ -85,7 +85,7 @@ impl Worker {
         // The experiment is about the cells of reads and writes; a discard takes both in any order.
         let both = self.cells.take().or_else(|| self.pool.cells.take_two());
         let Some([first, second]) = both else {
-            return self.todo.push_front(bio);
+            return self.todo.put_back(bio);
         };
         let key = Key::of_virtual(thin.id(), ThinBlock(begin), ThinBlock(end_block));
         let (held, bio) = match self.pool.prison.detain(key, bio, first) {

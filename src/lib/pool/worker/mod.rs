@@ -16,6 +16,7 @@ mod modes;
 mod process;
 mod provision;
 mod suspend;
+mod todo;
 
 use super::bio::{Bio, BioError, BioResult};
 use super::cells::{AllocationOrder, Starved};
@@ -41,6 +42,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use suspend::Suspension;
+use todo::Todo;
 
 /// Bios that one turn looks at, at most.
 const BATCH: usize = 8192;
@@ -110,7 +112,7 @@ pub struct Worker {
     prepared: VecDeque<JobId>,
     /// What waited in a deferred set and has not to any more.
     ready: VecDeque<JobId>,
-    todo: VecDeque<Box<Bio>>,
+    todo: Todo,
     cells: Option<[Box<Cell>; 2]>,
     /// Bios that hold a cell and wait for another one.
     starved: VecDeque<Starved>,
@@ -183,7 +185,7 @@ impl Worker {
             jobs: Jobs::new(settings.jobs.max(2)),
             prepared: VecDeque::new(),
             ready: VecDeque::new(),
-            todo: VecDeque::new(),
+            todo: Todo::default(),
             cells: is_reserved.then(|| [Cell::spare(), Cell::spare()]),
             starved: VecDeque::new(),
             waiters: Vec::new(),
@@ -372,13 +374,7 @@ impl Worker {
         self.starved.extend(std::mem::take(&mut inbox.starved));
         drop(inbox);
         self.ready.extend(ready.map(|work| work.job));
-        let had = self.todo.len();
-        self.todo.extend(bios);
-        if self.todo.len() > had {
-            // Those that hold a cell come first.
-            let todo = self.todo.make_contiguous();
-            todo.sort_by_key(|bio| (bio.reserved.is_none(), bio.thin, bio.sector));
-        }
+        bios.for_each(|bio| self.todo.push(bio));
         for (bio, result) in filled {
             self.filled(bio, result, effects);
         }
@@ -450,7 +446,7 @@ impl Worker {
             };
             if let Some(Starved { mut bio, held, .. }) = self.starved.pop_front() {
                 bio.reserved = Some((held, Some(cell)));
-                self.todo.push_front(bio);
+                self.todo.put_back(bio);
             }
         }
     }

@@ -24,7 +24,7 @@ impl Worker {
             if self.wants_commit || self.is_quiet_now() {
                 break;
             }
-            let Some(bio) = self.todo.pop_front() else {
+            let Some(bio) = self.todo.pop() else {
                 break;
             };
             let Some(thin) = self.thin_of(&bio) else {
@@ -44,7 +44,7 @@ impl Worker {
         }
         let is_all_gated = self.todo.is_empty() && !later.is_empty();
         for bio in later.into_iter().rev() {
-            self.todo.push_front(bio);
+            self.todo.put_back(bio);
         }
         is_stuck || is_all_gated || self.is_quiet_now()
     }
@@ -80,7 +80,7 @@ impl Worker {
                     Some(reserved) => reserved,
                     None => {
                         let Some((first, second)) = self.take_cells() else {
-                            return self.todo.push_front(bio);
+                            return self.todo.put_back(bio);
                         };
                         let key = Key::of_virtual(thin.id(), block, ThinBlock(block.0 + 1));
                         match self.pool.prison.detain(key, bio, first) {

@@ -95,7 +95,7 @@ impl Worker {
             Allocated::Block(data) => data,
             Allocated::AfterCommit => {
                 bio.reserved = Some((held, spare));
-                return self.todo.push_front(bio);
+                return self.todo.put_back(bio);
             }
             Allocated::No => {
                 self.keep_cells(spare);
@@ -130,7 +130,7 @@ impl Worker {
             Allocated::AfterCommit => {
                 let cell = self.pool.release(data_held);
                 bio.reserved = Some((held, Some(cell)));
-                return self.todo.push_front(bio);
+                return self.todo.put_back(bio);
             }
             Allocated::No => {
                 self.release(held);

@@ -61,7 +61,7 @@ impl Worker {
         };
         if is_noflush {
             let given_back = std::mem::take(&mut self.retry);
-            for bio in given_back.into_iter().chain(std::mem::take(&mut self.todo)) {
+            for bio in given_back.into_iter().chain(self.todo.take()) {
                 self.give_up(bio, BioError::Requeue, effects);
             }
         }

@@ -1,0 +1,81 @@
+//! Bios that the worker has to look at, in the order in which it does: those that hold a cell come first, then by device and sector.
+//!
+//! A tree, since a worker that is behind has many of them and gets a few more again and again.
+
+use crate::pool::bio::Bio;
+use std::collections::BTreeMap;
+
+/// Without a cell, device, sector; what is alike is in the order of its numbers.
+type Place = (bool, u32, u64, i64);
+
+/// The bios.
+#[derive(Debug, Default)]
+pub(super) struct Todo {
+    bios: BTreeMap<Place, Box<Bio>>,
+    first: i64,
+    last: i64,
+}
+
+impl Todo {
+    fn place(bio: &Bio, number: i64) -> Place {
+        (bio.reserved.is_none(), bio.thin, bio.sector, number)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.bios.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.bios.is_empty()
+    }
+
+    /// The next.
+    pub(super) fn pop(&mut self) -> Option<Box<Bio>> {
+        self.bios.pop_first().map(|(_, bio)| bio)
+    }
+
+    /// Behind those that are like it.
+    pub(super) fn push(&mut self, bio: Box<Bio>) {
+        self.last += 1;
+        self.bios.insert(Self::place(&bio, self.last), bio);
+    }
+
+    /// Puts one back, in front of those that are like it.
+    pub(super) fn put_back(&mut self, bio: Box<Bio>) {
+        self.first -= 1;
+        self.bios.insert(Self::place(&bio, self.first), bio);
+    }
+
+    /// Takes all of them.
+    pub(super) fn take(&mut self) -> impl Iterator<Item = Box<Bio>> + use<> {
+        std::mem::take(&mut self.bios).into_values()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::Op;
+
+    #[test]
+    fn bios_come_by_device_and_sector_and_then_as_they_came() {
+        let mut todo = Todo::default();
+        for (id, (thin, sector)) in [(1, 8), (0, 16), (1, 0), (0, 16), (1, 8)]
+            .into_iter()
+            .enumerate()
+        {
+            let mut bio = Box::new(Bio::new(id as u64, Op::Read, sector, 8));
+            bio.thin = thin;
+            todo.push(bio);
+        }
+        let first = todo.pop().expect("there are five");
+        assert_eq!(first.id, 1);
+        todo.put_back(first);
+        assert_eq!(todo.len(), 5);
+        let order: Vec<u64> = std::iter::from_fn(|| todo.pop())
+            .map(|bio| bio.id)
+            .collect();
+        assert_eq!(order, [1, 3, 2, 0, 4]);
+        assert!(todo.is_empty());
+    }
+}
