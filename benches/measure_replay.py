@@ -20,7 +20,7 @@ BLOCKS = 1 << 20
 MAP = ["--map", "254:1=0:64g"]
 MAP_CSV = ["--map", "0=0:64g"]
 # The metadata device is in memory, all of it: as much as the mappings of these blocks take, and a half more.
-POOL_FOR_MEMORY = ["--data-size", "64g", "--metadata-size", "48m"]
+POOL_FOR_MEMORY = ["--data-size", "64g", "--metadata-size", "48m", "--cache", "8m"]
 # What a replay may take: bytes for each mapped block, and beside them.
 PER_BLOCK = 32
 BESIDE = 64 << 20
@@ -98,20 +98,21 @@ def rates(args):
         make_dump = ["blkparse", "-q", "-O", "-i", shape, "-d", dump]
         Run(args.folder, make_dump)
         start = pool if shape == "provisioning" else ["--metadata", "mapped.img", "--data-size", "1t"]
+        fresh = ["sh", "-c", 'rm -f report.json && exec "$@"', "sh"]
         whole = [*replay, *start, *MAP, "--json", "report.json", "--max-sectors", "1024"]
         fio = ["fio", "--name=replay", "--ioengine=null", "--iodepth=32", "--thread", "--replay_no_stall=1"]
         fio += ["--replay_redirect=/dev/null", f"--read_iolog={dump}"]
         rows = [
             Row("thin_replay, reading only, files", [*replay, "--dry-run", f"{shape}.blktrace.0"]),
             Row("thin_replay, reading only, dump", [*replay, "--dry-run", dump]),
-            Row("thin_replay", ["sh", "-c", 'rm -f report.json && exec "$@"', "sh", *whole, dump]),
+            *(Row(f"thin_replay, locks {locks}", [*fresh, *whole, "--locks", locks, dump]) for locks in ("kernel", "optimistic")),
             Row("fio, null engine", fio, is_peer=True),
             Row("blkparse, text", ["blkparse", "-q", "-i", shape], is_peer=True),
             Row("blkparse -d", make_dump, is_peer=True),
         ]
         measure(args, rows)
         for row in rows:
-            print_row([shape, row.name, *row.cells(events, None if row.is_peer else rows[3])])
+            print_row([shape, row.name, *row.cells(events, None if row.is_peer else rows[4])])
         for path in args.folder.glob(f"{shape}.*"):
             path.unlink()
     with open(args.folder / "volumes.csv", "xb") as file:
