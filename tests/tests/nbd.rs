@@ -382,6 +382,40 @@ fn whoever_talks_nonsense_or_takes_nothing_holds_up_nobody() {
 }
 
 #[test]
+fn refusals_leave_the_requests_that_follow_in_step() {
+    let scene = Scene::new();
+    let mut client = scene.open("disk", 0, &[]);
+    client.request(1, 0, (SIZE, 5000), &[1; 5000]);
+    client.request(1, 1 << 15, (0, 5000), &[2; 5000]);
+    client.request(99, 0, (0, 5000), &[]);
+    client.request(0, 0, (SIZE, 5000), &[]);
+    client.request(1, 0, (0, 4), b"data");
+    client.request(0, 0, (0, 4), &[]);
+    for error in [28, EINVAL, EINVAL, EINVAL, 0, 0] {
+        assert_eq!(client.simple_reply(), error);
+    }
+    assert_eq!(client.bytes(4), b"data");
+}
+
+#[test]
+fn whoever_leaves_in_the_middle_of_a_word_holds_up_nobody() {
+    let scene = Scene::new();
+    let mut other = scene.open("disk", 0, &[]);
+    let name = go("disk");
+    let option = [&b"IHAVEOPT\0\0\0\x07\0\0\0"[..], &[name.len() as u8], &name].concat();
+    let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
+    request.extend([0, 0, 0, 1]);
+    request.extend([0; 16]);
+    request.extend([0, 0, 0, 8]);
+    let said = [&option, &request, &[7; 8][..]].concat();
+    for len in 0..said.len() {
+        scene.client().send(&[&said[..len]]);
+        assert_eq!(other.simple(0, 0, (0, 8), &[]), 0);
+        assert_eq!(other.bytes(8), [0; 8], "half a write was carried out");
+    }
+}
+
+#[test]
 fn tcp_is_for_this_machine_alone() {
     let exports = || Arc::new(BTreeMap::<String, Arc<MemoryExport>>::new());
     let listener = TcpListener::bind("0.0.0.0:0").unwrap();

@@ -97,6 +97,19 @@ pub(crate) const PAGE: Page = Page {
             ],
         ),
         (
+            "CONTEXTS",
+            &[
+                "NBD clients can ask which bytes have which status, in these contexts: base:allocation: 0 \
+                 mapped, or read from an external origin; 3 not mapped. qemu:allocation-depth: 0 not mapped; \
+                 1 mapped, and nobody else has the block; 2 shared, or read from an external origin. \
+                 qemu:dirty-bitmap:since-ID: 1 mapped otherwise than in thin device ID, else 0. \
+                 dm-thin:time: the snapshot clock when the block was mapped; 4294967295 not mapped. \
+                 dm-thin:shared: 1 somebody else has the block, too; else 0.",
+                "A client of dirty bitmaps thus backs up what changed since a snapshot. \
+                 src/lib/runtime/NBD.md in the sources lists exactly which parts of the protocol there are.",
+            ],
+        ),
+        (
             "SIZES",
             &[
                 "Sizes are numbers with s for sectors of 512 bytes, k, m, g or t; without a letter, bytes.",
