@@ -1,6 +1,7 @@
 //! Integration tests of the library and the binary, against metadata made by the kernel.
 
 mod commands;
+mod contexts;
 mod crash;
 mod ctl;
 mod damage;
