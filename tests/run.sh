@@ -4,7 +4,7 @@
 # Debian packages are installed only if a program is missing:
 #   thin-provisioning-tools  thin_check and thin_restore 0.9, which the tests hold the output of thintools against
 #   gcc, libc6-dev           the linker, and the compiler for the C code of the zstd package
-#   libnbd-bin, qemu-utils, fio  the clients that the NBD server is tested with
+#   libnbd-bin, python3-libnbd, qemu-utils, fio  the clients that the NBD server is tested with
 #   fuse3, e2fsprogs, xfsprogs, util-linux, mount  file systems on the files of thin_serve --fuse
 #   python3                  for the scripts that score repairs and hold images against the kernel
 # and, where they can be installed, QEMU and a kernel (tests/kernel/run.sh); without them that step says that it is skipped.
@@ -34,6 +34,9 @@ install_missing() {
     fi
     if ! have nbdcopy || ! have qemu-io || ! have fio; then
         packages+=(libnbd-bin qemu-utils fio)
+    fi
+    if ! /usr/bin/python3 -c 'import nbd' 2>/dev/null; then
+        packages+=(python3-libnbd)
     fi
     if ! have fusermount3 || ! have mkfs.ext4 || ! have mkfs.xfs || ! have fstrim || ! have setpriv || ! have losetup; then
         packages+=(fuse3 e2fsprogs xfsprogs util-linux mount)

@@ -749,3 +749,61 @@ fn hostile_lines_on_the_control_socket_are_answered_with_errors() {
     assert!(scene.asked(&["status"]).contains("thin-pool"));
     scene.stop();
 }
+
+#[test]
+fn a_flush_makes_durable_what_other_connections_wrote() {
+    let mut scene = Scene::new(64, 1 << 20);
+    let more = ["--create", "--thin", "0:4m"];
+    scene.serve(&more);
+    for round in 0..8_u64 {
+        let (mut writes, mut flushes) = (scene.connect("0"), scene.connect("0"));
+        let data = vec![round as u8 + 1; BLOCK];
+        writes
+            .ask(WRITE, 0, round * BLOCK as u64, BLOCK as u32, &data)
+            .expect("written");
+        flushes.ask(client::FLUSH, 0, 0, 0, &[]).expect("flushed");
+        scene.kill();
+        scene.assert_sound();
+        scene.serve(&more[1..]);
+        let found =
+            scene
+                .connect("0")
+                .ask(client::READ, 0, round * BLOCK as u64, BLOCK as u32, &[]);
+        assert!(found.expect("read") == data, "round {round}");
+    }
+    scene.stop();
+}
+
+#[test]
+fn nbdsh_gets_the_usual_errors() {
+    let mut scene = Scene::new(64, 1 << 20);
+    scene.serve(&["--create", "--thin", "0:4m"]);
+    let script = r#"
+h.set_strict_mode(0)
+h.connect_uri(uri)
+size = h.get_size()
+def refused(error, ask):
+    try:
+        ask()
+    except nbd.Error as e:
+        assert e.errno == error, (e.errno, error)
+    else:
+        raise AssertionError(error)
+refused("EINVAL", lambda: h.pread(512, size))
+refused("EINVAL", lambda: h.pread(512, 1 << 62))
+refused("EINVAL", lambda: h.pread(0, 0))
+refused("ENOSPC", lambda: h.pwrite(b"x" * 512, size))
+refused("ENOSPC", lambda: h.zero(512, size))
+refused("EINVAL", lambda: h.trim(512, size))
+refused("ENOTSUP", lambda: (h.pwrite(b"x", 0), h.zero(1, 0, nbd.CMD_FLAG_FAST_ZERO)))
+assert h.can_multi_conn() and h.can_fua() and h.can_df() and h.get_structured_replies_negotiated()
+h.pwrite(b"after all that", 4096, nbd.CMD_FLAG_FUA)
+assert h.pread(14, 4096) == b"after all that"
+h.shutdown()
+"#;
+    let uri = format!("nbd+unix:///0?socket={}", scene.path("nbd").display());
+    // Debian's Python, which has the module, whatever comes first in the search path.
+    let set = format!("import nbd\nh = nbd.NBD()\nuri = {uri:?}\n{script}");
+    program("/usr/bin/python3", ["-c", &set]).run().expect(0);
+    scene.stop();
+}
