@@ -60,14 +60,19 @@ pub(crate) const PAGE: Page = Page {
          --max-sectors is twice what /sys/block/dm-N/queue/max_sectors_kb says of the thin device. \
          Where a block is larger than the data device's max_sectors, the kernel makes it a power \
          of 2 that divides the block.",
-        "With --verify there is a model of the data beside the pool. The data device begins full of somebody \
+    ],
+    sections: &[
+        (
+            "VERIFYING",
+            &[
+                "With --verify there is a model of the data beside the pool. The data device begins full of somebody \
          else's data. Every read has to find what was written last, or either of what is under way at once; what was never written \
          is zeros, or what the external origin has, and with skip_block_zeroing anything once it is mapped; \
          a discard of a whole block is a hint. Every device is looked at as a whole in the end and before it is deleted. \
          What is wrong is told with device, sector, what was found and what was expected, and the exit status is 6. \
          Where the metadata failed, what was not committed is lost, and nothing is looked at any more.",
-    ],
-    sections: &[
+            ],
+        ),
         (
             "REPORTS",
             &[
