@@ -308,7 +308,7 @@ fn after_kill_9_under_load_everything_flushed_is_there() {
     // By chunk of 4 KiB: the last durable tag, and those that were written since.
     let mut durable = vec![0_u8; CHUNKS];
     let mut since: Vec<Vec<u8>> = vec![Vec::new(); CHUNKS];
-    for round in 0..6_u64 {
+    for round in 0..50_u64 {
         scene.serve(&["--create", "--thin", "0:16m", "--thin", "1:16m"]);
         let mut client = scene.connect("0");
         for (chunk, (was, may)) in durable.iter_mut().zip(&mut since).enumerate() {
