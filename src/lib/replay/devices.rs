@@ -56,16 +56,6 @@ enum Target {
     },
 }
 
-/// Where a request goes.
-pub(super) enum Place<'a> {
-    /// The device has to be [resolved](Devices::resolve) first.
-    Unknown,
-    /// To no thin device, or past its end.
-    Nowhere,
-    /// To a thin device. Its end, in sectors, was not necessarily [noted](Seen).
-    Thin(&'a Arc<Thin>, u64),
-}
-
 /// The end of what was asked for, by the trace's number for the device.
 #[derive(Debug, Default)]
 pub(super) struct Seen(Vec<u64>);
@@ -78,6 +68,15 @@ impl Seen {
         }
         self.0[number] = self.0[number].max(end);
     }
+}
+
+#[inline]
+fn find<'a>(targets: &'a [Target], io: &TraceIo) -> Option<(&'a Arc<Thin>, u64)> {
+    let Some(Target::Thin { thin, sectors }) = targets.get(io.device as usize) else {
+        return None;
+    };
+    let end = io.sector.checked_add(io.sectors)?;
+    (end <= *sectors).then_some((thin, end))
 }
 
 /// All devices of the trace that are thin devices.
@@ -97,19 +96,10 @@ impl Devices {
         }
     }
 
-    /// Where a request goes.
-    pub(super) fn find(&self, io: &TraceIo) -> Place<'_> {
-        match self.targets.get(io.device as usize) {
-            None | Some(Target::Unknown) => Place::Unknown,
-            Some(Target::Nowhere) => Place::Nowhere,
-            Some(Target::Thin { thin, sectors }) => {
-                let end = io.sector.checked_add(io.sectors);
-                match end.filter(|end| end <= sectors) {
-                    Some(end) => Place::Thin(thin, end),
-                    None => Place::Nowhere,
-                }
-            }
-        }
+    /// The thin device that a request goes to, and where the request ends, which is not noted; none if it goes nowhere, or its device has
+    /// to be [resolved](Self::resolve) first.
+    pub(super) fn find(&self, io: &TraceIo) -> Option<(&Arc<Thin>, u64)> {
+        find(&self.targets, io)
     }
 
     /// True if it has to be [resolved](Self::resolve) where requests to this device go.
@@ -121,13 +111,7 @@ impl Devices {
     /// The thin device that a request goes to; none if it goes nowhere. Its end is noted.
     #[inline]
     pub(super) fn target(&mut self, io: &TraceIo) -> Option<&Arc<Thin>> {
-        let Some(Target::Thin { thin, sectors }) = self.targets.get(io.device as usize) else {
-            return None;
-        };
-        let end = io.sector.checked_add(io.sectors)?;
-        if end > *sectors {
-            return None;
-        }
+        let (thin, end) = find(&self.targets, io)?;
         self.seen.note(io.device, end);
         Some(thin)
     }

@@ -3,7 +3,7 @@
 use super::Yard;
 use crate::pool::{Bio, BioResult, MapCounts, Mapped, Mapper, Pool, Reason, Thin};
 use crate::replay::books::Books;
-use crate::replay::devices::{Place, Seen};
+use crate::replay::devices::Seen;
 use crate::replay::event::{TraceIo, TraceOp};
 use crate::replay::requests::{Cut, Ended, Request, Requests};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -160,7 +160,7 @@ impl Submitter {
 
     fn play(&mut self, mapper: &mut Mapper, io: &TraceIo, yard: &Yard<'_>) {
         self.books.input.count(io);
-        let Place::Thin(thin, end) = yard.player.devices.find(io) else {
+        let Some((thin, end)) = yard.player.devices.find(io) else {
             self.books.input.out_of_range += 1;
             return;
         };
