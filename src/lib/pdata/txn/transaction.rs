@@ -245,6 +245,8 @@ impl Transaction {
     /// Begins the next transaction, once the superblock is durable.
     pub fn next(&mut self) {
         self.shadows.clear();
+        let engine = self.blocks.engine();
+        (self.metadata.freed()).for_each(|block| engine.forget(MetadataBlock(block)));
         self.metadata.next();
         self.data.next();
     }
