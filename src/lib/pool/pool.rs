@@ -10,7 +10,7 @@ use super::mode::{AtomicMode, PoolMode};
 use super::prison::{Cell, Held, Prison};
 use super::worker::{JobId, Traffic};
 use crate::error::Result;
-use crate::pdata::txn::LockScheme;
+use crate::pdata::txn::{BlockIo, LockScheme};
 use crate::thin::{PoolMetadata, SharedMetadata};
 use crate::units::DataBlock;
 use std::fmt;
@@ -167,6 +167,11 @@ impl Pool {
     /// Looks at the metadata, between two changes.
     pub fn inspect<T>(&self, look: impl FnOnce(&PoolMetadata) -> T) -> T {
         self.metadata.inspect(look)
+    }
+
+    /// What was read from the metadata device, and written to it, since it was opened.
+    pub fn block_io(&self) -> BlockIo {
+        self.metadata.block_io()
     }
 
     /// True if more than one mapping leads to a data block.

@@ -120,7 +120,7 @@ impl Books {
         worker: &WorkerCounts,
     ) {
         let (used_data_blocks, used_metadata_blocks) = pool.inspect(PoolMetadata::used_blocks);
-        let metadata = pool.inspect(PoolMetadata::block_io);
+        let metadata = pool.block_io();
         self.timeline.push(Sample {
             time_ns: now,
             used_data_blocks,

@@ -41,13 +41,6 @@ impl<T> Ord for End<T> {
     }
 }
 
-/// Things that take equally long, in the order of their ends.
-#[derive(Debug)]
-struct Lane<T> {
-    takes: u64,
-    ends: VecDeque<End<T>>,
-}
-
 /// Comes after everything.
 const NEVER: Key = Key::MAX;
 
@@ -61,7 +54,10 @@ struct First {
 /// Things that end at a time; those of one time in the order of their numbers.
 #[derive(Debug)]
 pub(super) struct Ends<T> {
-    lanes: [Lane<T>; LANES],
+    /// Things that take equally long, in the order of their ends.
+    lanes: [VecDeque<End<T>>; LANES],
+    /// How long those of each lane take.
+    takes: [u64; LANES],
     heap: BinaryHeap<End<T>>,
     /// The first of each lane and of the heap.
     heads: [Key; LANES + 1],
@@ -71,10 +67,8 @@ pub(super) struct Ends<T> {
 impl<T> Default for Ends<T> {
     fn default() -> Self {
         Self {
-            lanes: std::array::from_fn(|_| Lane {
-                takes: 0,
-                ends: VecDeque::new(),
-            }),
+            lanes: std::array::from_fn(|_| VecDeque::new()),
+            takes: [0; LANES],
             heap: BinaryHeap::new(),
             heads: [NEVER; LANES + 1],
             first: First {
@@ -94,7 +88,7 @@ impl<T> Ends<T> {
         let place = self.place(key, takes);
         let end = End { key, thing };
         match self.lanes.get_mut(place) {
-            Some(lane) => lane.ends.push_back(end),
+            Some(lane) => lane.push_back(end),
             None => self.heap.push(end),
         }
         if key < self.heads[place] {
@@ -108,18 +102,18 @@ impl<T> Ends<T> {
     /// The lane of what takes so long, or one that is empty, which is for such things from here on; or the heap.
     #[inline]
     fn place(&mut self, key: Key, takes: u64) -> usize {
-        let of_takes = self.lanes.iter().position(|lane| lane.takes == takes);
+        let of_takes = self.takes.iter().position(|&of| of == takes);
         let place = match of_takes {
             Some(place) => place,
             None => match self.heads.iter().position(|&head| head == NEVER) {
                 Some(place) if place < LANES => {
-                    self.lanes[place].takes = takes;
+                    self.takes[place] = takes;
                     place
                 }
                 _ => return LANES,
             },
         };
-        let last = self.lanes[place].ends.back();
+        let last = self.lanes[place].back();
         match last.is_none_or(|last| last.key < key) {
             true => place,
             false => LANES,
@@ -136,7 +130,7 @@ impl<T> Ends<T> {
     pub(super) fn pop(&mut self) -> Option<T> {
         let place = self.first.place;
         let (end, head) = match self.lanes.get_mut(place) {
-            Some(lane) => (lane.ends.pop_front(), lane.ends.front()),
+            Some(lane) => (lane.pop_front(), lane.front()),
             None => (self.heap.pop(), self.heap.peek()),
         };
         self.heads[place] = head.map_or(NEVER, |end| end.key);

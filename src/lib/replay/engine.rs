@@ -371,7 +371,7 @@ impl Engine {
     /// The worker takes an event, and the time for it; then begins what it wants done. True if it has more to do.
     fn work_on(&mut self, event: Event) -> bool {
         let mut effects = std::mem::take(&mut self.effects);
-        let counts = |pool: &Pool| (pool.inspect(PoolMetadata::block_io), pool.commits());
+        let counts = |pool: &Pool| (pool.block_io(), pool.commits());
         let (io, commits) = counts(&self.pool);
         let now = Duration::from_nanos(self.now);
         let has_more = self.worker.apply(now, event, &mut effects);

@@ -12,7 +12,7 @@ use crate::checksum::{self, BlockKind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::BlockEngine;
 use crate::pdata::TreeKind;
-use crate::pdata::txn::{BlockIo, BlockManager, CacheUse, Cell, LowSpace, Transaction, cell};
+use crate::pdata::txn::{BlockManager, CacheUse, Cell, LowSpace, Transaction, cell};
 use crate::units::{
     DataBlock, MAX_DATA_BLOCKS, MAX_METADATA_BLOCKS, MAX_THIN_ID, MAX_TIME, MetadataBlock,
     ThinBlock, ThinId, is_legal_data_block_size,
@@ -826,11 +826,6 @@ impl PoolMetadata {
     /// True if the flag is set that tells everybody to check this metadata before it is changed again.
     pub fn needs_check(&self) -> bool {
         self.current.needs_check()
-    }
-
-    /// What was read from the metadata device, and written to it, since it was opened.
-    pub fn block_io(&self) -> BlockIo {
-        self.txn.blocks().io()
     }
 
     /// What the cache takes.
