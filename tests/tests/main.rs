@@ -28,6 +28,7 @@ mod replay_readers;
 mod replay_report;
 mod replay_threads;
 mod replay_verify;
+mod rescue;
 mod serve;
 mod shapes;
 mod support;

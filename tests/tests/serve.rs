@@ -22,7 +22,7 @@ use client::{Client, FUA, TRIM, WRITE};
 
 pub(crate) const BLOCK: usize = 65536;
 const ENOSPC: Option<u32> = Some(28);
-const EIO: Option<u32> = Some(5);
+pub(crate) const EIO: Option<u32> = Some(5);
 const EINVAL: Option<u32> = Some(22);
 
 /// A pool in files of a folder, and the server that may run on it.

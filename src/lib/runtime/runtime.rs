@@ -91,17 +91,34 @@ impl Runtime {
     /// # Errors
     /// `Busy`, `Io`; `NotMetadata`, `Damaged` and `Unsuitable`, each with what to do.
     pub fn open(options: &Options) -> Result<Self> {
-        let data = Arc::new(DataDevice::open(&options.data, !options.is_read_only)?);
-        let (engine, metadata): (Arc<dyn BlockEngine>, _) = match options.is_read_only {
-            true => (
-                Arc::from(open_read(&options.metadata, Access::Exclusive)?),
-                None,
-            ),
-            false => {
-                let engine = Arc::new(open_pool(&options.metadata)?);
-                (Arc::clone(&engine) as _, Some(engine))
-            }
+        if options.is_read_only {
+            let engine = open_read(&options.metadata, Access::Exclusive)?;
+            return Self::open_to_read(Arc::from(engine), options);
+        }
+        let data = Arc::new(DataDevice::open(&options.data, true)?);
+        let engine = Arc::new(open_pool(&options.metadata)?);
+        Self::start(Arc::clone(&engine) as _, Some(engine), data, options)
+    }
+
+    /// Starts a pool that is only read, on metadata that was opened already.
+    ///
+    /// # Errors
+    /// The same; `Damaged` only if the superblock or the top-level tree cannot be used.
+    pub fn open_to_read(engine: Arc<dyn BlockEngine>, options: &Options) -> Result<Self> {
+        let options = Options {
+            is_read_only: true,
+            ..options.clone()
         };
+        let data = Arc::new(DataDevice::open(&options.data, false)?);
+        Self::start(engine, None, data, &options)
+    }
+
+    fn start(
+        engine: Arc<dyn BlockEngine>,
+        metadata: Option<Arc<FileEngine>>,
+        data: Arc<DataDevice>,
+        options: &Options,
+    ) -> Result<Self> {
         let pool = open_metadata(engine, &data, options)?;
         let status = pool.status()?;
         let table = PoolTable {
@@ -443,6 +460,8 @@ fn open_metadata(
         ));
     }
     match options.create {
+        // What is read only is looked for behind a superblock that was zeroed, too.
+        _ if options.is_read_only => {}
         Some(block_sectors) if is_blank => {
             return PoolMetadata::format(engine, block_sectors, options.cache_bytes)
                 .map_err(|e| e.context(format!("cannot make a pool on {shown}")));
@@ -477,8 +496,11 @@ fn open_metadata(
             ),
         ));
     }
-    PoolMetadata::open(engine, options.cache_bytes)
-        .map_err(|e| e.context(format!("cannot use the metadata {shown}")))
+    let pool = match options.is_read_only {
+        true => PoolMetadata::open_to_rescue(engine, options.cache_bytes),
+        false => PoolMetadata::open(engine, options.cache_bytes),
+    };
+    pool.map_err(|e| e.context(format!("cannot use the metadata {shown}")))
 }
 
 /// True if what should be data begins with a superblock.

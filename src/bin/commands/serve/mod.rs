@@ -153,8 +153,12 @@ pub(crate) const PAGE: Page = Page {
     ],
 };
 
+/// Sectors of the smallest data blocks, which new pools have.
+const LEAST_BLOCK: u32 = 128;
+
 /// The command line.
 #[derive(Debug, clap::Args)]
+#[command(group(clap::ArgGroup::new("kind").args(["create", "read_only"])))]
 pub(crate) struct Args {
     /// The metadata device or file.
     #[arg(long, value_name = "META")]
@@ -196,9 +200,9 @@ pub(crate) struct Args {
     #[arg(long)]
     create: bool,
 
-    /// With --create: the size of data blocks, a multiple of 64k up to 1g.
-    #[arg(long, value_name = "SIZE", default_value = "64k", value_parser = block_size, requires = "create")]
-    block_size: u32,
+    /// With --create: the size of data blocks, a multiple of 64k up to 1g [default: 64k]. With --read-only: their size, if the superblock is lost.
+    #[arg(long, value_name = "SIZE", value_parser = block_size, requires = "kind")]
+    block_size: Option<u32>,
 
     /// With --create: the size of a data file that is not there.
     #[arg(long, value_name = "SIZE", value_parser = sectors, requires = "create")]
@@ -294,6 +298,11 @@ fn autoextend(text: &str) -> Result<Autoextend, String> {
 }
 
 impl Args {
+    /// Sectors in a block of a pool that is made.
+    fn new_block_size(&self) -> u32 {
+        self.block_size.unwrap_or(LEAST_BLOCK)
+    }
+
     /// For how long writes wait for space, if they do; within, none is for ever.
     fn patience(&self) -> Option<Option<Duration>> {
         let seconds = self.queue_when_full?;

@@ -12,17 +12,19 @@ use anyhow::Context;
 use listenfd::ListenFd;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use thintools::io::{Access, open_read};
+use thintools::io::{Access, BlockEngine, open_read};
 use thintools::pool::{Features, Message};
 use thintools::runtime::control::Control;
 use thintools::runtime::fuse::Fuse;
 use thintools::runtime::nbd::{Listener, Server};
 use thintools::runtime::{Activation, DataDevice, Options, Runtime, bind_socket};
+use thintools::tools::{Overrides, repair};
 use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, ThinId};
 use thintools::{Error, ErrorKind};
 
 use super::{Args, Nbd, ready};
 use crate::commands::ctl::refuse_damage;
+use crate::commands::repair::say_report;
 use crate::exit::Exit;
 use crate::output;
 use crate::session::Session;
@@ -131,11 +133,11 @@ impl Drop for Sockets {
 
 /// Serves a pool until a signal comes or the command ends.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
+    let (end, ends) = mpsc::channel();
+    watch_signals(end.clone())?;
     if args.check {
         check(&args)?;
     }
-    let (end, ends) = mpsc::channel();
-    watch_signals(end.clone())?;
     let runtime = open(&args)?;
     let mut sockets = Sockets::open(&args)?;
     let control = args
@@ -220,7 +222,7 @@ fn open(args: &Args) -> anyhow::Result<Arc<Runtime>> {
     features.error_if_no_space |= args.queue_when_full.is_none();
     let mut options = Options {
         is_read_only: args.read_only,
-        create: args.create.then_some(args.block_size),
+        create: args.create.then(|| args.new_block_size()),
         low_water_blocks: args.low_water,
         features,
         no_space_timeout: args.patience().flatten(),
@@ -229,10 +231,13 @@ fn open(args: &Args) -> anyhow::Result<Arc<Runtime>> {
     };
     if let Some(how) = args.autoextend {
         let data = DataDevice::open(&args.data, false)?;
-        let blocks = data.sectors()? / u64::from(args.block_size);
+        let blocks = data.sectors()? / u64::from(args.new_block_size());
         options.low_water_blocks = options.low_water_blocks.max(how.low_water(blocks));
     }
-    let runtime = Arc::new(Runtime::open(&options)?);
+    let runtime = Arc::new(match args.read_only {
+        true => open_to_read(args, &options)?,
+        false => Runtime::open(&options)?,
+    });
     if args.thin.is_empty() {
         runtime.export_all();
     }
@@ -240,6 +245,29 @@ fn open(args: &Args) -> anyhow::Result<Arc<Runtime>> {
         activate(args, &runtime, *id, *size)?;
     }
     Ok(runtime)
+}
+
+/// Opens what can be read. Where superblock or top-level tree is lost, what they led to is looked for.
+fn open_to_read(args: &Args, options: &Options) -> anyhow::Result<Runtime> {
+    let engine: Arc<dyn BlockEngine> = Arc::from(open_read(&args.metadata, Access::Exclusive)?);
+    let mending = Arc::new(repair::Mending(Arc::clone(&engine)));
+    let why = match Runtime::open_to_read(mending, options) {
+        Err(e) if e.kind() == ErrorKind::Damaged => e,
+        other => return Ok(other?),
+    };
+    let session = Session::new("Looking for the devices", args.quiet)?;
+    session.say(&format!("{}: {why}", output::program()));
+    let wanted = repair::Options {
+        overrides: Overrides {
+            data_block_size: args.block_size,
+            ..Overrides::default()
+        },
+        ..repair::Options::default()
+    };
+    let found = repair::rescue(engine, &wanted, &session)
+        .with_context(|| format!("cannot find the devices in {}", args.metadata.display()))?;
+    say_report(&found.report, &session);
+    Ok(Runtime::open_to_read(found.engine, options)?)
 }
 
 fn activate(args: &Args, runtime: &Runtime, id: ThinId, size: Option<u64>) -> anyhow::Result<()> {
@@ -279,7 +307,7 @@ fn make_files(args: &Args) -> anyhow::Result<()> {
     }
     if !args.metadata.exists() {
         let sectors = DataDevice::open(&args.data, false)?.sectors()?;
-        let blocks = sectors / u64::from(args.block_size);
+        let blocks = sectors / u64::from(args.new_block_size());
         let most = MAX_METADATA_BLOCKS * BLOCK_SIZE as u64;
         let bytes = blocks
             .saturating_mul(METADATA_BYTES)
