@@ -20,7 +20,7 @@ const EROFS: i32 = 30;
 const EPERM: i32 = 1;
 
 /// True if this machine can do what the test needs; says so where it cannot.
-fn can(devices: &[&str]) -> bool {
+pub(crate) fn can(devices: &[&str]) -> bool {
     let missing: Vec<_> = devices
         .iter()
         .filter(|device| {
@@ -33,14 +33,14 @@ fn can(devices: &[&str]) -> bool {
         .collect();
     if !missing.is_empty() {
         // Past the harness, which hides what a test prints that passes.
-        let said = format!("\n*** NOT TESTED: FUSE; this machine has no {missing:?} ***\n");
+        let said = format!("\n*** NOT TESTED: this machine has no {missing:?} ***\n");
         std::io::stderr().write_all(said.as_bytes()).ok();
     }
     missing.is_empty()
 }
 
 const FUSE: &str = "/dev/fuse";
-const LOOP: &str = "/dev/loop-control";
+pub(crate) const LOOP: &str = "/dev/loop-control";
 
 /// A pool whose devices are files; nothing is left mounted behind it.
 struct Served(Scene);
@@ -108,10 +108,10 @@ impl Served {
 }
 
 /// A loop device, detached at the end.
-struct Loop(PathBuf);
+pub(crate) struct Loop(pub(crate) PathBuf);
 
 impl Loop {
-    fn on(file: &Path) -> Self {
+    pub(crate) fn on(file: &Path) -> Self {
         let args: [&OsStr; 4] = [
             "-f".as_ref(),
             "--show".as_ref(),

@@ -1,5 +1,6 @@
 //! Integration tests of the library and the binary, against metadata made by the kernel.
 
+mod backing;
 mod commands;
 mod contexts;
 mod crash;

@@ -4,9 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use crate::serve::{EIO, Scene};
-use crate::support::{Pool, dump, expand, get_u32, get_u64, program, thintools};
+use crate::support::{expand, get_u32, get_u64, thintools};
 use thintools::units::BLOCK_SIZE;
 
 /// A mapping, and the metadata blocks that lead to it, from the root of its device.
@@ -55,31 +56,26 @@ fn walk(
 
 impl Known {
     fn of(image: Vec<u8>) -> Self {
-        let mut known = Self {
-            block_size: u64::from(get_u32(&image, 336)) * 512,
-            thins: BTreeMap::new(),
-            top: BTreeSet::new(),
-            nodes: BTreeSet::new(),
-            image,
-        };
+        let mut thins: BTreeMap<u64, Vec<Mapping>> = BTreeMap::new();
+        let (mut top, mut nodes) = (BTreeSet::new(), BTreeSet::new());
         let mut roots = Vec::new();
         walk(
-            &known.image,
-            get_u64(&known.image, 320),
+            &image,
+            get_u64(&image, 320),
             &BTreeSet::new(),
             &mut |id, root, path| {
-                known.top.extend(path);
+                top.extend(path);
                 roots.push((id, root));
             },
         );
         for (id, root) in roots {
-            let mappings = known.thins.entry(id).or_default();
+            let mappings = thins.entry(id).or_default();
             walk(
-                &known.image,
+                &image,
                 root,
                 &BTreeSet::new(),
                 &mut |thin_block, value, path| {
-                    known.nodes.extend(path);
+                    nodes.extend(path);
                     mappings.push(Mapping {
                         thin_block,
                         data_block: value >> 24,
@@ -88,7 +84,14 @@ impl Known {
                 },
             );
         }
-        known
+        let block_size = u64::from(get_u32(&image, 336)) * 512;
+        Self {
+            image,
+            block_size,
+            thins,
+            top,
+            nodes,
+        }
     }
 
     /// A pool whose data blocks begin with their number and one.
@@ -163,6 +166,16 @@ impl Known {
         );
     }
 
+    /// Blocks of every kind: superblock, trees, and both space maps.
+    fn in_use(&self) -> BTreeSet<u64> {
+        // Each root of a space map ends with those of its bitmaps and of its large counts, which lie at these places.
+        let roots = [80, 88, 208, 216, 320, 328].map(|at| get_u64(&self.image, at));
+        let trees = self.top.union(&self.nodes).copied();
+        let index = get_u64(&self.image, 208) as usize * BLOCK_SIZE;
+        let bitmap = get_u64(&self.image, index + 16);
+        trees.chain(roots).chain([0, bitmap]).collect()
+    }
+
     fn spoil(&self, scene: &Scene, block: u64, change: impl FnOnce(&mut [u8])) {
         let at = block as usize * BLOCK_SIZE;
         let mut spoilt = self.image[at..at + BLOCK_SIZE].to_vec();
@@ -175,21 +188,12 @@ impl Known {
     }
 }
 
-/// Every block of the metadata that is in use, the superblock included.
-fn in_use(image: &[u8]) -> Vec<u64> {
-    let blocks = image.chunks(BLOCK_SIZE).zip(0..);
-    blocks
-        .filter(|(block, _)| block.iter().any(|&b| b != 0))
-        .map(|(_, number)| number)
-        .collect()
-}
-
 #[test]
 fn one_lost_block_of_metadata_costs_what_it_leads_to_and_no_more() {
     for name in ["snap-mix-a", "crash-log", "needs-check-set"] {
         let known = Known::of(expand(&format!("{name}/meta.img")));
         let mut scene = known.scene();
-        for block in in_use(&known.image) {
+        for block in known.in_use() {
             known.spoil(&scene, block, |bytes| bytes.fill(0xa5));
             known.expect(&mut scene, &format!("{name}, block {block}"), &|m| {
                 m.path.contains(&block)
@@ -203,11 +207,149 @@ fn one_lost_block_of_metadata_costs_what_it_leads_to_and_no_more() {
 fn a_flipped_bit_costs_nothing() {
     let known = Known::of(expand("snap-mix-a/meta.img"));
     let mut scene = known.scene();
-    for block in in_use(&known.image) {
+    for block in known.in_use() {
         known.spoil(&scene, block, |bytes| {
             bytes[(block as usize * 97 + 5) % BLOCK_SIZE] ^= 1 << (block % 8)
         });
         known.expect(&mut scene, &format!("block {block}"), &|_| false);
         known.spoil(&scene, block, |_| ());
     }
+}
+
+/// A top-level tree of two levels, and details that are as large.
+#[test]
+fn devices_are_found_without_a_part_of_the_top_level_tree() {
+    let known = Known::of(expand("rand-600thins-5/meta.img"));
+    assert!(known.top.len() > 2);
+    let mut scene = known.scene();
+    for block in known
+        .top
+        .iter()
+        .copied()
+        .chain([get_u64(&known.image, 328)])
+    {
+        known.spoil(&scene, block, |bytes| bytes.fill(0xa5));
+        known.expect(&mut scene, &format!("block {block}"), &|_| false);
+        known.spoil(&scene, block, |_| ());
+    }
+}
+
+#[test]
+fn metadata_and_data_that_were_cut_off_are_read_as_far_as_they_go() {
+    let known = Known::of(expand("crash-log/meta.img"));
+    let mut scene = known.scene();
+    let (meta, data) = (scene.path("meta"), scene.path("data"));
+    let cut = |path: &Path, to: u64| {
+        let file = File::options().write(true).open(path).expect("opened");
+        file.set_len(to).expect("cut");
+    };
+    // Behind the top-level tree, but before some of what it leads to.
+    let top = *known.top.last().expect("there is a root");
+    let last = *known.nodes.last().expect("there are nodes");
+    assert!(top < last, "{top} {last}");
+    cut(&meta, last * BLOCK_SIZE as u64 + 100);
+    let half = known
+        .thins
+        .values()
+        .flatten()
+        .map(|m| m.data_block)
+        .max()
+        .expect("mapped")
+        / 2;
+    cut(&data, half * known.block_size + 4);
+    known.expect(&mut scene, "cut off", &|m| {
+        m.path.contains(&last) || m.data_block >= half
+    });
+    cut(&meta, BLOCK_SIZE as u64);
+    let nothing = scene.run(&["--read-only", "--block-size", "64k", "--run", "true"]);
+    nothing.expect(5).expect_stderr(&["nothing to serve"]);
+}
+
+#[test]
+fn a_device_whose_end_is_lost_is_as_long_as_is_known() {
+    let known = Known::of(expand("seq-1thin/meta.img"));
+    let mut scene = known.scene();
+    let (&id, mappings) = known
+        .thins
+        .iter()
+        .find(|(_, m)| m.last().is_some_and(|l| l.path.len() > 1))
+        .expect("it has two levels");
+    let last = mappings.last().expect("it is mapped");
+    let leaf = last
+        .path
+        .iter()
+        .copied()
+        .find(|block| mappings[0].path.contains(block) != last.path.contains(block))
+        .expect("several leaves");
+    let first = mappings
+        .iter()
+        .find(|m| m.path.contains(&leaf))
+        .expect("mapped")
+        .thin_block;
+    known.spoil(&scene, leaf, |bytes| bytes.fill(0));
+    scene.serve(&["--read-only", "--quiet"]);
+    let mut client = scene.connect(&id.to_string());
+    assert_eq!(client.size, (first + 1) * known.block_size);
+    assert_eq!(client.read(first * known.block_size, 8), Err(EIO));
+    drop(client);
+    scene.kill();
+    let size = known.blocks(id) * known.block_size;
+    let thin = format!("{id}:{size}");
+    // What a copy that goes on after errors brings home.
+    let copy = scene.path("copy");
+    let salvage = format!(
+        "qemu-img convert --salvage -f raw -O raw \"$uri\" {}",
+        copy.display()
+    );
+    scene
+        .run(&["--read-only", "--thin", &thin, "--run", &salvage])
+        .expect(0);
+    let copy = File::open(copy).expect("copied");
+    assert_eq!(copy.metadata().expect("there").len(), size);
+    for mapping in mappings {
+        let mut found = [0; 8];
+        copy.read_exact_at(&mut found, mapping.thin_block * known.block_size)
+            .expect("read");
+        let expected = match mapping.path.contains(&leaf) {
+            true => 0,
+            false => mapping.data_block + 1,
+        };
+        assert_eq!(
+            u64::from_le_bytes(found),
+            expected,
+            "block {}",
+            mapping.thin_block
+        );
+    }
+}
+
+#[test]
+fn what_is_no_pool_is_refused_with_what_to_do() {
+    let known = Known::of(expand("snap-mix-a/meta.img"));
+    let scene = known.scene();
+    let refused = |texts: &[&str]| {
+        scene
+            .run(&["--read-only", "--run", "true"])
+            .expect_stderr(texts)
+            .code
+            .expect("it ended")
+    };
+    let with = |metadata: &str, data: &str, text: &str| {
+        let (metadata, data) = (scene.path(metadata), scene.path(data));
+        let words = ["thin_serve", "--read-only", "--run", "true", "--metadata"];
+        let words = words.iter().map(AsRef::as_ref).chain([
+            metadata.as_os_str(),
+            "--data".as_ref(),
+            data.as_os_str(),
+        ]);
+        thintools(words).run().expect(1).expect_stderr(&[text]);
+    };
+    with("data", "meta", "wrong way round");
+    with("meta", "meta", "as the metadata and as the data");
+    known.spoil(&scene, 0, |bytes| bytes.fill(0));
+    assert_eq!(refused(&["--block-size"]), 5);
+    fs::write(scene.path("meta"), vec![0x5a; 1 << 20]).expect("written");
+    assert_eq!(refused(&["make sure that it is the metadata"]), 5);
+    fs::write(scene.path("meta"), "<superblock>").expect("written");
+    assert_eq!(refused(&["looks like XML"]), 5);
 }

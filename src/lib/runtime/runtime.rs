@@ -5,7 +5,7 @@ use super::driver::{Driver, Threads};
 use super::event_log::EventLog;
 use super::thin_export::ThinExport;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Access, AlignedBuffer, BlockEngine, FileEngine, open_pool, open_read};
+use crate::io::{Access, AlignedBuffer, BlockEngine, FileEngine, file_id, open_pool, open_read};
 use crate::pdata::txn::LockScheme;
 use crate::pool::{
     Event, Features, Line, Message, PoolMode, PoolStatusLine, PoolTable, Settings, ThinStatus,
@@ -14,6 +14,7 @@ use crate::pool::{
 use crate::thin::{DEFAULT_CACHE, PoolMetadata, Superblock};
 use crate::units::{MetadataBlock, ThinId};
 use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -109,6 +110,15 @@ impl Runtime {
             is_read_only: true,
             ..options.clone()
         };
+        // Whoever writes is refused the second of the two by its locks.
+        let id = |path| file_id(path).ok();
+        if id(&options.metadata).is_some_and(|metadata| Some(metadata) == id(&options.data)) {
+            let shown = options.data.display();
+            return Err(Error::new(
+                ErrorKind::Unsuitable,
+                format!("{shown} is given as the metadata and as the data; give both"),
+            ));
+        }
         let data = Arc::new(DataDevice::open(&options.data, false)?);
         Self::start(engine, None, data, &options)
     }
@@ -132,16 +142,18 @@ impl Runtime {
             },
         };
         let data_blocks = data.sectors()? / u64::from(status.data_block_size);
-        if data_blocks < status.data_blocks && !options.is_read_only {
+        let is_short = data_blocks < status.data_blocks;
+        let short = format!(
+            "{} has {data_blocks} blocks of {} sectors, and the pool {}: this is not all of its data",
+            options.data.display(),
+            status.data_block_size,
+            status.data_blocks
+        );
+        if is_short && !options.is_read_only {
+            let next = "give the right device, or serve what there is with --read-only";
             return Err(Error::new(
                 ErrorKind::Unsuitable,
-                format!(
-                    "{} has {data_blocks} blocks of {} sectors, and the pool {}: this is not all of its data; \
-                     give the right device, or serve what there is with --read-only",
-                    options.data.display(),
-                    status.data_block_size,
-                    status.data_blocks
-                ),
+                format!("{short}; {next}"),
             ));
         }
         let settings = Settings {
@@ -152,6 +164,9 @@ impl Runtime {
         };
         let worker = Worker::start(pool, settings)?;
         let (driver, threads) = Driver::start(worker, table, data)?;
+        if is_short {
+            driver.events.add("data_short", short);
+        }
         let runtime = Self {
             driver,
             threads: Mutex::new(Some(threads)),
@@ -463,8 +478,13 @@ fn open_metadata(
         // What is read only is looked for behind a superblock that was zeroed, too.
         _ if options.is_read_only => {}
         Some(block_sectors) if is_blank => {
-            return PoolMetadata::format(engine, block_sectors, options.cache_bytes)
-                .map_err(|e| e.context(format!("cannot make a pool on {shown}")));
+            return PoolMetadata::format(engine, block_sectors, options.cache_bytes).map_err(|e| {
+                let next = match is_full(&e) {
+                    true => ": the file system of this file has no room for it; make room, or give another file, and run the command with --create again",
+                    false => "",
+                };
+                e.context(format!("cannot make a pool on {shown}{next}"))
+            });
         }
         Some(_) if superblock.is_err() => {
             return Err(Error::new(
@@ -501,6 +521,17 @@ fn open_metadata(
         false => PoolMetadata::open(engine, options.cache_bytes),
     };
     pool.map_err(|e| e.context(format!("cannot use the metadata {shown}")))
+}
+
+/// True if it is the file system that keeps a file from getting longer.
+fn is_full(error: &Error) -> bool {
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref());
+    source.is_some_and(|e: &io::Error| {
+        matches!(
+            e.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::FileTooLarge | io::ErrorKind::QuotaExceeded
+        )
+    })
 }
 
 /// True if what should be data begins with a superblock.

@@ -48,8 +48,22 @@ pub(crate) const PAGE: Page = Page {
                  --check all of the metadata is checked first, as thin_check does. A device that is \
                  larger than the pool is used at once.",
                 "--read-only opens both devices to read, and never writes anything. It serves metadata \
-                 that needs a check or is damaged: what cannot be found any more is an I/O error, and \
-                 the rest can be read.",
+                 that needs a check or is damaged, see RESCUE.",
+            ],
+        ),
+        (
+            "RESCUE",
+            &[
+                "With --read-only a block is served if its way through the metadata is whole: from the superblock to the \
+                 top-level tree to the tree of its device. What lies behind a block of metadata that is lost is an I/O error, never \
+                 zeros, so that a copy tells what is missing (qemu-img convert --salvage, or ddrescue on a file of --fuse, go on behind \
+                 it). Space maps and device details are not needed. A block of metadata with one wrong bit is read as it was.",
+                "Where the superblock or a part of the top-level tree is lost, the devices are looked for as thin_repair does, \
+                 and what was found and guessed is printed; it stands in a temporary file ($TMPDIR). Without a superblock the size of data \
+                 blocks is needed: --block-size. Devices of which the details alone are left are exported, too, and all errors.",
+                "A device without --thin ID:SIZE ends with the last block that is known to be mapped; where the end of its tree \
+                 is lost, that is the first block that is, and an event, size_unknown, says so. What is lost of mapping trees may still be \
+                 found by thin_repair: repair into a new file, and serve that. But what is lost after a repair reads as zeros.",
             ],
         ),
         (

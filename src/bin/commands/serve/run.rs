@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use listenfd::ListenFd;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use thintools::io::{Access, BlockEngine, open_read};
 use thintools::pool::{Features, Message};
@@ -198,8 +198,9 @@ fn check(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Tells of the first signal; the second ends the process.
+/// Tells of the first signal; the second ends the process. A file that may not get longer is an error of whoever writes to it.
 fn watch_signals(end: Sender<End>) -> anyhow::Result<()> {
+    signal_hook::flag::register(SIGXFSZ, Arc::default())?;
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
     std::thread::Builder::new()
         .name("signals".into())
@@ -256,7 +257,8 @@ fn open_to_read(args: &Args, options: &Options) -> anyhow::Result<Runtime> {
         other => return Ok(other?),
     };
     let session = Session::new("Looking for the devices", args.quiet)?;
-    session.say(&format!("{}: {why}", output::program()));
+    let why = anyhow::Error::from(why);
+    session.say(&format!("{}: {why:#}", output::program()));
     let wanted = repair::Options {
         overrides: Overrides {
             data_block_size: args.block_size,
@@ -264,9 +266,19 @@ fn open_to_read(args: &Args, options: &Options) -> anyhow::Result<Runtime> {
         },
         ..repair::Options::default()
     };
-    let found = repair::rescue(engine, &wanted, &session)
-        .with_context(|| format!("cannot find the devices in {}", args.metadata.display()))?;
+    let shown = args.metadata.display();
+    let found = repair::rescue(engine, &wanted, &session).with_context(|| {
+        format!(
+            "cannot find the devices in {shown} (--block-size SIZE gives the size of data blocks)"
+        )
+    })?;
     say_report(&found.report, &session);
+    if found.report.devices.is_empty() {
+        let what = format!(
+            "of no thin device the mappings are left in {shown}: there is nothing to serve; make sure that it is all of the metadata"
+        );
+        return Err(Error::new(ErrorKind::Damaged, what).into());
+    }
     Ok(Runtime::open_to_read(found.engine, options)?)
 }
 
@@ -298,7 +310,11 @@ fn make_files(args: &Args) -> anyhow::Result<()> {
         let shown = path.display();
         let file = File::create_new(path).with_context(|| format!("cannot make {shown}"))?;
         file.set_len(bytes)
-            .with_context(|| format!("cannot make {shown} {bytes} bytes long"))
+            // What is too short would be taken for all of it.
+            .inspect_err(|_| drop(fs::remove_file(path)))
+            .with_context(|| {
+                format!("cannot make {shown} {bytes} bytes long; make room, or give another file")
+            })
     };
     if let Some(sectors) = args.data_size
         && !args.data.exists()
