@@ -124,7 +124,7 @@ def main():
     listener = socket.create_server(("127.0.0.1", 0))
     disks = Server("disks", "--create", "--data-size", "96m", "--thin", "0:48m", "--thin", "1:16m", listener=listener)
     names = ("ours.meta", "ours.data", "origin", "kernels.meta", "kernels.data")
-    command = [HERE / "run-in-kernel", "--share", share, "--net", "--env", f"NBD={listener.getsockname()[1]}", "--timeout", "300"]
+    command = [HERE / "run-in-kernel", "--share", share, "--net", "--env", f"NBD={listener.getsockname()[1]}", "--timeout", "900"]
     command += [word for name in names for word in ("--disk", FOLDER / name)]
     command += [word for module in ("nbd", "ext4") for word in ("--module", module)]
     command += [word for program in ("nbd-client", "mkfs.ext4") for word in ("--with", program)]
@@ -141,10 +141,8 @@ def main():
     found = {}
     for _, what, thin, digest in (line.split() for line in lines if line.startswith("SUM ")):
         found.setdefault(what, {})[int(thin)] = digest
-    after = dict(OURS, **{5: OURS[2]})
-    kernels = dict(OURS)
-    expected["ours-after"] = sums("ours", after)
-    expected["kernels"] = sums("kernels", kernels)
+    expected["ours-after"] = sums("ours", OURS | {5: OURS[2]})
+    expected["kernels"] = sums("kernels", OURS)
     with Server("disks", "--read-only", "--thin", "0:48m", "--thin", "1:16m") as server:
         blocks, image = server.content(1), FOLDER / "image"
         image.write_bytes(server.content(0))

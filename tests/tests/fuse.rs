@@ -556,7 +556,8 @@ fn a_server_that_is_told_to_stop_stops_while_its_files_are_in_use() {
         return;
     }
     let mut served = Served::new(1024);
-    served.serve(&["--create", "--thin", "0:32m"]);
+    // It takes a few seconds, which it has although a check came first that would have ended at once.
+    served.serve(&["--create", "--check", "--thin", "0:32m"]);
     let attached = Loop::on(&served.file("0"));
     on("mkfs.ext4", ["-q"], &attached.0);
     let mounted = Mounted::on(&attached.0, "rw");

@@ -12,7 +12,7 @@ use crate::pool::{
     ThinTable, Worker,
 };
 use crate::thin::{DEFAULT_CACHE, PoolMetadata, Superblock};
-use crate::units::{MetadataBlock, ThinId};
+use crate::units::{MetadataBlock, ThinId, is_legal_data_block_size};
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -506,6 +506,16 @@ fn open_metadata(
     }
     let superblock =
         superblock.map_err(|e| e.context(format!("cannot use the metadata {shown}")))?;
+    if !is_legal_data_block_size(superblock.data_block_size) {
+        return Err(Error::new(
+            ErrorKind::Damaged,
+            format!(
+                "the superblock of {shown} says that data blocks have {} sectors, which no pool can have; \
+                 thin_repair --data-block-size puts it right, and --read-only --block-size serves what is there",
+                superblock.data_block_size
+            ),
+        ));
+    }
     if superblock.needs_check() && !options.is_read_only {
         return Err(Error::new(
             ErrorKind::ReadOnly,

@@ -12,14 +12,14 @@ use anyhow::Context;
 use listenfd::ListenFd;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
-use thintools::io::{Access, BlockEngine, open_read};
+use thintools::io::{Access, AlignedBuffer, BlockEngine, open_read};
 use thintools::pool::{Features, Message};
 use thintools::runtime::control::Control;
 use thintools::runtime::fuse::Fuse;
 use thintools::runtime::nbd::{Listener, Server};
 use thintools::runtime::{Activation, DataDevice, Options, Runtime, bind_socket};
 use thintools::tools::{Overrides, repair};
-use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, ThinId};
+use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MetadataBlock, ThinId};
 use thintools::{Error, ErrorKind};
 
 use super::{Args, Nbd, ready};
@@ -190,10 +190,18 @@ fn mount(folder: &Path, runtime: &Arc<Runtime>, end: Option<Sender<End>>) -> any
     Ok(Fuse::mount(folder, runtime.clone(), at_end)?)
 }
 
-/// Checks the metadata as thin_check does.
+/// Checks the metadata as thin_check does, if there is any.
 fn check(args: &Args) -> anyhow::Result<()> {
     let session = Session::new("Checking", args.quiet)?;
+    if args.create && !args.metadata.exists() {
+        return Ok(());
+    }
     let engine = open_read(&args.metadata, Access::Exclusive)?;
+    let mut block = AlignedBuffer::new(1);
+    let read = engine.read(MetadataBlock(0), block.blocks_mut(1));
+    if args.create && read.is_ok() && block.blocks(1).iter().all(|&byte| byte == 0) {
+        return Ok(());
+    }
     refuse_damage(&*engine, &args.metadata, &session)?;
     Ok(())
 }
