@@ -134,7 +134,7 @@ def main():
         result = [line for line in lines if line.startswith("RESULT")]
     finally:
         disks.end(signal.SIGKILL)
-    if not result and done.returncode in (124, 125):
+    if not any(line.startswith("SUM ") for line in lines) and done.returncode in (124, 125):
         print(f"SKIPPED: the real kernel was not asked, since the machine does not start here: {done.stderr.strip()[-300:]}")
         return
     print(*result, sep="\n")

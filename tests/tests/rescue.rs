@@ -407,3 +407,42 @@ fn a_superblock_that_says_nonsense_is_no_more_than_an_error() {
     say(&scene, &|fields| fields.mapping_root.0 = 0);
     known.expect(&mut scene, "the root", &|_| false);
 }
+
+/// Whoever manages the pool cannot make it writable either.
+#[test]
+fn what_is_served_to_be_read_only_stays_so() {
+    let known = Known::of(expand("snap-mix-a/meta.img"));
+    let mut scene = known.scene();
+    scene.serve(&["--read-only", "--quiet"]);
+    let id = known
+        .thins
+        .keys()
+        .next_back()
+        .expect("there is one")
+        .to_string();
+    let mut client = scene.connect(&id);
+    assert_eq!(client.write(0, &[1; 512]), Err(Some(1)));
+    for words in [
+        &["create_thin", "500"][..],
+        &["delete", &id],
+        &["reserve_metadata_snap"],
+        &["resize"],
+        &["resize", "--data", "9999", "--metadata", "1024"],
+    ] {
+        scene.ctl(words).expect(1).expect_stderr(&["EOPNOTSUPP"]);
+    }
+    for words in [
+        &["suspend"][..],
+        &["resume"],
+        &["resume", "skip_block_zeroing"],
+        &["resume", "no_discard_passdown"],
+    ] {
+        scene.asked(words);
+        assert!(scene.asked(&["status"]).contains(" - ro "), "{words:?}");
+    }
+    let mapping = &known.thins.values().next_back().expect("there is one")[0];
+    let found = client.read(mapping.thin_block * known.block_size, 8);
+    assert_eq!(found, Ok((mapping.data_block + 1).to_le_bytes().to_vec()));
+    scene.kill();
+    assert!(fs::read(scene.path("meta")).expect("read") == known.image);
+}

@@ -239,7 +239,11 @@ impl Runtime {
         let mut table = self.driver.table();
         let data_blocks = self.driver.data.sectors()? / u64::from(table.block_sectors);
         let new = features.map(|features| {
-            table.features = features;
+            table.features = Features {
+                // Nothing was opened to be written.
+                read_only: features.read_only || self.is_read_only,
+                ..features
+            };
             table
         });
         let given = new.clone();
@@ -257,8 +261,14 @@ impl Runtime {
     /// Makes backing files larger, to so many data blocks and metadata blocks, and uses what is there. Devices are looked at only.
     ///
     /// # Errors
-    /// `Unsuitable`, `Io`, `NoSpace`.
+    /// `ReadOnly`, `Unsuitable`, `Io`, `NoSpace`.
     pub fn grow(&self, data_blocks: Option<u64>, metadata_blocks: Option<u64>) -> Result<()> {
+        if self.is_read_only {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                "the pool is served to be read only, and does not grow",
+            ));
+        }
         if let Some(blocks) = data_blocks {
             let sectors = blocks.saturating_mul(self.driver.pool.block_sectors());
             if sectors > self.driver.data.sectors()? {
