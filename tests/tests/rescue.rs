@@ -3,13 +3,20 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::serve::{EIO, Scene};
 use crate::support::{expand, get_u32, get_u64, thintools};
+use thintools::ErrorKind;
+use thintools::io::{BlockEngine, RamEngine};
+use thintools::observer::Silent;
+use thintools::runtime::{Options, Runtime};
 use thintools::thin::Fields;
-use thintools::units::BLOCK_SIZE;
+use thintools::tools::repair;
+use thintools::units::{BLOCK_SIZE, MetadataBlock};
 
 /// A mapping, and the metadata blocks that lead to it, from the root of its device.
 struct Mapping {
@@ -445,4 +452,63 @@ fn what_is_served_to_be_read_only_stays_so() {
     assert_eq!(found, Ok((mapping.data_block + 1).to_le_bytes().to_vec()));
     scene.kill();
     assert!(fs::read(scene.path("meta")).expect("read") == known.image);
+}
+
+/// A disk with a block that cannot be read.
+struct BadBlock(RamEngine, u64);
+
+impl BlockEngine for BadBlock {
+    fn nr_blocks(&self) -> u64 {
+        self.0.nr_blocks()
+    }
+
+    fn read(&self, start: MetadataBlock, buf: &mut [u8]) -> io::Result<()> {
+        match (start.0..start.0 + (buf.len() / BLOCK_SIZE) as u64).contains(&self.1) {
+            true => Err(io::Error::other("bad sector")),
+            false => self.0.read(start, buf),
+        }
+    }
+
+    fn write(&self, _: MetadataBlock, _: &[u8]) -> io::Result<()> {
+        panic!("it is written to")
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn depth(&self) -> usize {
+        1
+    }
+}
+
+#[test]
+fn bad_sectors_are_no_worse_than_wrong_contents() {
+    let known = Known::of(expand("snap-mix-a/meta.img"));
+    let scene = known.scene();
+    let options = Options::new(&scene.path("meta"), &scene.path("data"));
+    let ids = |runtime: &Runtime| {
+        runtime.export_all();
+        let ids = runtime.exported().expect("readable");
+        ids.iter().map(|id| id.0).collect::<Vec<_>>()
+    };
+    let all: Vec<u64> = known.thins.keys().copied().collect();
+    for block in known.in_use() {
+        let engine: Arc<dyn BlockEngine> =
+            Arc::new(BadBlock(RamEngine::from_bytes(known.image.clone()), block));
+        let found = match Runtime::open_to_read(Arc::clone(&engine), &options) {
+            Ok(runtime) => ids(&runtime),
+            Err(e) => {
+                assert!(
+                    e.kind() == ErrorKind::Damaged && (block == 0 || known.top.contains(&block)),
+                    "block {block}: {e}"
+                );
+                let mut wanted = repair::Options::default();
+                wanted.overrides.data_block_size = Some(128);
+                let rescue = repair::rescue(engine, &wanted, &Silent).expect("found");
+                ids(&Runtime::open_to_read(rescue.engine, &options).expect("readable"))
+            }
+        };
+        assert_eq!(found, all, "block {block}");
+    }
 }

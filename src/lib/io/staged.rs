@@ -70,17 +70,19 @@ impl<B: Deref<Target: BlockEngine> + Send + Sync> BlockEngine for StagedEngine<B
 
     fn read(&self, start: MetadataBlock, buf: &mut [u8]) -> io::Result<()> {
         let blocks = (buf.len() / BLOCK_SIZE) as u64;
-        let below = match start.0.saturating_add(blocks) <= self.nr_blocks {
-            // What is behind the end is not the business of the engine below.
-            true => self.base.nr_blocks().saturating_sub(start.0).min(blocks),
-            false => blocks,
-        };
+        if start.0.saturating_add(blocks) > self.nr_blocks {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // What is behind its end is not the business of the engine below.
+        let below = self.base.nr_blocks().saturating_sub(start.0).min(blocks);
         let (below, behind) = buf.split_at_mut(below as usize * BLOCK_SIZE);
-        if !below.is_empty() {
+        let end = start.0.saturating_add(blocks);
+        // What the engine below cannot read may have been written for that very reason.
+        let is_needed = self.written_set().range(start.0..end).count() as u64 != blocks;
+        if is_needed && !below.is_empty() {
             self.base.read(start, below)?;
         }
         behind.fill(0);
-        let end = start.0 + (buf.len() / BLOCK_SIZE) as u64;
         for &block in self.written_set().range(start.0..end) {
             let at = (block - start.0) as usize * BLOCK_SIZE;
             self.file

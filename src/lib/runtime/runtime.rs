@@ -129,8 +129,13 @@ impl Runtime {
         data: Arc<DataDevice>,
         options: &Options,
     ) -> Result<Self> {
-        let pool = open_metadata(engine, &data, options)?;
-        let status = pool.status()?;
+        // Whoever only reads can go without what cannot be read, too.
+        let lost = |e: Error| match options.is_read_only && e.kind() == ErrorKind::Io {
+            true => e.with_kind(ErrorKind::Damaged),
+            false => e,
+        };
+        let pool = open_metadata(engine, &data, options).map_err(lost)?;
+        let status = pool.status().map_err(lost)?;
         let table = PoolTable {
             metadata_device: options.metadata.display().to_string(),
             data_device: options.data.display().to_string(),
@@ -237,7 +242,11 @@ impl Runtime {
             measured.map_err(|e| Error::io("cannot measure the metadata device", e))?;
         }
         let mut table = self.driver.table();
-        let data_blocks = self.driver.data.sectors()? / u64::from(table.block_sectors);
+        let data_blocks = match self.is_read_only {
+            // Of what is not all of its data the rest is served.
+            true => self.driver.pool.inspect(PoolMetadata::status)?.data_blocks,
+            false => self.driver.data.sectors()? / u64::from(table.block_sectors),
+        };
         let new = features.map(|features| {
             table.features = Features {
                 // Nothing was opened to be written.
@@ -471,9 +480,16 @@ fn open_metadata(
 ) -> Result<PoolMetadata> {
     let shown = options.metadata.display();
     let mut block = AlignedBuffer::new(1);
-    let read = engine.read(MetadataBlock(0), block.blocks_mut(1));
-    read.map_err(|e| Error::io(format!("cannot read the superblock of {shown}"), e))?;
-    let is_blank = block.blocks(1).iter().all(|&byte| byte == 0);
+    let is_blank = match engine.read(MetadataBlock(0), block.blocks_mut(1)) {
+        Ok(()) => block.blocks(1).iter().all(|&byte| byte == 0),
+        Err(_) if options.is_read_only => false,
+        Err(e) => {
+            return Err(Error::io(
+                format!("cannot read the superblock of {shown}"),
+                e,
+            ));
+        }
+    };
     let superblock = Superblock::read(&*engine);
     if superblock.is_err() && is_superblock(data, engine.nr_blocks()) {
         return Err(Error::new(
