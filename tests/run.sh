@@ -32,7 +32,7 @@ install_missing() {
     if ! have python3; then
         packages+=(python3)
     fi
-    if ! have nbdcopy || ! have qemu-io || ! have fio; then
+    if ! have nbdcopy || ! have nbdfuse || ! have qemu-io || ! have fio; then
         packages+=(libnbd-bin qemu-utils fio)
     fi
     if ! /usr/bin/python3 -c 'import nbd' 2>/dev/null; then

@@ -11,6 +11,7 @@ mod failures;
 mod fixtures;
 mod fuse;
 mod fuzzed;
+mod hostile;
 mod in_place;
 mod log_writes;
 mod metadata_crash;

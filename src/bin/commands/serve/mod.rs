@@ -83,6 +83,16 @@ pub(crate) const PAGE: Page = Page {
             ],
         ),
         (
+            "CLIENTS",
+            &[
+                "Up to 256 NBD clients can have an export open, and 64 more can be about to; of those the one \
+                 that has been for longest gives way to the next, and each has 30 seconds. However many there \
+                 are and whatever they do, requests and replies take up to 256 MiB of memory. Of that 256 KiB \
+                 are each client's own, which is enough for any request; a client that does not take its \
+                 replies, or does not send its data, holds up nobody else.",
+            ],
+        ),
+        (
             "CONTROL",
             &[
                 "With --control a socket takes the messages that dmsetup sends to a pool, and more; \

@@ -21,13 +21,14 @@ pub(super) struct Session {
     pub(super) contexts: Vec<String>,
 }
 
-/// Agrees with a client; none if it wants no export.
+/// Agrees with a client; none if it wants no export. `admit` tells whether there is a place for one that opens an export.
 ///
 /// # Errors
 /// Of the stream, and `InvalidData` for what no client may say.
 pub(super) fn negotiate(
     stream: &mut (impl Read + Write),
     exports: &dyn Exports,
+    admit: &dyn Fn() -> bool,
 ) -> io::Result<Option<Session>> {
     stream.write_all(b"NBDMAGICIHAVEOPT\x00\x03")?;
     let client_flags = u32::from_be_bytes(number(stream)?);
@@ -37,6 +38,7 @@ pub(super) fn negotiate(
     let mut client = Client {
         stream,
         exports,
+        admit,
         option: 0,
         wants_zeroes: client_flags & 2 == 0,
         style: Style::Simple,
@@ -67,6 +69,7 @@ enum Next {
 struct Client<'a, S> {
     stream: &'a mut S,
     exports: &'a dyn Exports,
+    admit: &'a dyn Fn() -> bool,
     /// The one that is answered.
     option: u32,
     wants_zeroes: bool,
@@ -151,6 +154,9 @@ impl<S: Read + Write> Client<'_, S> {
         // This option has no answer for what goes wrong.
         let export = self.exports.find(name);
         let export = export.ok_or_else(|| bad("no such export"))?;
+        if !(self.admit)() {
+            return Err(bad("no place for one more client"));
+        }
         let mut out = export.size().to_be_bytes().to_vec();
         out.extend(flags(&*export, self.style).to_be_bytes());
         if self.wants_zeroes {
@@ -174,6 +180,13 @@ impl<S: Read + Write> Client<'_, S> {
             self.reply(answer::UNKNOWN, b"there is no export of this name")?;
             return Ok(Next::Option);
         };
+        if self.option == option::GO && !(self.admit)() {
+            self.reply(
+                answer::POLICY,
+                b"the server has as many clients as it takes",
+            )?;
+            return Ok(Next::Option);
+        }
         let mut data = info::EXPORT.to_be_bytes().to_vec();
         data.extend(export.size().to_be_bytes());
         data.extend(flags(&*export, self.style).to_be_bytes());

@@ -1,14 +1,17 @@
 #![doc = include_str!("../NBD.md")]
 
 mod handshake;
+mod memory;
 mod outbox;
 mod stream;
 mod transmission;
 mod wire;
 
+use self::memory::Memory;
 use self::stream::{Stream, Timed};
 use super::export::Exports;
 use crate::error::{Error, ErrorKind, Result};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -18,8 +21,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Connections at once.
-const MOST_CONNECTIONS: usize = 256;
+/// Clients at once that have opened an export.
+const MOST_CLIENTS: usize = 256;
+/// Clients at once that have not; of more the oldest has to go.
+const MOST_STRANGERS: usize = 64;
+/// Connections at once that have a thread: some that were hung up on may not have noticed yet.
+const MOST_CONNECTIONS: usize = MOST_CLIENTS + 2 * MOST_STRANGERS;
 /// Within this time a client has to have opened an export.
 const HANDSHAKE: Duration = Duration::from_secs(30);
 /// Clients have this time to take their last replies when the server stops.
@@ -36,13 +43,57 @@ pub enum Listener {
 
 struct Shared {
     exports: Arc<dyn Exports>,
+    memory: Arc<Memory>,
     is_over: AtomicBool,
-    connections: Mutex<(Vec<(u64, Stream)>, u64)>,
+    connections: Mutex<Connections>,
     has_left: Condvar,
 }
 
+/// Whoever is connected, by numbers that grow.
+#[derive(Default)]
+struct Connections {
+    /// Those in the handshake.
+    strangers: BTreeMap<u64, Arc<Stream>>,
+    /// Those who have opened an export.
+    clients: BTreeMap<u64, Arc<Stream>>,
+    /// All that have a thread.
+    count: usize,
+    last: u64,
+}
+
+impl Connections {
+    fn streams(&self) -> impl Iterator<Item = &Arc<Stream>> {
+        self.strangers.values().chain(self.clients.values())
+    }
+
+    /// Takes one more in, for which the oldest stranger may have to go. None if there are too many threads.
+    fn take_in(&mut self, stream: &Arc<Stream>) -> Option<u64> {
+        if self.count >= MOST_CONNECTIONS {
+            return None;
+        }
+        if self.strangers.len() >= MOST_STRANGERS
+            && let Some((_, oldest)) = self.strangers.pop_first()
+        {
+            oldest.hang_up();
+        }
+        self.count += 1;
+        self.last += 1;
+        self.strangers.insert(self.last, Arc::clone(stream));
+        Some(self.last)
+    }
+
+    /// Makes a stranger a client, if there is a place.
+    fn admit(&mut self, number: u64) -> bool {
+        if self.clients.len() >= MOST_CLIENTS {
+            return false;
+        }
+        let stream = self.strangers.remove(&number);
+        stream.is_some_and(|stream| self.clients.insert(number, stream).is_none())
+    }
+}
+
 impl Shared {
-    fn connections(&self) -> MutexGuard<'_, (Vec<(u64, Stream)>, u64)> {
+    fn connections(&self) -> MutexGuard<'_, Connections> {
         self.connections
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -67,6 +118,7 @@ impl Server {
         let mut this = Self {
             shared: Arc::new(Shared {
                 exports,
+                memory: Arc::default(),
                 is_over: AtomicBool::new(false),
                 connections: Mutex::default(),
                 has_left: Condvar::new(),
@@ -98,13 +150,13 @@ impl Server {
             }
         }
         let connections = shared.connections();
-        connections.0.iter().for_each(|(_, s)| s.end_requests());
+        connections.streams().for_each(|s| s.end_requests());
         let waited = shared
             .has_left
-            .wait_timeout_while(connections, LAST_REPLIES, |c| !c.0.is_empty());
+            .wait_timeout_while(connections, LAST_REPLIES, |c| c.count > 0);
         let connections = waited.unwrap_or_else(PoisonError::into_inner).0;
-        connections.0.iter().for_each(|(_, s)| s.hang_up());
-        let waited = shared.has_left.wait_while(connections, |c| !c.0.is_empty());
+        connections.streams().for_each(|s| s.hang_up());
+        let waited = shared.has_left.wait_while(connections, |c| c.count > 0);
         drop(waited);
     }
 }
@@ -164,36 +216,35 @@ struct Present(Arc<Shared>, u64);
 
 impl Drop for Present {
     fn drop(&mut self) {
-        self.0.connections().0.retain(|(n, _)| *n != self.1);
+        let mut connections = self.0.connections();
+        connections.strangers.remove(&self.1);
+        connections.clients.remove(&self.1);
+        connections.count -= 1;
         self.0.has_left.notify_all();
     }
 }
 
 fn begin(shared: &Arc<Shared>, stream: Stream) {
-    let Ok(own) = stream.try_clone() else { return };
-    let mut connections = shared.connections();
-    if connections.0.len() >= MOST_CONNECTIONS {
+    let stream = Arc::new(stream);
+    let Some(number) = shared.connections().take_in(&stream) else {
         return;
-    }
-    connections.1 += 1;
-    let number = connections.1;
-    connections.0.push((number, own));
-    drop(connections);
+    };
     let present = Present(Arc::clone(shared), number);
     // Where there are no threads to be had, the client finds the connection closed.
     let _ = std::thread::Builder::new()
         .name("nbd".into())
         .spawn(move || {
             // Whoever breaks the protocol or hangs up has nothing to be told.
-            let _ = serve(&*present.0.exports, stream);
+            let _ = serve(&present, &stream);
         });
 }
 
-fn serve(exports: &dyn Exports, mut stream: Stream) -> io::Result<()> {
-    let mut timed = Timed::new(&mut stream, HANDSHAKE);
-    let Some(session) = handshake::negotiate(&mut timed, exports)? else {
+fn serve(Present(shared, number): &Present, stream: &Arc<Stream>) -> io::Result<()> {
+    let mut timed = Timed::new(stream, HANDSHAKE);
+    let admit = || shared.connections().admit(*number);
+    let Some(session) = handshake::negotiate(&mut timed, &*shared.exports, &admit)? else {
         return Ok(());
     };
     timed.end()?;
-    transmission::transmit(session, stream)
+    transmission::transmit(session, stream, &shared.memory)
 }

@@ -1,4 +1,4 @@
-//! The socket of a connection, of either kind.
+//! The socket of a connection, of either kind. Threads that share it read and write through a reference.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -12,13 +12,6 @@ pub(super) enum Stream {
 }
 
 impl Stream {
-    pub(super) fn try_clone(&self) -> io::Result<Self> {
-        Ok(match self {
-            Self::Unix(s) => Self::Unix(s.try_clone()?),
-            Self::Tcp(s) => Self::Tcp(s.try_clone()?),
-        })
-    }
-
     fn shutdown(&self, how: Shutdown) {
         // It may be closed already.
         let _ = match self {
@@ -50,24 +43,24 @@ impl Stream {
     }
 }
 
-impl Read for Stream {
+impl Read for &Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
-            Self::Unix(s) => s.read(buffer),
-            Self::Tcp(s) => s.read(buffer),
+            Stream::Unix(s) => (&*s).read(buffer),
+            Stream::Tcp(s) => (&*s).read(buffer),
         }
     }
 }
 
-impl Write for Stream {
+impl Write for &Stream {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         self.write_vectored(&[IoSlice::new(data)])
     }
 
     fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
-            Self::Unix(s) => s.write_vectored(slices),
-            Self::Tcp(s) => s.write_vectored(slices),
+            Stream::Unix(s) => (&*s).write_vectored(slices),
+            Stream::Tcp(s) => (&*s).write_vectored(slices),
         }
     }
 
@@ -78,12 +71,12 @@ impl Write for Stream {
 
 /// A stream on which everything has to be said until a time.
 pub(super) struct Timed<'a> {
-    stream: &'a mut Stream,
+    stream: &'a Stream,
     until: Instant,
 }
 
 impl<'a> Timed<'a> {
-    pub(super) fn new(stream: &'a mut Stream, time: Duration) -> Self {
+    pub(super) fn new(stream: &'a Stream, time: Duration) -> Self {
         let until = Instant::now() + time;
         Self { stream, until }
     }
@@ -93,7 +86,7 @@ impl<'a> Timed<'a> {
         self.stream.set_timeout(None)
     }
 
-    fn in_time(&mut self) -> io::Result<&mut Stream> {
+    fn in_time(&mut self) -> io::Result<&'a Stream> {
         let left = self.until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
