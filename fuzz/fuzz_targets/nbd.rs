@@ -42,7 +42,7 @@ impl Exports for Fresh {
 static SERVER: LazyLock<(tempfile::TempDir, Server)> = LazyLock::new(|| {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let listener = UnixListener::bind(folder.path().join("s")).expect("a socket");
-    let started = Server::start(vec![Listener::Unix(listener)], Arc::new(Fresh));
+    let started = Server::start(vec![Listener::Unix(listener)], Arc::new(Fresh), None);
     (folder, started.expect("threads"))
 });
 

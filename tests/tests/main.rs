@@ -32,5 +32,7 @@ mod replay_verify;
 mod serve;
 mod shapes;
 mod support;
+#[cfg(feature = "tls")]
+mod tls;
 mod undelete;
 mod xml_input;

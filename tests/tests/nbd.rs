@@ -37,7 +37,8 @@ impl Scene {
     fn of(exports: impl Exports + 'static) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
-        let server = Server::start(vec![Listener::Unix(listener)], Arc::new(exports)).unwrap();
+        let server =
+            Server::start(vec![Listener::Unix(listener)], Arc::new(exports), None).unwrap();
         Self {
             folder,
             disk: Arc::new(MemoryExport::new(0, true)),
@@ -618,11 +619,11 @@ fn whoever_leaves_in_the_middle_of_a_word_holds_up_nobody() {
 fn tcp_is_for_this_machine_alone() {
     let exports = || Arc::new(BTreeMap::<String, Arc<MemoryExport>>::new());
     let listener = TcpListener::bind("0.0.0.0:0").unwrap();
-    let refusal = Server::start(vec![Listener::Tcp(listener)], exports());
+    let refusal = Server::start(vec![Listener::Tcp(listener)], exports(), None);
     let refusal = refusal.err().expect("refused").to_string();
     assert!(refusal.contains("Unix socket"), "{refusal}");
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    Server::start(vec![Listener::Tcp(listener)], exports())
+    Server::start(vec![Listener::Tcp(listener)], exports(), None)
         .unwrap()
         .stop();
 }

@@ -65,6 +65,11 @@ impl Memory {
         left.is_ok()
     }
 
+    #[cfg(test)]
+    pub(super) fn left(&self) -> usize {
+        self.left.load(Ordering::Relaxed)
+    }
+
     /// Gives back what was borrowed.
     pub(super) fn give_back(&self, len: usize) {
         self.left.fetch_add(len, Ordering::Relaxed);

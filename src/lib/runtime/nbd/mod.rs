@@ -4,11 +4,15 @@ mod handshake;
 mod memory;
 mod outbox;
 mod stream;
+#[cfg_attr(not(feature = "tls"), path = "no_tls.rs")]
+mod tls;
 mod transmission;
 mod wire;
 
+use self::handshake::Terms;
 use self::memory::Memory;
-use self::stream::{Stream, Timed};
+use self::stream::{Socket, Stream, Timed};
+pub use self::tls::Tls;
 use super::export::Exports;
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::BTreeMap;
@@ -43,6 +47,7 @@ pub enum Listener {
 
 struct Shared {
     exports: Arc<dyn Exports>,
+    tls: Option<Tls>,
     memory: Arc<Memory>,
     is_over: AtomicBool,
     connections: Mutex<Connections>,
@@ -107,17 +112,25 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves exports on these sockets.
+    /// Serves exports on these sockets, to those who want it with TLS, if there is any. Where others than this machine could come it has
+    /// to be.
     ///
     /// # Errors
-    /// `Unsuitable` for a TCP socket that others than this machine could reach; `Io` if there are no threads to be had.
-    pub fn start(listeners: Vec<Listener>, exports: Arc<dyn Exports>) -> Result<Self> {
-        for listener in &listeners {
-            refuse_remote(listener)?;
-        }
+    /// `Unsuitable` for a TCP socket that others than this machine could reach without TLS; `Io` if there are no threads to be had.
+    pub fn start(
+        listeners: Vec<Listener>,
+        exports: Arc<dyn Exports>,
+        tls: Option<Tls>,
+    ) -> Result<Self> {
+        let reached = listeners.into_iter().map(|listener| {
+            let is_remote = is_remote(&listener, tls.is_some())?;
+            Ok((listener, is_remote))
+        });
+        let reached: Vec<_> = reached.collect::<Result<_>>()?;
         let mut this = Self {
             shared: Arc::new(Shared {
                 exports,
+                tls,
                 memory: Arc::default(),
                 is_over: AtomicBool::new(false),
                 connections: Mutex::default(),
@@ -125,11 +138,11 @@ impl Server {
             }),
             acceptors: Vec::new(),
         };
-        for listener in listeners {
+        for (listener, is_remote) in reached {
             let listener = Arc::new(listener);
             let (shared, own) = (Arc::clone(&this.shared), Arc::clone(&listener));
             let thread = std::thread::Builder::new().name("nbd-accept".into());
-            let spawned = thread.spawn(move || accept(&own, &shared));
+            let spawned = thread.spawn(move || accept(&own, is_remote, &shared));
             let spawned = spawned.map_err(|e| Error::io("cannot start a thread", e))?;
             this.acceptors.push((listener, spawned));
         }
@@ -170,44 +183,45 @@ impl AsFd for Listener {
     }
 }
 
-/// There is no encryption: TCP is for this machine alone.
-fn refuse_remote(listener: &Listener) -> Result<()> {
+/// True if others than this machine can come, which takes TLS.
+fn is_remote(listener: &Listener, has_tls: bool) -> Result<bool> {
     let Listener::Tcp(tcp) = listener else {
-        return Ok(());
+        return Ok(false);
     };
     let address = tcp.local_addr();
     let address = address.map_err(|e| Error::io("cannot tell the address of a socket", e))?;
-    if address.ip().is_loopback() {
-        return Ok(());
+    let is_remote = !address.ip().is_loopback();
+    if has_tls || !is_remote {
+        return Ok(is_remote);
     }
     Err(Error::new(
         ErrorKind::Unsuitable,
         format!(
-            "{address} can be reached from other machines, and nothing that is sent is encrypted; listen on 127.0.0.1, on [::1] or on a \
-             Unix socket, and forward that"
+            "{address} can be reached from other machines, and nothing that is sent is encrypted; give --tls-certificates, or listen on \
+             127.0.0.1, on [::1] or on a Unix socket, and forward that"
         ),
     ))
 }
 
-fn accept(listener: &Listener, shared: &Arc<Shared>) {
+fn accept(listener: &Listener, needs_tls: bool, shared: &Arc<Shared>) {
     loop {
-        let stream = match listener {
-            Listener::Unix(l) => l.accept().map(|(s, _)| Stream::Unix(s)),
-            Listener::Tcp(l) => l.accept().map(|(s, _)| Stream::Tcp(s)),
+        let socket = match listener {
+            Listener::Unix(l) => l.accept().map(|(s, _)| Socket::Unix(s)),
+            Listener::Tcp(l) => l.accept().map(|(s, _)| Socket::Tcp(s)),
         };
         if shared.is_over.load(Ordering::Acquire) {
             return;
         }
-        let Ok(stream) = stream else {
+        let Ok(socket) = socket else {
             // Out of descriptors, most likely: others have to leave first.
             std::thread::sleep(Duration::from_millis(10));
             continue;
         };
-        if let Stream::Tcp(s) = &stream {
+        if let Socket::Tcp(s) = &socket {
             // It is slower without.
             let _ = s.set_nodelay(true);
         }
-        begin(shared, stream);
+        begin(shared, Stream::new(socket), needs_tls);
     }
 }
 
@@ -224,7 +238,7 @@ impl Drop for Present {
     }
 }
 
-fn begin(shared: &Arc<Shared>, stream: Stream) {
+fn begin(shared: &Arc<Shared>, stream: Stream, needs_tls: bool) {
     let stream = Arc::new(stream);
     let Some(number) = shared.connections().take_in(&stream) else {
         return;
@@ -235,14 +249,23 @@ fn begin(shared: &Arc<Shared>, stream: Stream) {
         .name("nbd".into())
         .spawn(move || {
             // Whoever breaks the protocol or hangs up has nothing to be told.
-            let _ = serve(&present, &stream);
+            let _ = serve(&present, &stream, needs_tls);
         });
 }
 
-fn serve(Present(shared, number): &Present, stream: &Arc<Stream>) -> io::Result<()> {
+fn serve(
+    Present(shared, number): &Present,
+    stream: &Arc<Stream>,
+    needs_tls: bool,
+) -> io::Result<()> {
     let mut timed = Timed::new(stream, HANDSHAKE);
-    let admit = || shared.connections().admit(*number);
-    let Some(session) = handshake::negotiate(&mut timed, &*shared.exports, &admit)? else {
+    let terms = Terms {
+        exports: &*shared.exports,
+        admit: &|| shared.connections().admit(*number),
+        tls: shared.tls.as_ref(),
+        needs_tls,
+    };
+    let Some(session) = handshake::negotiate(&mut timed, &terms)? else {
         return Ok(());
     };
     timed.end()?;

@@ -414,3 +414,68 @@ fn write_all(stream: &mut &Stream, segments: &[Vec<u8>]) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::nbd::stream::Socket;
+    use std::os::unix::net::UnixStream;
+
+    const MIB: usize = 1 << 20;
+
+    #[test]
+    fn what_is_borrowed_and_not_taken_is_found_and_given_back() {
+        let memory = Arc::default();
+        let (socket, client) = UnixStream::pair().unwrap();
+        let stream = Arc::new(Stream::new(Socket::Unix(socket)));
+        let outbox = Outbox::new(stream, Style::Simple, &memory);
+        let rest = memory.left() - MIB;
+        assert!(memory.borrow(rest), "another one has all but a megabyte");
+        assert_eq!(outbox.begin(MIB).unwrap(), MIB);
+        assert!(memory.left() < SHARE);
+        assert!(!outbox.has_held_for(Duration::ZERO), "nobody waits for it");
+        let head = Head {
+            flags: 0,
+            command: command::READ,
+            cookie: 0,
+            offset: 0,
+            len: MIB as u64,
+        };
+        outbox.reply(&head, MIB, Ok(vec![1; MIB]));
+        std::thread::scope(|scope| {
+            let sends = scope.spawn(|| outbox.send());
+            let end = Instant::now() + Duration::from_secs(60);
+            while !outbox.has_held_for(Duration::ZERO) {
+                assert!(Instant::now() < end, "it is not seen to wait");
+            }
+            assert!(!outbox.has_held_for(Duration::from_secs(3600)));
+            outbox.hang_up();
+            assert!(sends.join().unwrap().is_err());
+        });
+        assert!(!outbox.has_held_for(Duration::ZERO));
+        assert_eq!(memory.left(), MIB, "all is given back");
+        assert!(outbox.begin(0).is_err(), "nothing more is done for it");
+        drop(client);
+    }
+
+    #[test]
+    fn a_share_is_enough_and_only_who_takes_its_replies_borrows() {
+        let memory = Arc::default();
+        let (socket, _client) = UnixStream::pair().unwrap();
+        let stream = Arc::new(Stream::new(Socket::Unix(socket)));
+        let outbox = Outbox::new(stream, Style::Simple, &memory);
+        let all = memory.left();
+        assert!(memory.borrow(all));
+        let part = SHARE - OVERHEAD;
+        assert_eq!(outbox.begin(MIB).unwrap(), part);
+        assert_eq!(outbox.out().grant(1, &memory), None, "the share is used");
+        memory.give_back(all);
+        assert_eq!(outbox.out().grant(MIB, &memory), Some(MIB));
+        outbox.out().append(Vec::new(), vec![0; SHARE + 1]);
+        assert_eq!(outbox.out().grant(1, &memory), None);
+        outbox.forget(MIB);
+        outbox.forget(part);
+        drop(outbox);
+        assert_eq!(memory.left(), all);
+    }
+}

@@ -38,6 +38,7 @@ pub(super) mod answer {
     pub(crate) const UNSUP: u32 = 1 << 31 | 1;
     pub(crate) const POLICY: u32 = 1 << 31 | 2;
     pub(crate) const INVALID: u32 = 1 << 31 | 3;
+    pub(crate) const TLS_REQD: u32 = 1 << 31 | 5;
     pub(crate) const UNKNOWN: u32 = 1 << 31 | 6;
     pub(crate) const TOO_BIG: u32 = 1 << 31 | 9;
     pub(crate) const EXT_HEADER_REQD: u32 = 1 << 31 | 10;
