@@ -7,13 +7,14 @@
 #
 # No input may take more than 5 s or have the process grow past 1 GiB. Leaks are not looked for: thread pools live as long as
 # the process. The library has no unsafe code, so only the parser of XML, which other packages take part in, is fuzzed with the
-# address sanitizer; the others are many times as fast without it. Traces are read from a file, which TMPDIR says the place of.
+# address sanitizer; the others are many times as fast without it. Traces are read from a file, and NBD is spoken over a socket, which
+# TMPDIR says the place of.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 targets=("$@")
 if ((${#targets[@]} == 0)); then
-    targets=(superblock node space_map xml image transaction trace)
+    targets=(superblock node space_map xml image transaction trace nbd)
 fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -6,6 +6,7 @@
 #   gcc, libc6-dev           the linker, and the compiler for the C code of the zstd package
 #   libnbd-bin, python3-libnbd, qemu-utils, fio  the clients that the NBD server is tested with
 #   fuse3, e2fsprogs, xfsprogs, util-linux, mount  file systems on the files of thin_serve --fuse
+#   openssl                  makes the certificates that TLS is tested with
 #   python3                  for the scripts that score repairs and hold images against the kernel
 # and, where they can be installed, QEMU and a kernel (tests/kernel/run.sh); without them that step says that it is skipped.
 set -euo pipefail
@@ -32,8 +33,11 @@ install_missing() {
     if ! have python3; then
         packages+=(python3)
     fi
-    if ! have nbdcopy || ! have qemu-io || ! have fio; then
+    if ! have nbdcopy || ! have nbdfuse || ! have qemu-io || ! have fio; then
         packages+=(libnbd-bin qemu-utils fio)
+    fi
+    if ! have openssl; then
+        packages+=(openssl)
     fi
     if ! /usr/bin/python3 -c 'import nbd' 2>/dev/null; then
         packages+=(python3-libnbd)

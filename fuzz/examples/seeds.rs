@@ -91,6 +91,62 @@ fn traces() -> Vec<Vec<u8>> {
     traces
 }
 
+/// What clients say that people have: the handshakes of `nbdinfo` and of the kernel's client, and requests of each kind in each style.
+fn conversations() -> Vec<Vec<u8>> {
+    let option = |number: u8, data: &[u8]| {
+        let head = [&b"IHAVEOPT\0\0\0"[..], &[number, 0, 0, 0, data.len() as u8]];
+        [&head.concat(), data].concat()
+    };
+    let contexts = b"\0\0\0\x04disk\0\0\0\x01\0\0\0\x0fbase:allocation";
+    let of_library: Vec<Vec<u8>> = vec![
+        option(11, b""),
+        option(3, b""),
+        option(9, b"\0\0\0\0\0\0\0\0"),
+        option(10, contexts),
+        option(6, b"\0\0\0\x02ro\0\x03\0\x01\0\x02\0\x03"),
+        option(5, b""),
+        option(7, b"\0\0\0\x04disk\0\0"),
+        vec![0x21, 0xe4, 0x1c, 0x71, 0, 0, 0, 7],
+        vec![0; 23],
+        vec![9],
+    ];
+    let of_kernel = vec![
+        option(8, b""),
+        option(1, b"disk"),
+        b"\x25\x60\x95\x13\0\0\0\0".to_vec(),
+        vec![1; 16],
+        vec![0, 0, 2, 0],
+    ];
+    let greet = |said: Vec<Vec<u8>>| [vec![0, 0, 0, 0, 3], said.concat()].concat();
+    let mut all = vec![
+        greet(of_library),
+        greet(of_kernel),
+        greet(vec![option(2, b"")]),
+    ];
+    for how in 1..16 {
+        let mut script = vec![how];
+        for step in 0..40 {
+            // Every command in turn, of more and more bytes here and there.
+            let command = [1, 0, 6, 7, 4, 3, 5, 0][usize::from(step) % 8];
+            let place = [step % 4 | (step / 5 % 4) << 2, 3 * step, step];
+            script.extend([
+                command,
+                step % 3,
+                place[0],
+                place[1],
+                place[2],
+                step,
+                7,
+                0,
+                step,
+                0,
+            ]);
+        }
+        all.push(script);
+    }
+    all
+}
+
 fn main() {
     let folder = std::env::args().nth(1).expect("usage: seeds FOLDER");
     let seeds = Seeds {
@@ -111,6 +167,9 @@ fn main() {
             &format!("{number}-zst"),
             &[&[0], &*packed].concat(),
         );
+    }
+    for (number, said) in conversations().iter().enumerate() {
+        seeds.write("nbd", &number.to_string(), said);
     }
     let small = small();
     for (number, base) in BASES.iter().enumerate() {

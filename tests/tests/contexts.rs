@@ -123,3 +123,39 @@ fn qemu_img_copies_what_changed_since_a_snapshot() {
     assert!(backup == now, "the backup is not the device");
     scene.stop();
 }
+
+/// The page that says what of the protocol there is, and the manual page, name the contexts that a client is told of.
+#[test]
+fn the_contexts_are_those_of_the_documentation() {
+    let mut scene = scene();
+    let uri = format!("nbd+unix:///0?socket={}", scene.path("nbd").display());
+    let text = program("nbdinfo", ["--json", &uri]).run().expect(0).out();
+    let told: Value = serde_json::from_str(&text).expect("JSON");
+    let told = told["exports"][0]["contexts"].as_array().expect("contexts");
+    let told: Vec<String> = (told.iter())
+        .map(|name| {
+            name.as_str()
+                .expect("a name")
+                .replace("since-1", "since-ID")
+        })
+        .collect();
+    let page = include_str!("../../src/lib/runtime/NBD.md");
+    let (_, table) = page.split_once("# Contexts").expect("a section");
+    let (table, _) = table.split_once("\n# ").expect("another one");
+    let documented: Vec<&str> = (table.lines())
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .collect();
+    let sorted = |mut names: Vec<String>| {
+        names.sort();
+        names
+    };
+    assert_eq!(
+        sorted(told.clone()),
+        sorted(documented.iter().map(ToString::to_string).collect())
+    );
+    let manual = include_str!("../../man/thin_serve.8").replace('\\', "");
+    for name in told {
+        assert!(manual.contains(&name), "{name}");
+    }
+    scene.stop();
+}

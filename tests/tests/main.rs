@@ -12,6 +12,7 @@ mod failures;
 mod fixtures;
 mod fuse;
 mod fuzzed;
+mod hostile;
 mod in_place;
 mod log_writes;
 mod metadata_crash;
@@ -33,5 +34,7 @@ mod rescue;
 mod serve;
 mod shapes;
 mod support;
+#[cfg(feature = "tls")]
+mod tls;
 mod undelete;
 mod xml_input;

@@ -1,12 +1,15 @@
 //! The NBD server, over an export in memory: by a client that says what no library would, and by the clients that people have.
 
+use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
+use std::ops::Range;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::Duration;
+use thintools::runtime::export::{Connection, Export, Exports, Extent, Replier, Request};
 use thintools::runtime::memory_export::MemoryExport;
 use thintools::runtime::nbd::{Listener, Server};
 
@@ -21,19 +24,25 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
         let disk = Arc::new(MemoryExport::new(SIZE, false));
         let exports: BTreeMap<String, Arc<MemoryExport>> = BTreeMap::from([
             ("disk".into(), Arc::clone(&disk)),
             ("ro".into(), Arc::new(MemoryExport::new(SIZE, true))),
         ]);
+        let mut scene = Self::of(exports);
+        scene.disk = disk;
+        scene
+    }
+
+    fn of(exports: impl Exports + 'static) -> Self {
+        let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
-        let server = Server::start(vec![Listener::Unix(listener)], Arc::new(exports)).unwrap();
-        let server = Some(server);
+        let server =
+            Server::start(vec![Listener::Unix(listener)], Arc::new(exports), None).unwrap();
         Self {
             folder,
-            disk,
-            server,
+            disk: Arc::new(MemoryExport::new(0, true)),
+            server: Some(server),
         }
     }
 
@@ -128,14 +137,8 @@ impl Client {
         assert_eq!(replies[0].0, FAILED | error, "option {option}: {replies:?}");
     }
 
-    fn request(&mut self, command: u16, flags: u16, (offset, len): (u64, u32), data: &[u8]) {
-        let mut head = 0x2560_9513_u32.to_be_bytes().to_vec();
-        head.extend(flags.to_be_bytes());
-        head.extend(command.to_be_bytes());
-        head.extend(77_u64.to_be_bytes());
-        head.extend(offset.to_be_bytes());
-        head.extend(len.to_be_bytes());
-        self.send(&[&head, data]);
+    fn request(&mut self, command: u16, flags: u16, range: (u64, u32), data: &[u8]) {
+        self.send(&[&request(command, flags, range), data]);
     }
 
     fn simple_reply(&mut self) -> u32 {
@@ -159,9 +162,43 @@ impl Client {
         (flags, kind, self.bytes(len))
     }
 
+    /// A structured read: what was found, and in how many chunks.
+    fn read_chunks(&mut self, range: Range<usize>) -> (Vec<u8>, usize) {
+        let (mut found, mut chunks) = (vec![7; range.len()], 0);
+        self.request(0, 0, (range.start as u64, range.len() as u32), &[]);
+        loop {
+            let (flags, kind, payload) = self.chunk();
+            let (at, rest) = payload.split_at(8);
+            let at = u64::from_be_bytes(at.try_into().unwrap()) as usize - range.start;
+            match kind {
+                1 => found[at..at + rest.len()].copy_from_slice(rest),
+                2 => {
+                    let len = u32::from_be_bytes(rest.try_into().unwrap()) as usize;
+                    found[at..at + len].fill(0);
+                }
+                other => panic!("a chunk of kind {other}"),
+            }
+            chunks += 1;
+            if flags == 1 {
+                return (found, chunks);
+            }
+        }
+    }
+
     fn is_hung_up_on(&mut self) -> bool {
         matches!(self.stream.read(&mut [0; 1]), Ok(0) | Err(_))
     }
+}
+
+/// The head of a request.
+fn request(command: u16, flags: u16, (offset, len): (u64, u32)) -> Vec<u8> {
+    let mut head = 0x2560_9513_u32.to_be_bytes().to_vec();
+    head.extend(flags.to_be_bytes());
+    head.extend(command.to_be_bytes());
+    head.extend(77_u64.to_be_bytes());
+    head.extend(offset.to_be_bytes());
+    head.extend(len.to_be_bytes());
+    head
 }
 
 fn named(name: &str) -> Vec<u8> {
@@ -334,6 +371,27 @@ fn structured_replies_tell_data_errors_and_extents() {
 }
 
 #[test]
+fn zeros_of_a_hole_are_told_and_not_sent() {
+    let scene = Scene::new();
+    let mut client = scene.open("disk", STRUCTURED, &[]);
+    client.request(1, 0, (100_000, 40_000), &[9; 40_000]);
+    client.chunk();
+    client.request(0, 0, (1000, 1 << 20), &[]);
+    let hole = |at: u64, len: u32| [&at.to_be_bytes()[..], &len.to_be_bytes()].concat();
+    assert_eq!(client.chunk(), (0, 2, hole(1000, 64536)));
+    let (flags, kind, payload) = client.chunk();
+    assert_eq!((flags, kind, payload.len()), (0, 1, 8 + 131_072));
+    assert!(payload[8 + 34464..][..40_000] == [9; 40_000]);
+    assert_eq!(client.chunk(), (1, 2, hole(196_608, 852_968)));
+    client.request(0, 0, (1 << 20, 1 << 20), &[]);
+    assert_eq!(client.chunk(), (1, 2, hole(1 << 20, 1 << 20)));
+    client.request(0, 4, (1 << 20, 1 << 20), &[]);
+    let (flags, kind, payload) = client.chunk();
+    assert_eq!((flags, kind), (1, 1), "DF is kept");
+    assert!(payload[8..] == vec![0; 1 << 20]);
+}
+
+#[test]
 fn extended_headers_take_long_requests() {
     let scene = Scene::new();
     let mut client = scene.open("disk", EXTENDED, &["base:allocation"]);
@@ -381,6 +439,148 @@ fn whoever_talks_nonsense_or_takes_nothing_holds_up_nobody() {
     lazy.stream.shutdown(Shutdown::Both).unwrap();
 }
 
+/// Has clients that take nothing borrow all memory that there is.
+fn exhaust(scene: &Scene) -> Vec<Client> {
+    let lazy: Vec<Client> = (0..12).map(|_| scene.open("disk", 0, &[])).collect();
+    for client in &lazy {
+        let head = request(0, 0, (0, SIZE as u32));
+        (&client.stream).write_all(&head).unwrap();
+        // Some of it has come: it was read.
+        (&client.stream).read_exact(&mut [0; 16]).unwrap();
+    }
+    lazy
+}
+
+#[test]
+fn without_memory_to_borrow_requests_are_carried_out_in_pieces() {
+    let scene = Scene::new();
+    let data: Vec<u8> = (0..SIZE).map(|i| (i / 7 % 251) as u8).collect();
+    let mut client = scene.open("disk", STRUCTURED, &[]);
+    client.request(1, 0, (0, SIZE as u32), &data);
+    assert_eq!(client.chunk(), (1, 0, vec![]));
+    client.request(0, 0, (0, SIZE as u32), &[]);
+    assert_eq!(client.chunk().0, 1, "one chunk as long as there is memory");
+    let lazy = exhaust(&scene);
+    let (found, chunks) = client.read_chunks(1..SIZE as usize);
+    assert!(found == data[1..] && chunks >= 32, "{chunks} chunks");
+    client.request(0, 4, (0, SIZE as u32), &[]);
+    let (flags, kind, payload) = client.chunk();
+    assert_eq!((flags, kind), (1, 1), "DF is kept");
+    assert!(payload[8..] == data);
+    let reversed: Vec<u8> = data.iter().rev().copied().collect();
+    client.request(1, 1, (0, SIZE as u32), &reversed);
+    assert_eq!(client.chunk(), (1, 0, vec![]));
+    let mut simple = scene.open("disk", 0, &[]);
+    assert_eq!(simple.simple(0, 0, (0, SIZE as u32), &[]), 0);
+    assert!(simple.bytes(SIZE as usize) == reversed);
+    // Whoever takes what it asked for gives room to others.
+    for mut client in lazy {
+        // Some of it may have been read after the write.
+        client.bytes(SIZE as usize);
+    }
+    let is_whole = |_| client.read_chunks(0..SIZE as usize).1 == 1;
+    assert!(
+        (0..1000).any(is_whole),
+        "what was borrowed is not given back"
+    );
+}
+
+/// A disk of which everything from 1 MiB on is lost.
+struct Broken(Arc<MemoryExport>);
+
+impl Exports for Broken {
+    fn find(&self, _: &str) -> Option<Arc<dyn Export>> {
+        Some(Arc::new(Self(Arc::clone(&self.0))))
+    }
+
+    fn list(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
+}
+
+impl Export for Broken {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn is_read_only(&self) -> bool {
+        true
+    }
+
+    fn preferred_block(&self) -> u32 {
+        4096
+    }
+
+    fn contexts(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn extents(&self, _: &str, _: Range<u64>, _: usize) -> Result<Vec<Extent>, Errno> {
+        Err(Errno::IO)
+    }
+
+    fn allocated(&self) -> Result<u64, Errno> {
+        Ok(SIZE)
+    }
+
+    fn connect(self: Arc<Self>) -> Box<dyn Connection> {
+        Box::new(Broken(Arc::clone(&self.0)))
+    }
+}
+
+impl Connection for Broken {
+    fn submit(&mut self, request: Request, reply: Replier) {
+        match request {
+            Request::Read { offset, len } if offset + len as u64 > 1 << 20 => {
+                reply.answer(Err(Errno::IO));
+            }
+            other => Arc::clone(&self.0).connect().submit(other, reply),
+        }
+    }
+}
+
+#[test]
+fn an_error_in_a_piece_is_told_where_it_is() {
+    let scene = Scene::of(Broken(Arc::new(MemoryExport::new(SIZE, true))));
+    let mut client = scene.open("disk", STRUCTURED, &[]);
+    client.request(0, 0, (0, 2 << 20), &[]);
+    assert_eq!(client.chunk(), (1, 32769, vec![0, 0, 0, 5, 0, 0]));
+    // What is not lost can be had, but 12 times half a megabyte is not all memory.
+    let mut lazy: Vec<Client> = (0..256 - 2).map(|_| scene.open("disk", 0, &[])).collect();
+    for client in &mut lazy {
+        client.request(0, 0, (0, 1 << 20), &[]);
+        assert_eq!(client.simple_reply(), 0);
+    }
+    client.request(0, 0, (0, 2 << 20), &[]);
+    let (mut data, mut errors) = (0, Vec::new());
+    loop {
+        let (flags, kind, payload) = client.chunk();
+        match kind {
+            1 => data += payload.len() - 8,
+            _ => errors.push((kind, payload)),
+        }
+        if flags == 1 {
+            break;
+        }
+    }
+    assert!(
+        (768 << 10..=1 << 20).contains(&data),
+        "{data} bytes of data"
+    );
+    let first = (data as u64).to_be_bytes();
+    assert_eq!(
+        errors[0],
+        (32770, [&[0, 0, 0, 5, 0, 0], &first[..]].concat())
+    );
+    // There is no way to tell it in the middle of a simple reply.
+    let mut simple = scene.open("disk", 0, &[]);
+    simple.request(0, 0, (0, 2 << 20), &[]);
+    assert_eq!(simple.simple_reply(), 0);
+    let mut taken = Vec::new();
+    let _ = simple.stream.read_to_end(&mut taken);
+    assert_eq!(taken.len(), data);
+}
+
 #[test]
 fn refusals_leave_the_requests_that_follow_in_step() {
     let scene = Scene::new();
@@ -419,11 +619,11 @@ fn whoever_leaves_in_the_middle_of_a_word_holds_up_nobody() {
 fn tcp_is_for_this_machine_alone() {
     let exports = || Arc::new(BTreeMap::<String, Arc<MemoryExport>>::new());
     let listener = TcpListener::bind("0.0.0.0:0").unwrap();
-    let refusal = Server::start(vec![Listener::Tcp(listener)], exports());
+    let refusal = Server::start(vec![Listener::Tcp(listener)], exports(), None);
     let refusal = refusal.err().expect("refused").to_string();
     assert!(refusal.contains("Unix socket"), "{refusal}");
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    Server::start(vec![Listener::Tcp(listener)], exports())
+    Server::start(vec![Listener::Tcp(listener)], exports(), None)
         .unwrap()
         .stop();
 }

@@ -146,6 +146,15 @@ impl Scene {
         .expect(0);
     }
 
+    /// The most memory that the server has had, in bytes.
+    pub(crate) fn peak_memory(&self) -> u64 {
+        let id = self.server.as_ref().expect("it is served").id();
+        let status = fs::read_to_string(format!("/proc/{id}/status")).expect("read");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let number = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+        number.expect("a number of KiB") << 10
+    }
+
     pub(crate) fn connect(&self, export: &str) -> Client {
         Client::connect(&self.path("nbd"), export).expect("connected")
     }
@@ -231,6 +240,135 @@ fn qemu_and_libnbd_find_what_they_wrote_after_a_restart() {
                 -c 'read -P 0 8M 1M' -c 'read -P 9 12388k 200k' -c 'read -P 0 12588k 1M' \"$uri\" | tee /dev/stderr | grep -q failed && exit 9; nbdinfo --size \"$uri\"";
     let found = scene.run(&["--thin", "0:32m", "--run", read]).expect(0);
     assert_eq!(found.out().trim(), "33554432", "{}", found.stderr);
+}
+
+/// What people do with the tools that they have, one after the other, on one pool.
+#[test]
+fn clients_that_people_have_work_on_a_pool() {
+    let mut scene = Scene::new(512, 1 << 20);
+    scene.serve(&["--create", "--thin", "0:16m", "--thin", "1:16m"]);
+    let uri = |export: &str| {
+        format!(
+            "nbd+unix:///{export}?socket={}",
+            scene.path("nbd").display()
+        )
+    };
+    let (first, second) = (uri("0"), uri("1"));
+    let file = |name: &str| scene.path(name).display().to_string();
+    let run = |command: &str, args: &[&str]| program(command, args).run().expect(0).out();
+    let data: Vec<u8> = (0..16 << 20)
+        .map(|i: u32| (i / 7 % 251) as u8 * u8::from(i < 5 << 20))
+        .collect();
+    fs::write(file("in"), &data).expect("written");
+    run("nbdcopy", &["--flush", &file("in"), &first]);
+    run("nbdcopy", &[&first, &second]);
+    // Holes are told in replies to reads when nobody asks for them before.
+    for (n, more) in ["--no-extents", "--synchronous"].into_iter().enumerate() {
+        let out = file(&format!("out{n}"));
+        run("nbdcopy", &[more, &second, &out]);
+        assert!(fs::read(out).expect("copied") == data, "{more}");
+    }
+    let list = run("nbdinfo", &["--list", "--json", &uri("")]);
+    let list: Value = serde_json::from_str(&list).expect("JSON");
+    let names = list["exports"].as_array().expect("a list").iter();
+    let names: Vec<_> = names.map(|export| export["export-name"].as_str()).collect();
+    assert_eq!(names, [Some("0"), Some("1")], "{list}");
+    assert!(run("qemu-img", &["info", "-f", "raw", &first]).contains("virtual size: 16 MiB"));
+    run(
+        "qemu-img",
+        &["convert", "-f", "raw", "-O", "raw", &first, &file("out")],
+    );
+    assert!(fs::read(file("out")).expect("converted") == data);
+    run(
+        "qemu-img",
+        &["compare", "-f", "raw", "-F", "raw", &first, &file("in")],
+    );
+    let bench = ["bench", "-f", "raw", "-c", "1000", "-d", "32", "-s", "4096"];
+    run("qemu-img", &[&bench[..], &[&second]].concat());
+    run(
+        "qemu-img",
+        &[
+            &bench[..],
+            &["-w", "--flush-interval=100", "--no-drain", &second],
+        ]
+        .concat(),
+    );
+    let given = format!("--uri={first}");
+    let fio = [
+        "--name=verify",
+        "--ioengine=nbd",
+        &given,
+        "--rw=randrw",
+        "--bs=4k-64k",
+        "--iodepth=32",
+        "--size=16M",
+    ];
+    run(
+        "fio",
+        &[
+            &fio[..],
+            &["--verify=crc32c", "--do_verify=1", "--verify_state_save=0"],
+        ]
+        .concat(),
+    );
+    assert!(
+        !run(
+            "qemu-io",
+            &[
+                "-f",
+                "raw",
+                "-c",
+                "discard 0 16M",
+                "-c",
+                "read -P 0 0 16M",
+                &second
+            ]
+        )
+        .contains("failed")
+    );
+    assert_eq!(scene.asked(&["status", "1"]), "0 32768 thin 0 -");
+    scene.stop();
+}
+
+/// nbdfuse makes a file of an export, for whoever speaks no NBD.
+#[test]
+fn nbdfuse_shows_an_export_as_a_file() {
+    let mut scene = Scene::new(512, 1 << 20);
+    scene.serve(&["--create", "--thin", "0:16m"]);
+    fs::create_dir(scene.path("mnt")).expect("made");
+    let mut nbdfuse = Command::new("nbdfuse");
+    nbdfuse.arg(scene.path("mnt").join("disk"));
+    nbdfuse.arg(format!(
+        "nbd+unix:///0?socket={}",
+        scene.path("nbd").display()
+    ));
+    let mut mounted = nbdfuse.spawn().expect("started");
+    let disk = scene.path("mnt").join("disk");
+    let end = Instant::now() + Duration::from_secs(60);
+    while !disk.exists() {
+        assert!(Instant::now() < end, "nothing is mounted");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let wrote = (|| {
+        let file = File::options().read(true).write(true).open(&disk)?;
+        file.write_all_at(&[7; 3 * BLOCK], 1000)?;
+        file.sync_all()?;
+        let mut found = vec![0; 4 * BLOCK];
+        file.read_exact_at(&mut found, 0)?;
+        std::io::Result::Ok((file.metadata()?.len(), found))
+    })();
+    let unmounted = program("fusermount3", ["-u".into(), scene.path("mnt")]).run();
+    if unmounted.code != Some(0) {
+        mounted.kill().ok();
+    }
+    mounted.wait().expect("gone");
+    let (len, found) = wrote.expect("a file like others");
+    assert_eq!(len, 16 << 20);
+    let mut expected = vec![0; 4 * BLOCK];
+    expected[1000..][..3 * BLOCK].fill(7);
+    assert!(found == expected);
+    assert!(scene.connect("0").read(0, 4 * BLOCK) == Ok(expected));
+    scene.stop();
 }
 
 #[test]
@@ -433,7 +571,15 @@ fn a_write_that_may_wait_gets_its_space() {
             assert!(Instant::now() < end, "it is never full");
         }
         assert!(!waiting.is_finished());
-        scene.asked(&["resize", "--data", "2"]);
+        // What does not need space does not wait for what does, and a flush has nothing to do with what is not answered.
+        let told = r#"
+h.connect_uri(uri)
+w = h.aio_pwrite(b"x" * 512, 3 * 65536)
+assert h.pread(9, 0) == b"\x01" * 9 and not h.aio_command_completed(w)
+h.flush()
+"#;
+        nbdsh(&scene, told).expect(0);
+        scene.asked(&["resize", "--data", "3"]);
         waiting.join().expect("no panic").expect("written");
     });
     drop(client);
@@ -822,13 +968,41 @@ refused("ENOSPC", lambda: h.zero(512, size))
 refused("EINVAL", lambda: h.trim(512, size))
 refused("ENOTSUP", lambda: (h.pwrite(b"x", 0), h.zero(1, 0, nbd.CMD_FLAG_FAST_ZERO)))
 assert h.can_multi_conn() and h.can_fua() and h.can_df() and h.get_structured_replies_negotiated()
+def chunks(flags):
+    found = []
+    h.pread_structured(1 << 20, 0, lambda data, at, status, error: found.append((at, len(data), status)) or 0, flags)
+    return found
+assert chunks(0) == [(0, 65536, nbd.READ_DATA), (65536, (1 << 20) - 65536, nbd.READ_HOLE)], chunks(0)
+assert chunks(nbd.CMD_FLAG_DF) == [(0, 1 << 20, nbd.READ_DATA)]
 h.pwrite(b"after all that", 4096, nbd.CMD_FLAG_FUA)
 assert h.pread(14, 4096) == b"after all that"
 h.shutdown()
 "#;
-    let uri = format!("nbd+unix:///0?socket={}", scene.path("nbd").display());
-    // Debian's Python, which has the module, whatever comes first in the search path.
-    let set = format!("import nbd\nh = nbd.NBD()\nuri = {uri:?}\n{script}");
-    program("/usr/bin/python3", ["-c", &set]).run().expect(0);
+    nbdsh(&scene, script).expect(0);
     scene.stop();
+    // Writes to what is served to be read.
+    scene.serve(&["--read-only", "--thin", "0:4m"]);
+    let script = r#"
+h.set_strict_mode(0)
+h.connect_uri(uri)
+assert h.is_read_only()
+for change in (lambda: h.pwrite(b"x", 0), lambda: h.trim(512, 0), lambda: h.zero(512, 0)):
+    try:
+        change()
+    except nbd.Error as e:
+        assert e.errno == "EPERM", e.errno
+    else:
+        raise AssertionError("changed")
+assert h.pread(14, 4096) == b"after all that"
+h.shutdown()
+"#;
+    nbdsh(&scene, script).expect(0);
+    scene.stop();
+}
+
+/// Has Debian's Python, which has the module whatever comes first in the search path, run a script with a handle that is not connected.
+fn nbdsh(scene: &Scene, script: &str) -> Finished {
+    let uri = format!("nbd+unix:///0?socket={}", scene.path("nbd").display());
+    let set = format!("import nbd\nh = nbd.NBD()\nuri = {uri:?}\n{script}");
+    program("/usr/bin/python3", ["-c", &set]).run()
 }

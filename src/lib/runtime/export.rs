@@ -150,7 +150,7 @@ pub trait Exports: Send + Sync {
 }
 
 /// Adds `len` bytes of `status` to extents, joined to the last one if that has the same status.
-pub(super) fn add_extent(extents: &mut Vec<Extent>, len: u64, status: u32) {
+pub(in crate::runtime) fn add_extent(extents: &mut Vec<Extent>, len: u64, status: u32) {
     match extents.last_mut() {
         Some(last) if last.status == status => last.len += len,
         _ if len > 0 => extents.push(Extent { len, status }),

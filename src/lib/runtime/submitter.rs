@@ -64,6 +64,11 @@ impl Request {
         }
     }
 
+    fn has_failed(&self) -> bool {
+        let transfer = self.transfer.as_ref();
+        self.result.is_err() || transfer.is_some_and(|transfer| transfer.has_failed())
+    }
+
     /// All its bios are submitted.
     fn submitted(self) {
         match (self.transfer, self.told) {
@@ -152,17 +157,23 @@ impl Submitter {
 
     fn discard(&mut self, sectors: Range<u64>, told: Told) {
         let mut request = Request::new(Vec::new(), Vec::new(), told);
-        let all = sectors.end - sectors.start;
+        let (mut at, end) = (sectors.start, sectors.end);
         let size = self.thin.block_sectors();
-        let is_long = all > size * DISCARD_BLOCKS;
-        for (sector, sectors) in pieces(Op::Discard, sectors.start, all, size, None) {
-            // Of a device that is mapped here and there most pieces have nothing to unmap.
-            let bytes = sector * SECTOR..(sector + sectors) * SECTOR;
-            if is_long && self.thin.mapped(bytes).next().is_none() {
-                continue;
+        let is_long = end - at > size * DISCARD_BLOCKS;
+        while at < end {
+            if is_long {
+                // A device of exbibytes may have a block here and there: what lies between takes no time.
+                let Some(next) = self.thin.mapped(at * SECTOR..end * SECTOR).next() else {
+                    break;
+                };
+                at = next.start / SECTOR;
             }
-            let bio = self.bio(Op::Discard, sector, sectors);
+            let Some((_, sectors)) = pieces(Op::Discard, at, end - at, size, None).next() else {
+                break;
+            };
+            let bio = self.bio(Op::Discard, at, sectors);
             self.submit(&mut request, bio, Payload::Nothing, 0, |_, _, _| Ok(()));
+            at += sectors;
         }
         request.submitted();
     }
@@ -212,6 +223,10 @@ impl Submitter {
                 range.end - range.start,
                 self.thin.block_sectors(),
             ) {
+                // The pool is full, most likely: nobody tries each block of an exbibyte.
+                if request.has_failed() {
+                    break;
+                }
                 let len = cut.range.end - cut.range.start;
                 let bio = self.bio(Op::Write, cut.sector, cut.sectors);
                 self.submit(

@@ -81,6 +81,11 @@ impl Transfer {
         fill(&mut self.state().buffer)
     }
 
+    /// True once a part has failed.
+    pub(super) fn has_failed(&self) -> bool {
+        self.state().result.is_err()
+    }
+
     /// One more part is under way.
     pub(super) fn begin(&self) {
         self.state().left += 1;

@@ -78,6 +78,24 @@ impl Client {
         Ok(Ok(data))
     }
 
+    /// Sends bytes as they are.
+    pub(crate) fn send(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).expect("sent");
+    }
+
+    /// Sends the same again and again, until the server has taken nothing for a while.
+    pub(crate) fn send_what_is_taken(&mut self, bytes: &[u8]) {
+        let stream = &mut self.stream;
+        let patience = Some(std::time::Duration::from_millis(20));
+        stream.set_write_timeout(patience).expect("set");
+        for _ in 0..1_000_000 {
+            if stream.write_all(bytes).is_err() {
+                return;
+            }
+        }
+        panic!("a million requests were taken");
+    }
+
     pub(crate) fn read(&mut self, offset: u64, len: usize) -> Reply {
         self.ask(READ, 0, offset, len as u32, &[])
     }

@@ -97,6 +97,21 @@ pub(crate) const PAGE: Page = Page {
             ],
         ),
         (
+            "CLIENTS",
+            &[
+                "Up to 256 NBD clients can have an export open, and 64 more can be about to; of those the one \
+                 that has been for longest gives way to the next, and each has 30 seconds. However many there \
+                 are and whatever they do, requests and replies take up to 256 MiB of memory. Of that 256 KiB \
+                 are each client's own, which is enough for any request; a client that does not take its \
+                 replies, or does not send its data, holds up nobody else.",
+                "NBD over TCP is for loopback addresses. With --tls-certificates clients that ask for it get TLS, \
+                 and other addresses are possible, on which every client has to ask for it. The folder has \
+                 server-cert.pem and server-key.pem, as nbdkit and QEMU have them; with --tls-verify-peer clients \
+                 have to show a certificate that one in its ca-cert.pem has signed. Without, whoever comes may \
+                 read and write.",
+            ],
+        ),
+        (
             "CONTROL",
             &[
                 "With --control a socket takes the messages that dmsetup sends to a pool, and more; \
@@ -185,6 +200,14 @@ pub(crate) struct Args {
     /// Serve NBD on a socket: unix:PATH, or tcp:ADDRESS:PORT. May be given several times.
     #[arg(long, value_name = "WHERE", value_parser = nbd)]
     nbd: Vec<Nbd>,
+
+    /// Offer TLS to NBD clients, with server-cert.pem and server-key.pem of this folder. Needs a build with the cargo feature tls.
+    #[arg(long, value_name = "DIR")]
+    tls_certificates: Option<PathBuf>,
+
+    /// Let in whom a certificate in ca-cert.pem of the folder of --tls-certificates has signed, and nobody else.
+    #[arg(long, requires = "tls_certificates")]
+    tls_verify_peer: bool,
 
     /// Serve the thin devices as files in this folder, which has to be empty.
     #[arg(long, value_name = "DIR")]

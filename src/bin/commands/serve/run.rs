@@ -16,7 +16,7 @@ use thintools::io::{Access, AlignedBuffer, BlockEngine, open_read};
 use thintools::pool::{Features, Message};
 use thintools::runtime::control::Control;
 use thintools::runtime::fuse::Fuse;
-use thintools::runtime::nbd::{Listener, Server};
+use thintools::runtime::nbd::{Listener, Server, Tls};
 use thintools::runtime::{Activation, DataDevice, Options, Runtime, bind_socket};
 use thintools::tools::{Overrides, repair};
 use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MetadataBlock, ThinId};
@@ -138,6 +138,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     if args.check {
         check(&args)?;
     }
+    let certificates = args.tls_certificates.as_deref();
+    let tls = certificates
+        .map(|folder| Tls::open(folder, args.tls_verify_peer))
+        .transpose()?;
     let runtime = open(&args)?;
     let mut sockets = Sockets::open(&args)?;
     let control = args
@@ -150,7 +154,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     }
     let listeners = std::mem::take(&mut sockets.listeners);
     let is_only_fuse = listeners.is_empty();
-    let server = Server::start(listeners, runtime.clone())?;
+    let server = Server::start(listeners, runtime.clone(), tls)?;
     let fuse = args
         .fuse
         .as_deref()

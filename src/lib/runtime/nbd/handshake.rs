@@ -1,5 +1,7 @@
 //! What a connection begins with: options, until one of them opens an export.
 
+use super::stream::Timed;
+use super::tls::Tls;
 use super::wire::{
     MOST_OPTION, OPTION_MAGIC, OPTION_REPLY_MAGIC, Style, answer, info, info_query, meta_query,
     name, option,
@@ -13,6 +15,16 @@ const MOST_CONTEXTS: usize = 64;
 /// Options of one client, and exports of one list: nobody negotiates for ever.
 const MOST_OPTIONS: usize = 1024;
 
+/// What a server offers to one client.
+pub(super) struct Terms<'a> {
+    pub(super) exports: &'a dyn Exports,
+    /// Tells whether there is a place for one that opens an export.
+    pub(super) admit: &'a dyn Fn() -> bool,
+    pub(super) tls: Option<&'a Tls>,
+    /// Nothing is said before it is encrypted.
+    pub(super) needs_tls: bool,
+}
+
 /// What was agreed.
 pub(super) struct Session {
     pub(super) export: Arc<dyn Export>,
@@ -25,10 +37,7 @@ pub(super) struct Session {
 ///
 /// # Errors
 /// Of the stream, and `InvalidData` for what no client may say.
-pub(super) fn negotiate(
-    stream: &mut (impl Read + Write),
-    exports: &dyn Exports,
-) -> io::Result<Option<Session>> {
+pub(super) fn negotiate(stream: &mut Timed<'_>, terms: &Terms<'_>) -> io::Result<Option<Session>> {
     stream.write_all(b"NBDMAGICIHAVEOPT\x00\x03")?;
     let client_flags = u32::from_be_bytes(number(stream)?);
     if client_flags & 1 == 0 || client_flags & !3 != 0 {
@@ -36,7 +45,8 @@ pub(super) fn negotiate(
     }
     let mut client = Client {
         stream,
-        exports,
+        terms,
+        is_encrypted: false,
         option: 0,
         wants_zeroes: client_flags & 2 == 0,
         style: Style::Simple,
@@ -64,9 +74,10 @@ enum Next {
     Open(Arc<dyn Export>, Vec<String>),
 }
 
-struct Client<'a, S> {
-    stream: &'a mut S,
-    exports: &'a dyn Exports,
+struct Client<'a, 'b> {
+    stream: &'a mut Timed<'b>,
+    terms: &'a Terms<'a>,
+    is_encrypted: bool,
     /// The one that is answered.
     option: u32,
     wants_zeroes: bool,
@@ -75,7 +86,7 @@ struct Client<'a, S> {
     contexts: Option<(String, Vec<String>)>,
 }
 
-impl<S: Read + Write> Client<'_, S> {
+impl Client<'_, '_> {
     fn next_option(&mut self) -> io::Result<Next> {
         if u64::from_be_bytes(number(self.stream)?) != OPTION_MAGIC {
             return Err(bad("no option"));
@@ -92,6 +103,16 @@ impl<S: Read + Write> Client<'_, S> {
         }
         let mut data = vec![0; len as usize];
         self.stream.read_exact(&mut data)?;
+        let is_early = self.terms.needs_tls && !self.is_encrypted;
+        match self.option {
+            option::EXPORT_NAME if is_early => return Err(bad("no TLS, which has to be")),
+            option::ABORT | option::STARTTLS => {}
+            _ if is_early => {
+                self.reply(answer::TLS_REQD, b"this server wants STARTTLS first")?;
+                return Ok(Next::Option);
+            }
+            _ => {}
+        }
         match self.option {
             option::EXPORT_NAME => return self.export_name(&data),
             option::INFO | option::GO => return self.info(&data),
@@ -110,7 +131,7 @@ impl<S: Read + Write> Client<'_, S> {
                 self.reply(answer::INVALID, b"this option has no data")?;
             }
             option::LIST => {
-                for (name, description) in self.exports.list() {
+                for (name, description) in self.terms.exports.list() {
                     let mut data = (name.len() as u32).to_be_bytes().to_vec();
                     data.extend(name.as_bytes());
                     data.extend(description.as_bytes());
@@ -118,7 +139,7 @@ impl<S: Read + Write> Client<'_, S> {
                 }
                 self.reply(answer::ACK, &[])?;
             }
-            option::STARTTLS => self.reply(answer::POLICY, b"this server has no TLS")?,
+            option::STARTTLS => self.start_tls()?,
             option::STRUCTURED_REPLY if self.style == Style::Extended => {
                 self.reply(answer::EXT_HEADER_REQD, b"extended headers are in use")?;
             }
@@ -127,6 +148,21 @@ impl<S: Read + Write> Client<'_, S> {
             _ => self.reply(answer::UNSUP, &[])?,
         }
         Ok(Next::Option)
+    }
+
+    /// What was agreed before is forgotten: whoever listened in may have said it.
+    fn start_tls(&mut self) -> io::Result<()> {
+        match self.terms.tls {
+            None => self.reply(answer::POLICY, b"this server has no TLS"),
+            Some(_) if self.is_encrypted => self.reply(answer::INVALID, b"TLS is in use"),
+            Some(tls) => {
+                self.reply(answer::ACK, &[])?;
+                self.stream.start_tls(tls)?;
+                self.is_encrypted = true;
+                (self.style, self.contexts) = (Style::Simple, None);
+                Ok(())
+            }
+        }
     }
 
     /// Contexts are chosen in a style; another one begins without.
@@ -149,8 +185,11 @@ impl<S: Read + Write> Client<'_, S> {
     fn export_name(&mut self, data: &[u8]) -> io::Result<Next> {
         let name = name(data).ok_or_else(|| bad("no name of an export"))?;
         // This option has no answer for what goes wrong.
-        let export = self.exports.find(name);
+        let export = self.terms.exports.find(name);
         let export = export.ok_or_else(|| bad("no such export"))?;
+        if !(self.terms.admit)() {
+            return Err(bad("no place for one more client"));
+        }
         let mut out = export.size().to_be_bytes().to_vec();
         out.extend(flags(&*export, self.style).to_be_bytes());
         if self.wants_zeroes {
@@ -170,10 +209,17 @@ impl<S: Read + Write> Client<'_, S> {
             self.reply(answer::INVALID, b"the request is malformed")?;
             return Ok(Next::Option);
         };
-        let Some(export) = self.exports.find(name) else {
+        let Some(export) = self.terms.exports.find(name) else {
             self.reply(answer::UNKNOWN, b"there is no export of this name")?;
             return Ok(Next::Option);
         };
+        if self.option == option::GO && !(self.terms.admit)() {
+            self.reply(
+                answer::POLICY,
+                b"the server has as many clients as it takes",
+            )?;
+            return Ok(Next::Option);
+        }
         let mut data = info::EXPORT.to_be_bytes().to_vec();
         data.extend(export.size().to_be_bytes());
         data.extend(flags(&*export, self.style).to_be_bytes());
@@ -188,7 +234,7 @@ impl<S: Read + Write> Client<'_, S> {
             self.reply(answer::INFO, &data)?;
         }
         if kinds.contains(&info::DESCRIPTION) {
-            let list = self.exports.list();
+            let list = self.terms.exports.list();
             if let Some((_, text)) = list.iter().find(|(listed, _)| listed == name) {
                 let data = [&info::DESCRIPTION.to_be_bytes(), text.as_bytes()].concat();
                 self.reply(answer::INFO, &data)?;
@@ -212,7 +258,7 @@ impl<S: Read + Write> Client<'_, S> {
         let Some(query) = meta_query(data) else {
             return self.reply(answer::INVALID, b"the request is malformed");
         };
-        let Some(export) = self.exports.find(query.export) else {
+        let Some(export) = self.terms.exports.find(query.export) else {
             return self.reply(answer::UNKNOWN, b"there is no export of this name");
         };
         let asks_all = !is_set && query.queries.is_empty();

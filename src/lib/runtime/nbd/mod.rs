@@ -1,14 +1,21 @@
 #![doc = include_str!("../NBD.md")]
 
 mod handshake;
+mod memory;
 mod outbox;
 mod stream;
+#[cfg_attr(not(feature = "tls"), path = "no_tls.rs")]
+mod tls;
 mod transmission;
 mod wire;
 
-use self::stream::{Stream, Timed};
+use self::handshake::Terms;
+use self::memory::Memory;
+use self::stream::{Socket, Stream, Timed};
+pub use self::tls::Tls;
 use super::export::Exports;
 use crate::error::{Error, ErrorKind, Result};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -18,8 +25,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Connections at once.
-const MOST_CONNECTIONS: usize = 256;
+/// Clients at once that have opened an export.
+const MOST_CLIENTS: usize = 256;
+/// Clients at once that have not; of more the oldest has to go.
+const MOST_STRANGERS: usize = 64;
+/// Connections at once that have a thread: some that were hung up on may not have noticed yet.
+const MOST_CONNECTIONS: usize = MOST_CLIENTS + 2 * MOST_STRANGERS;
 /// Within this time a client has to have opened an export.
 const HANDSHAKE: Duration = Duration::from_secs(30);
 /// Clients have this time to take their last replies when the server stops.
@@ -36,13 +47,58 @@ pub enum Listener {
 
 struct Shared {
     exports: Arc<dyn Exports>,
+    tls: Option<Tls>,
+    memory: Arc<Memory>,
     is_over: AtomicBool,
-    connections: Mutex<(Vec<(u64, Stream)>, u64)>,
+    connections: Mutex<Connections>,
     has_left: Condvar,
 }
 
+/// Whoever is connected, by numbers that grow.
+#[derive(Default)]
+struct Connections {
+    /// Those in the handshake.
+    strangers: BTreeMap<u64, Arc<Stream>>,
+    /// Those who have opened an export.
+    clients: BTreeMap<u64, Arc<Stream>>,
+    /// All that have a thread.
+    count: usize,
+    last: u64,
+}
+
+impl Connections {
+    fn streams(&self) -> impl Iterator<Item = &Arc<Stream>> {
+        self.strangers.values().chain(self.clients.values())
+    }
+
+    /// Takes one more in, for which the oldest stranger may have to go. None if there are too many threads.
+    fn take_in(&mut self, stream: &Arc<Stream>) -> Option<u64> {
+        if self.count >= MOST_CONNECTIONS {
+            return None;
+        }
+        if self.strangers.len() >= MOST_STRANGERS
+            && let Some((_, oldest)) = self.strangers.pop_first()
+        {
+            oldest.hang_up();
+        }
+        self.count += 1;
+        self.last += 1;
+        self.strangers.insert(self.last, Arc::clone(stream));
+        Some(self.last)
+    }
+
+    /// Makes a stranger a client, if there is a place.
+    fn admit(&mut self, number: u64) -> bool {
+        if self.clients.len() >= MOST_CLIENTS {
+            return false;
+        }
+        let stream = self.strangers.remove(&number);
+        stream.is_some_and(|stream| self.clients.insert(number, stream).is_none())
+    }
+}
+
 impl Shared {
-    fn connections(&self) -> MutexGuard<'_, (Vec<(u64, Stream)>, u64)> {
+    fn connections(&self) -> MutexGuard<'_, Connections> {
         self.connections
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -56,28 +112,37 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves exports on these sockets.
+    /// Serves exports on these sockets, to those who want it with TLS, if there is any. Where others than this machine could come it has
+    /// to be.
     ///
     /// # Errors
-    /// `Unsuitable` for a TCP socket that others than this machine could reach; `Io` if there are no threads to be had.
-    pub fn start(listeners: Vec<Listener>, exports: Arc<dyn Exports>) -> Result<Self> {
-        for listener in &listeners {
-            refuse_remote(listener)?;
-        }
+    /// `Unsuitable` for a TCP socket that others than this machine could reach without TLS; `Io` if there are no threads to be had.
+    pub fn start(
+        listeners: Vec<Listener>,
+        exports: Arc<dyn Exports>,
+        tls: Option<Tls>,
+    ) -> Result<Self> {
+        let reached = listeners.into_iter().map(|listener| {
+            let is_remote = is_remote(&listener, tls.is_some())?;
+            Ok((listener, is_remote))
+        });
+        let reached: Vec<_> = reached.collect::<Result<_>>()?;
         let mut this = Self {
             shared: Arc::new(Shared {
                 exports,
+                tls,
+                memory: Arc::default(),
                 is_over: AtomicBool::new(false),
                 connections: Mutex::default(),
                 has_left: Condvar::new(),
             }),
             acceptors: Vec::new(),
         };
-        for listener in listeners {
+        for (listener, is_remote) in reached {
             let listener = Arc::new(listener);
             let (shared, own) = (Arc::clone(&this.shared), Arc::clone(&listener));
             let thread = std::thread::Builder::new().name("nbd-accept".into());
-            let spawned = thread.spawn(move || accept(&own, &shared));
+            let spawned = thread.spawn(move || accept(&own, is_remote, &shared));
             let spawned = spawned.map_err(|e| Error::io("cannot start a thread", e))?;
             this.acceptors.push((listener, spawned));
         }
@@ -98,13 +163,13 @@ impl Server {
             }
         }
         let connections = shared.connections();
-        connections.0.iter().for_each(|(_, s)| s.end_requests());
+        connections.streams().for_each(|s| s.end_requests());
         let waited = shared
             .has_left
-            .wait_timeout_while(connections, LAST_REPLIES, |c| !c.0.is_empty());
+            .wait_timeout_while(connections, LAST_REPLIES, |c| c.count > 0);
         let connections = waited.unwrap_or_else(PoisonError::into_inner).0;
-        connections.0.iter().for_each(|(_, s)| s.hang_up());
-        let waited = shared.has_left.wait_while(connections, |c| !c.0.is_empty());
+        connections.streams().for_each(|s| s.hang_up());
+        let waited = shared.has_left.wait_while(connections, |c| c.count > 0);
         drop(waited);
     }
 }
@@ -118,44 +183,45 @@ impl AsFd for Listener {
     }
 }
 
-/// There is no encryption: TCP is for this machine alone.
-fn refuse_remote(listener: &Listener) -> Result<()> {
+/// True if others than this machine can come, which takes TLS.
+fn is_remote(listener: &Listener, has_tls: bool) -> Result<bool> {
     let Listener::Tcp(tcp) = listener else {
-        return Ok(());
+        return Ok(false);
     };
     let address = tcp.local_addr();
     let address = address.map_err(|e| Error::io("cannot tell the address of a socket", e))?;
-    if address.ip().is_loopback() {
-        return Ok(());
+    let is_remote = !address.ip().is_loopback();
+    if has_tls || !is_remote {
+        return Ok(is_remote);
     }
     Err(Error::new(
         ErrorKind::Unsuitable,
         format!(
-            "{address} can be reached from other machines, and nothing that is sent is encrypted; listen on 127.0.0.1, on [::1] or on a \
-             Unix socket, and forward that"
+            "{address} can be reached from other machines, and nothing that is sent is encrypted; give --tls-certificates, or listen on \
+             127.0.0.1, on [::1] or on a Unix socket, and forward that"
         ),
     ))
 }
 
-fn accept(listener: &Listener, shared: &Arc<Shared>) {
+fn accept(listener: &Listener, needs_tls: bool, shared: &Arc<Shared>) {
     loop {
-        let stream = match listener {
-            Listener::Unix(l) => l.accept().map(|(s, _)| Stream::Unix(s)),
-            Listener::Tcp(l) => l.accept().map(|(s, _)| Stream::Tcp(s)),
+        let socket = match listener {
+            Listener::Unix(l) => l.accept().map(|(s, _)| Socket::Unix(s)),
+            Listener::Tcp(l) => l.accept().map(|(s, _)| Socket::Tcp(s)),
         };
         if shared.is_over.load(Ordering::Acquire) {
             return;
         }
-        let Ok(stream) = stream else {
+        let Ok(socket) = socket else {
             // Out of descriptors, most likely: others have to leave first.
             std::thread::sleep(Duration::from_millis(10));
             continue;
         };
-        if let Stream::Tcp(s) = &stream {
+        if let Socket::Tcp(s) = &socket {
             // It is slower without.
             let _ = s.set_nodelay(true);
         }
-        begin(shared, stream);
+        begin(shared, Stream::new(socket), needs_tls);
     }
 }
 
@@ -164,36 +230,44 @@ struct Present(Arc<Shared>, u64);
 
 impl Drop for Present {
     fn drop(&mut self) {
-        self.0.connections().0.retain(|(n, _)| *n != self.1);
+        let mut connections = self.0.connections();
+        connections.strangers.remove(&self.1);
+        connections.clients.remove(&self.1);
+        connections.count -= 1;
         self.0.has_left.notify_all();
     }
 }
 
-fn begin(shared: &Arc<Shared>, stream: Stream) {
-    let Ok(own) = stream.try_clone() else { return };
-    let mut connections = shared.connections();
-    if connections.0.len() >= MOST_CONNECTIONS {
+fn begin(shared: &Arc<Shared>, stream: Stream, needs_tls: bool) {
+    let stream = Arc::new(stream);
+    let Some(number) = shared.connections().take_in(&stream) else {
         return;
-    }
-    connections.1 += 1;
-    let number = connections.1;
-    connections.0.push((number, own));
-    drop(connections);
+    };
     let present = Present(Arc::clone(shared), number);
     // Where there are no threads to be had, the client finds the connection closed.
     let _ = std::thread::Builder::new()
         .name("nbd".into())
         .spawn(move || {
             // Whoever breaks the protocol or hangs up has nothing to be told.
-            let _ = serve(&*present.0.exports, stream);
+            let _ = serve(&present, &stream, needs_tls);
         });
 }
 
-fn serve(exports: &dyn Exports, mut stream: Stream) -> io::Result<()> {
-    let mut timed = Timed::new(&mut stream, HANDSHAKE);
-    let Some(session) = handshake::negotiate(&mut timed, exports)? else {
+fn serve(
+    Present(shared, number): &Present,
+    stream: &Arc<Stream>,
+    needs_tls: bool,
+) -> io::Result<()> {
+    let mut timed = Timed::new(stream, HANDSHAKE);
+    let terms = Terms {
+        exports: &*shared.exports,
+        admit: &|| shared.connections().admit(*number),
+        tls: shared.tls.as_ref(),
+        needs_tls,
+    };
+    let Some(session) = handshake::negotiate(&mut timed, &terms)? else {
         return Ok(());
     };
     timed.end()?;
-    transmission::transmit(session, stream)
+    transmission::transmit(session, stream, &shared.memory)
 }

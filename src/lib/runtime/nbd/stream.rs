@@ -1,29 +1,37 @@
-//! The socket of a connection, of either kind.
+//! The stream of a connection: a socket of either kind, with TLS once that was asked for. Threads that share it read and write through a
+//! reference.
 
+use super::tls::{Session, Tls};
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 #[derive(Debug)]
-pub(super) enum Stream {
+pub(super) enum Socket {
     Unix(UnixStream),
     Tcp(TcpStream),
 }
 
+#[derive(Debug)]
+pub(super) struct Stream {
+    socket: Socket,
+    tls: OnceLock<Session>,
+}
+
 impl Stream {
-    pub(super) fn try_clone(&self) -> io::Result<Self> {
-        Ok(match self {
-            Self::Unix(s) => Self::Unix(s.try_clone()?),
-            Self::Tcp(s) => Self::Tcp(s.try_clone()?),
-        })
+    pub(super) fn new(socket: Socket) -> Self {
+        let tls = OnceLock::new();
+        Self { socket, tls }
     }
 
     fn shutdown(&self, how: Shutdown) {
         // It may be closed already.
-        let _ = match self {
-            Self::Unix(s) => s.shutdown(how),
-            Self::Tcp(s) => s.shutdown(how),
+        let _ = match &self.socket {
+            Socket::Unix(s) => s.shutdown(how),
+            Socket::Tcp(s) => s.shutdown(how),
         };
     }
 
@@ -37,12 +45,12 @@ impl Stream {
     }
 
     fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        match self {
-            Self::Unix(s) => {
+        match &self.socket {
+            Socket::Unix(s) => {
                 s.set_read_timeout(timeout)?;
                 s.set_write_timeout(timeout)
             }
-            Self::Tcp(s) => {
+            Socket::Tcp(s) => {
                 s.set_read_timeout(timeout)?;
                 s.set_write_timeout(timeout)
             }
@@ -50,24 +58,59 @@ impl Stream {
     }
 }
 
-impl Read for Stream {
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(s) => s.as_fd(),
+            Self::Tcp(s) => s.as_fd(),
+        }
+    }
+}
+
+impl Read for &Socket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
-            Self::Unix(s) => s.read(buffer),
-            Self::Tcp(s) => s.read(buffer),
+            Socket::Unix(s) => (&*s).read(buffer),
+            Socket::Tcp(s) => (&*s).read(buffer),
         }
     }
 }
 
-impl Write for Stream {
+impl Write for &Socket {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         self.write_vectored(&[IoSlice::new(data)])
     }
 
     fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
-            Self::Unix(s) => s.write_vectored(slices),
-            Self::Tcp(s) => s.write_vectored(slices),
+            Socket::Unix(s) => (&*s).write_vectored(slices),
+            Socket::Tcp(s) => (&*s).write_vectored(slices),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Read for &Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.tls.get() {
+            Some(tls) => tls.read(&self.socket, buffer),
+            None => (&self.socket).read(buffer),
+        }
+    }
+}
+
+impl Write for &Stream {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(data)])
+    }
+
+    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self.tls.get() {
+            Some(tls) => tls.write(&self.socket, slices),
+            None => (&self.socket).write_vectored(slices),
         }
     }
 
@@ -78,14 +121,22 @@ impl Write for Stream {
 
 /// A stream on which everything has to be said until a time.
 pub(super) struct Timed<'a> {
-    stream: &'a mut Stream,
+    stream: &'a Stream,
     until: Instant,
 }
 
 impl<'a> Timed<'a> {
-    pub(super) fn new(stream: &'a mut Stream, time: Duration) -> Self {
+    pub(super) fn new(stream: &'a Stream, time: Duration) -> Self {
         let until = Instant::now() + time;
         Self { stream, until }
+    }
+
+    /// Goes on in TLS, which the client begins.
+    pub(super) fn start_tls(&mut self, tls: &Tls) -> io::Result<()> {
+        let session = Session::accept(tls, self)?;
+        // Nobody else has begun it: only the handshake does.
+        let _ = self.stream.tls.set(session);
+        Ok(())
     }
 
     /// There is time again.
@@ -93,7 +144,7 @@ impl<'a> Timed<'a> {
         self.stream.set_timeout(None)
     }
 
-    fn in_time(&mut self) -> io::Result<&mut Stream> {
+    fn in_time(&mut self) -> io::Result<&'a Stream> {
         let left = self.until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());

@@ -1,28 +1,37 @@
 //! Requests of a client that has opened an export.
 
 use super::handshake::{Session, bad};
-use super::outbox::Outbox;
+use super::memory::Memory;
+use super::outbox::{Outbox, Pieces};
 use super::stream::Stream;
 use super::wire::{Head, Style, command, flag};
-use crate::runtime::export::{Connection, Extent, MOST_PAYLOAD, Replier, Request};
+use crate::runtime::export::{Connection, Extent, MOST_PAYLOAD, Replier, Request, add_extent};
 use rustix::io::Errno;
 use std::io::{self, BufReader, Read};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 /// What is read of the data of a request that is refused, before the client is left alone.
 const MOST_REFUSED: u64 = 2 * MOST_PAYLOAD as u64;
-/// Extents that are told in one context of one reply.
-const MOST_EXTENTS: usize = 8192;
-/// Requests that are read in one system call have up to this many bytes.
-const RECEIVE_BUFFER: usize = 256 << 10;
+/// Extents that are told in one reply, in all of its contexts.
+const MOST_EXTENTS: usize = 4096;
+/// Reads of so many bytes are searched for holes: a block of the smallest size.
+const LEAST_SEARCHED: u64 = 65536;
+/// The bit of `base:allocation` of what reads as zeros.
+const ZEROES: u32 = 2;
+/// Requests that are read in one system call have up to this many bytes. Clients that are idle may have filled it.
+const RECEIVE_BUFFER: usize = 64 << 10;
 
 /// Serves requests until the client goes.
 ///
 /// # Errors
 /// Of the stream, and `InvalidData` for what is no request.
-pub(super) fn transmit(session: Session, stream: Stream) -> io::Result<()> {
-    let mut reader = BufReader::with_capacity(RECEIVE_BUFFER, stream.try_clone()?);
-    let outbox = Outbox::new(stream, session.style);
+pub(super) fn transmit(
+    session: Session,
+    stream: &Arc<Stream>,
+    memory: &Arc<Memory>,
+) -> io::Result<()> {
+    let mut reader = BufReader::with_capacity(RECEIVE_BUFFER, &**stream);
+    let outbox = Outbox::new(Arc::clone(stream), session.style, memory);
     std::thread::scope(|scope| {
         let writer = std::thread::Builder::new().name("nbd-replies".into());
         writer.spawn_scoped(scope, || outbox.be_writer())?;
@@ -46,7 +55,7 @@ struct Requests<'a> {
 }
 
 impl Requests<'_> {
-    fn serve(&mut self, reader: &mut BufReader<Stream>) -> io::Result<()> {
+    fn serve(&mut self, reader: &mut BufReader<&Stream>) -> io::Result<()> {
         let style = self.session.style;
         let mut bytes = [0; 32];
         let bytes = &mut bytes[..style.head_len()];
@@ -66,7 +75,7 @@ impl Requests<'_> {
         }
     }
 
-    fn take(&mut self, head: &Head, reader: &mut BufReader<Stream>) -> io::Result<()> {
+    fn take(&mut self, head: &Head, reader: &mut BufReader<&Stream>) -> io::Result<()> {
         let is_extended = self.session.style == Style::Extended;
         let has_data =
             head.command == command::WRITE || is_extended && head.flags & flag::PAYLOAD_LEN != 0;
@@ -80,50 +89,147 @@ impl Requests<'_> {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
             }
-            self.outbox.begin(0);
+            self.outbox.begin(0)?;
             self.outbox.reply(head, 0, Err(error));
             return Ok(());
         }
-        if head.command == command::BLOCK_STATUS {
-            self.block_status(head);
-            return Ok(());
-        }
-        let len = match head.command {
-            command::READ | command::WRITE => head.len as usize,
-            _ => 0,
+        let fua = head.flags & flag::FUA != 0;
+        let (offset, len) = (head.offset, head.len);
+        match head.command {
+            command::BLOCK_STATUS => return self.block_status(head),
+            command::READ => return self.read(head),
+            command::WRITE => return self.write(head, fua, reader),
+            _ => self.outbox.begin(0)?,
         };
-        self.outbox.begin(len);
-        let outbox = Arc::clone(self.outbox);
-        let told = *head;
-        let reply = Replier::new(move |answer| outbox.reply(&told, len, answer));
-        let mut data = Vec::new();
-        if has_data {
-            data = vec![0; len];
-            reader.read_exact(&mut data)?;
-        }
-        let (offset, fua) = (head.offset, head.flags & flag::FUA != 0);
         let request = match head.command {
-            command::READ => Request::Read { offset, len },
-            command::WRITE => Request::Write { offset, data, fua },
             command::FLUSH => Request::Flush,
-            command::TRIM => Request::Trim {
-                offset,
-                len: head.len,
-                fua,
-            },
+            command::TRIM => Request::Trim { offset, len, fua },
             command::WRITE_ZEROES => Request::WriteZeroes {
                 offset,
-                len: head.len,
+                len,
                 fua,
                 no_hole: head.flags & flag::NO_HOLE != 0,
                 fast_zero: head.flags & flag::FAST_ZERO != 0,
             },
-            _ => Request::Cache {
-                offset,
-                len: head.len,
-            },
+            _ => Request::Cache { offset, len },
         };
+        self.submit(head, 0, request);
+        Ok(())
+    }
+
+    /// Submits a request as a whole, which was begun with `begun` bytes.
+    fn submit(&mut self, head: &Head, begun: usize, request: Request) {
+        let (outbox, head) = (Arc::clone(self.outbox), *head);
+        let reply = Replier::new(move |answer| outbox.reply(&head, begun, answer));
         self.connection.submit(request, reply);
+    }
+
+    /// Submits the piece of a request that begins at `offset`, and was begun with its `len` bytes.
+    fn submit_piece(&mut self, pieces: &Arc<Pieces>, offset: u64, len: usize, request: Request) {
+        let (outbox, pieces) = (Arc::clone(self.outbox), Arc::clone(pieces));
+        let reply = Replier::new(move |answer| {
+            outbox.reply_piece(&pieces, (offset, len as u64), len, answer);
+        });
+        self.connection.submit(request, reply);
+    }
+
+    fn read(&mut self, head: &Head) -> io::Result<()> {
+        let (mut offset, all) = (head.offset, head.len as usize);
+        if self.session.style == Style::Simple || head.flags & flag::DF != 0 {
+            let len = self.outbox.begin(all)?;
+            if len < all {
+                return self.read_in_order(head, len);
+            }
+            self.submit(head, len, Request::Read { offset, len });
+            return Ok(());
+        }
+        let mut pieces = None;
+        for Extent { len, status } in self.parts(head) {
+            if status & ZEROES != 0 {
+                self.outbox.begin(0)?;
+                let pieces = pieces.get_or_insert_with(|| Pieces::of(head));
+                (self.outbox).reply_piece(pieces, (offset, len), 0, Ok(Vec::new()));
+                offset += len;
+                continue;
+            }
+            let end = offset + len;
+            while offset < end {
+                let len = self.outbox.begin((end - offset) as usize)?;
+                let request = Request::Read { offset, len };
+                if len == all {
+                    self.submit(head, len, request);
+                    return Ok(());
+                }
+                let pieces = pieces.get_or_insert_with(|| Pieces::of(head));
+                self.submit_piece(pieces, offset, len, request);
+                offset += len as u64;
+            }
+        }
+        Ok(())
+    }
+
+    /// What of a read is a hole, and what has to be read.
+    fn parts(&self, head: &Head) -> Vec<Extent> {
+        let (range, mut found) = (head.offset..head.offset + head.len, Vec::new());
+        if head.len >= LEAST_SEARCHED {
+            // Where it cannot be found out, whoever reads is told.
+            let extents = (self.session.export).extents("base:allocation", range, MOST_EXTENTS);
+            found = extents.unwrap_or_default();
+        }
+        let told: u64 = found.iter().map(|extent| extent.len).sum();
+        add_extent(&mut found, head.len.saturating_sub(told), 0);
+        found
+    }
+
+    /// Reads for a reply that has to come in one, when there is no memory for all of it: one part after the other, nothing in between.
+    /// After the first there is no way to tell of an error but to hang up.
+    fn read_in_order(&mut self, head: &Head, mut len: usize) -> io::Result<()> {
+        self.outbox.wait_for_answers(1);
+        let (mut offset, mut left) = (head.offset, head.len as usize);
+        loop {
+            let (sender, answers) = mpsc::channel();
+            let reply = Replier::new(move |answer| drop(sender.send(answer)));
+            self.connection.submit(Request::Read { offset, len }, reply);
+            let is_first = offset == head.offset;
+            match answers.recv().unwrap_or(Err(Errno::IO)) {
+                Ok(data) if is_first => self.outbox.begin_reply(head, data),
+                Ok(data) => self.outbox.go_on(data),
+                Err(error) if is_first => {
+                    self.outbox.reply(head, len, Err(error));
+                    return Ok(());
+                }
+                Err(_) => {
+                    self.outbox.forget(len);
+                    return Err(bad("an error in the middle of a reply"));
+                }
+            }
+            (offset, left) = (offset + len as u64, left - len);
+            if left == 0 {
+                return Ok(());
+            }
+            len = self.outbox.begin(left)?;
+        }
+    }
+
+    fn write(&mut self, head: &Head, fua: bool, reader: &mut BufReader<&Stream>) -> io::Result<()> {
+        let (mut offset, mut left) = (head.offset, head.len as usize);
+        let mut pieces = None;
+        while left > 0 {
+            let len = self.outbox.begin(left)?;
+            let mut data = vec![0; len];
+            if let Err(e) = self.outbox.receive(|| reader.read_exact(&mut data)) {
+                self.outbox.forget(len);
+                return Err(e);
+            }
+            let request = Request::Write { offset, data, fua };
+            if len as u64 == head.len {
+                self.submit(head, len, request);
+                return Ok(());
+            }
+            let pieces = pieces.get_or_insert_with(|| Pieces::of(head));
+            self.submit_piece(pieces, offset, len, request);
+            (offset, left) = (offset + len as u64, left - len);
+        }
         Ok(())
     }
 
@@ -167,16 +273,19 @@ impl Requests<'_> {
         Ok(())
     }
 
-    fn block_status(&self, head: &Head) {
+    fn block_status(&self, head: &Head) -> io::Result<()> {
+        let contexts = &self.session.contexts;
         let most = match head.flags & flag::REQ_ONE {
-            0 => MOST_EXTENTS,
+            0 => MOST_EXTENTS / contexts.len(),
             _ => 1,
         };
         let range = head.offset..head.offset + head.len;
-        let begun = MOST_EXTENTS * size_of::<Extent>() * self.session.contexts.len();
-        self.outbox.begin(begun);
+        // As they are found, and as they are sent.
+        let begun = self
+            .outbox
+            .begin(most * contexts.len() * (size_of::<Extent>() + 16))?;
         let found: Result<Vec<_>, Errno> = (1..)
-            .zip(&self.session.contexts)
+            .zip(contexts)
             .map(|(id, context)| {
                 let extents = self.session.export.extents(context, range.clone(), most)?;
                 Ok((id, extents))
@@ -186,5 +295,6 @@ impl Requests<'_> {
             Ok(contexts) => self.outbox.reply_extents(head, begun, &contexts),
             Err(error) => self.outbox.reply(head, begun, Err(error)),
         }
+        Ok(())
     }
 }

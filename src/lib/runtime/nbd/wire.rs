@@ -38,6 +38,7 @@ pub(super) mod answer {
     pub(crate) const UNSUP: u32 = 1 << 31 | 1;
     pub(crate) const POLICY: u32 = 1 << 31 | 2;
     pub(crate) const INVALID: u32 = 1 << 31 | 3;
+    pub(crate) const TLS_REQD: u32 = 1 << 31 | 5;
     pub(crate) const UNKNOWN: u32 = 1 << 31 | 6;
     pub(crate) const TOO_BIG: u32 = 1 << 31 | 9;
     pub(crate) const EXT_HEADER_REQD: u32 = 1 << 31 | 10;
@@ -205,12 +206,35 @@ impl Style {
                 out
             }
             (_, Ok(len)) if head.command == command::READ => {
-                let mut out = self.chunk(head, 1, true, len as u64 + 8);
-                out.extend(head.offset.to_be_bytes());
-                out
+                self.data(head, head.offset, true, len)
             }
             (_, Ok(_)) => self.chunk(head, 0, true, 0),
         }
+    }
+
+    /// What comes in front of data that are at `offset`, in a chunk of their own.
+    pub(super) fn data(self, head: &Head, offset: u64, is_last: bool, len: usize) -> Vec<u8> {
+        let mut out = self.chunk(head, 1, is_last, len as u64 + 8);
+        out.extend(offset.to_be_bytes());
+        out
+    }
+
+    /// A chunk that tells of zeros without sending them.
+    pub(super) fn hole(self, head: &Head, offset: u64, is_last: bool, len: u32) -> Vec<u8> {
+        let mut out = self.chunk(head, 2, is_last, 12);
+        out.extend(offset.to_be_bytes());
+        out.extend(len.to_be_bytes());
+        out
+    }
+
+    /// A chunk that tells of an error at `offset`.
+    pub(super) fn error_at(self, head: &Head, offset: u64, is_last: bool, e: Errno) -> Vec<u8> {
+        const ERROR_OFFSET: u16 = 1 << 15 | 2;
+        let mut out = self.chunk(head, ERROR_OFFSET, is_last, 14);
+        out.extend(number_of(e).to_be_bytes());
+        out.extend([0, 0]);
+        out.extend(offset.to_be_bytes());
+        out
     }
 }
 
