@@ -370,6 +370,9 @@ fn what_is_no_pool_is_refused_with_what_to_do() {
     assert_eq!(refused(&["looks like XML"]), 5);
 }
 
+/// What a superblock says, and how it comes to.
+type Lie<'a> = (&'a str, &'a dyn Fn(&mut Fields));
+
 /// The seal is right, so that whoever wrote it may have meant it.
 #[test]
 fn a_superblock_that_says_nonsense_is_no_more_than_an_error() {
@@ -391,7 +394,7 @@ fn a_superblock_that_says_nonsense_is_no_more_than_an_error() {
         }
         known.expect(&mut scene, "the size of data blocks", &|_| false);
     }
-    let lies: [(&str, &dyn Fn(&mut Fields)); 6] = [
+    let lies: [Lie<'_>; 6] = [
         ("no data blocks", &|fields| {
             fields.data_space_map.nr_blocks = 0
         }),
