@@ -8,6 +8,8 @@ mod damage;
 #[cfg(feature = "devtools")]
 mod devtools;
 mod failures;
+#[cfg(feature = "devtools")]
+mod faults;
 mod fixtures;
 mod fuse;
 mod fuzzed;

@@ -3,6 +3,8 @@
 use super::data_device::{DataDevice, SECTOR};
 use super::driver::{Driver, Threads};
 use super::event_log::EventLog;
+#[cfg(feature = "devtools")]
+use super::seam::{Interceptor, PassedEngine, PoolDevice, Seam};
 use super::thin_export::ThinExport;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Access, AlignedBuffer, BlockEngine, FileEngine, open_pool, open_read};
@@ -37,6 +39,9 @@ pub struct Options {
     pub no_space_timeout: Option<Duration>,
     /// Bytes of metadata that are cached.
     pub cache_bytes: usize,
+    /// Who stands between the pool and its devices.
+    #[cfg(feature = "devtools")]
+    pub interceptor: Option<Arc<dyn Interceptor>>,
 }
 
 impl Options {
@@ -54,6 +59,8 @@ impl Options {
             },
             no_space_timeout: Some(Duration::from_secs(60)),
             cache_bytes: DEFAULT_CACHE,
+            #[cfg(feature = "devtools")]
+            interceptor: None,
         }
     }
 }
@@ -91,7 +98,10 @@ impl Runtime {
     /// # Errors
     /// `Busy`, `Io`; `NotMetadata`, `Damaged` and `Unsuitable`, each with what to do.
     pub fn open(options: &Options) -> Result<Self> {
-        let data = Arc::new(DataDevice::open(&options.data, !options.is_read_only)?);
+        let data = DataDevice::open(&options.data, !options.is_read_only)?;
+        #[cfg(feature = "devtools")]
+        let data = data.behind(Seam::new(PoolDevice::Data, options.interceptor.as_ref()));
+        let data = Arc::new(data);
         let (engine, metadata): (Arc<dyn BlockEngine>, _) = match options.is_read_only {
             true => (
                 Arc::from(open_read(&options.metadata, Access::Exclusive)?),
@@ -102,6 +112,11 @@ impl Runtime {
                 (Arc::clone(&engine) as _, Some(engine))
             }
         };
+        #[cfg(feature = "devtools")]
+        let engine = Arc::new(PassedEngine {
+            engine,
+            seam: Seam::new(PoolDevice::Metadata, options.interceptor.as_ref()),
+        });
         let pool = open_metadata(engine, &data, options)?;
         let status = pool.status()?;
         let table = PoolTable {
