@@ -19,6 +19,8 @@ mod metadata_crash;
 mod nbd;
 mod pool;
 mod pool_metadata;
+#[cfg(feature = "devtools")]
+mod power;
 mod repair;
 #[cfg(feature = "devtools")]
 mod repair_damage;
