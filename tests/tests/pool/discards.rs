@@ -12,7 +12,6 @@ use super::scene::{
     CHUNKS, assert_sound, image_of, is_bio, is_copy, is_discard, is_flush, mappings_in, recorded,
     reopened, with,
 };
-use crate::crash::codes_of;
 use crate::support::Image;
 
 /// A write that was looked up and is not issued yet: the discard waits for it, however late it is.

@@ -66,7 +66,7 @@ fn round(scene: &mut Scene, first: &[Vec<u8>], seed: u64) -> Vec<Vec<u8>> {
     for ((id, history), found) in histories.iter().zip(&found) {
         history.assert_current(found, &format!("{case}, thin device {id}"));
     }
-    let is_killed = seed % 2 == 0;
+    let is_killed = seed.is_multiple_of(2);
     match is_killed {
         true => scene.kill(),
         false => scene.stop(),
