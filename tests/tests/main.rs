@@ -9,6 +9,8 @@ mod damage;
 #[cfg(feature = "devtools")]
 mod devtools;
 mod failures;
+#[cfg(feature = "devtools")]
+mod faults;
 mod fixtures;
 mod fuse;
 mod fuzzed;
@@ -19,6 +21,8 @@ mod metadata_crash;
 mod nbd;
 mod pool;
 mod pool_metadata;
+#[cfg(feature = "devtools")]
+mod power;
 mod repair;
 #[cfg(feature = "devtools")]
 mod repair_damage;

@@ -1,6 +1,8 @@
 //! `thin_serve`: pools on real files, as NBD clients, managers and whoever pulls the plug see them.
 
 pub(crate) mod client;
+pub(crate) mod load;
+mod soak;
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -9,7 +11,6 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
@@ -446,8 +447,12 @@ fn after_kill_9_under_load_everything_flushed_is_there() {
     // By chunk of 4 KiB: the last durable tag, and those that were written since.
     let mut durable = vec![0_u8; CHUNKS];
     let mut since: Vec<Vec<u8>> = vec![Vec::new(); CHUNKS];
+    let mut seen = 0;
     for round in 0..50_u64 {
-        scene.serve(&["--create", "--thin", "0:16m", "--thin", "1:16m"]);
+        scene.serve(&[
+            "--create", "--thin", "0:16m", "--thin", "1:16m", "--thin", "2:16m",
+        ]);
+        seen += u64::from(assert_in_order(&mut scene.connect("1"), round) && round > 0);
         let mut client = scene.connect("0");
         for (chunk, (was, may)) in durable.iter_mut().zip(&mut since).enumerate() {
             let found = client.read(chunk as u64 * 4096, 4096).expect("read");
@@ -469,27 +474,15 @@ fn after_kill_9_under_load_everything_flushed_is_there() {
             *was = client.read(chunk as u64 * 4096, 4096).expect("read")[0];
             may.clear();
         }
-        let stop = AtomicBool::new(false);
+        let mut fio = fio(&scene, round + 1);
+        let mut of_fio = scene.connect("1");
+        let end = Instant::now() + Duration::from_secs(60);
+        while of_fio.read(0, 1).expect("read") != [round as u8 + 1] {
+            assert!(Instant::now() < end, "round {round}: fio does not write");
+        }
         let patience = Duration::from_millis(rng.random_range(100..700));
         let scene_ref = &mut scene;
-        let mut noise = scene_ref.connect("1");
         std::thread::scope(|scope| {
-            let stop = &stop;
-            // Another device keeps transactions going.
-            scope.spawn(move || {
-                let mut rng = SmallRng::seed_from_u64(round);
-                while !stop.load(Ordering::Relaxed) {
-                    let at = rng.random_range(0..CHUNKS as u64) * 4096;
-                    let done = match rng.random_range(0..8) {
-                        0 => noise.ask(TRIM, 0, at, 1 << 17, &[]),
-                        1 => noise.flush(),
-                        _ => noise.write(at, &[1; 4096]),
-                    };
-                    if done.is_err() {
-                        return;
-                    }
-                }
-            });
             scope.spawn(move || {
                 std::thread::sleep(patience);
                 scene_ref.kill();
@@ -520,11 +513,66 @@ fn after_kill_9_under_load_everything_flushed_is_there() {
                     }
                 }
             }
-            stop.store(true, Ordering::Relaxed);
         });
-        // Blocks that no mapping got may be leaked by a crash of the kernel, never by this order of commits.
+        // It may have noticed by itself.
+        fio.kill().ok();
+        fio.wait().expect("gone");
+        // A crash of the kernel may leak blocks that no mapping got, this one does not.
         scene.assert_sound();
     }
+    assert!(seen > 10, "fio wrote in {seen} rounds only");
+}
+
+/// Chunks that fio writes before it flushes.
+const FLUSHED: usize = 8;
+
+/// Starts fio, which fills device 1 with a number, chunk by chunk, with flushes in between, and device 2 at random.
+fn fio(scene: &Scene, number: u64) -> Child {
+    let uri = |id| {
+        format!(
+            "--uri=nbd+unix:///{id}?socket={}",
+            scene.path("nbd").display()
+        )
+    };
+    let both = ["--ioengine=nbd", "--bs=4k", "--size=16m", "--loops=1000"];
+    let mut command = Command::new("fio");
+    command
+        .args(both)
+        .args(["--name=order", "--rw=write", &uri(1)]);
+    command.args([
+        format!("--fsync={FLUSHED}"),
+        format!("--buffer_pattern=0x{number:02x}"),
+    ]);
+    command.args([
+        "--name=noise",
+        "--rw=randwrite",
+        "--iodepth=16",
+        "--fsync=32",
+        &uri(2),
+    ]);
+    command.args(both).current_dir(scene.folder.path());
+    let started = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    started.expect("fio is installed")
+}
+
+/// What fio has sent after a flush tells that it was answered: all that it had written before is there. True if it came to write.
+fn assert_in_order(client: &mut Client, number: u64) -> bool {
+    let found = client.read(0, 16 << 20).expect("read");
+    let chunks = found.chunks(4096).collect::<Vec<_>>();
+    let is_new = |chunk: &&[u8]| chunk.iter().all(|byte| u64::from(*byte) == number);
+    for (n, chunk) in chunks.iter().enumerate() {
+        let is_whole = chunk
+            .iter()
+            .all(|byte| *byte == chunk[0] && u64::from(*byte) <= number);
+        assert!(is_whole, "round {number}, chunk {n} of fio");
+    }
+    let last = chunks.iter().rposition(is_new);
+    let flushed = last.map_or(0, |last| last / FLUSHED * FLUSHED);
+    assert!(
+        chunks[..flushed].iter().all(is_new),
+        "round {number}: fio's flushed chunks are lost"
+    );
+    last.is_some()
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //!    system serves everybody who asked before it began.
 //! 3. Once a flush has failed, it is not known what was lost, and the system tells it once only: every later flush fails, too.
 
+use super::seam::{DeviceRequest, Seam};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{FileId, file_id};
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fallocate, flock};
@@ -39,6 +40,7 @@ pub struct DataDevice {
     is_file: bool,
     flushes: Mutex<Flushes>,
     has_flushed: Condvar,
+    seam: Seam,
 }
 
 impl DataDevice {
@@ -91,7 +93,14 @@ impl DataDevice {
             is_file,
             flushes: Mutex::default(),
             has_flushed: Condvar::new(),
+            seam: Seam::default(),
         })
+    }
+
+    /// The same, with requests that pass this seam.
+    #[cfg(feature = "devtools")]
+    pub(super) fn behind(self, seam: Seam) -> Self {
+        Self { seam, ..self }
     }
 
     /// The path it was opened by.
@@ -130,15 +139,29 @@ impl DataDevice {
     }
 
     pub(super) fn read(&self, buffer: &mut [u8], byte: u64) -> io::Result<()> {
+        let len = buffer.len() as u64;
+        let _passage = self.seam.pass(DeviceRequest::Read { byte, len })?;
         self.file.read_exact_at(buffer, byte)
     }
 
     pub(super) fn write(&self, data: &[u8], byte: u64) -> io::Result<()> {
+        let is_durable = false;
+        let _passage = self.seam.pass(DeviceRequest::Write {
+            byte,
+            data,
+            is_durable,
+        })?;
         self.file.write_all_at(data, byte)
     }
 
     /// Writes what is durable when this returns.
     pub(super) fn write_durably(&self, mut data: &[u8], mut byte: u64) -> io::Result<()> {
+        let is_durable = true;
+        let _passage = self.seam.pass(DeviceRequest::Write {
+            byte,
+            data,
+            is_durable,
+        })?;
         while !data.is_empty() {
             match pwritev2(
                 &self.file,
@@ -164,11 +187,12 @@ impl DataDevice {
 
     /// Writes zeros. In a file they take no room until they are written to.
     pub(super) fn zero(&self, sector: u64, sectors: u64) -> io::Result<()> {
+        let (mut byte, len) = (sector * SECTOR, sectors * SECTOR);
+        let _passage = self.seam.pass(DeviceRequest::Zero { byte, len })?;
         let how = match self.is_file {
             true => FallocateFlags::PUNCH_HOLE,
             false => FallocateFlags::ZERO_RANGE,
         };
-        let (mut byte, len) = (sector * SECTOR, sectors * SECTOR);
         let done = fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, byte, len);
         if !matches!(done, Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL)) {
             return Ok(done?);
@@ -193,13 +217,10 @@ impl DataDevice {
 
     /// Gives room back to whoever provides it; what is there afterwards is undefined, in practice zeros.
     pub(super) fn discard(&self, sector: u64, sectors: u64) -> io::Result<()> {
+        let (byte, len) = (sector * SECTOR, sectors * SECTOR);
+        let _passage = self.seam.pass(DeviceRequest::Discard { byte, len })?;
         let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(fallocate(
-            &self.file,
-            how,
-            sector * SECTOR,
-            sectors * SECTOR,
-        )?)
+        Ok(fallocate(&self.file, how, byte, len)?)
     }
 
     /// Copies sectors of `from`, which may be the same device.
@@ -239,7 +260,8 @@ impl DataDevice {
             flushes.begun += 1;
             let number = flushes.begun;
             drop(flushes);
-            let flushed = self.file.sync_data();
+            let passage = self.seam.pass(DeviceRequest::Flush);
+            let flushed = passage.and_then(|_passage| self.file.sync_data());
             flushes = self.flushes.lock().unwrap_or_else(PoisonError::into_inner);
             flushes.is_running = false;
             flushes.ended = number;

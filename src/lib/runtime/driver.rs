@@ -229,10 +229,10 @@ impl Driver {
         while let Some(event) = next.take() {
             let has_more = worker.apply(start.elapsed(), event, effects);
             let mut flush = None;
-            let mut queue = None;
+            let (mut tasks, mut ends) = (Vec::new(), Vec::new());
             for effect in effects.drain(..) {
                 match effect {
-                    Effect::End { bio, result, .. } => self.parts.end(bio.id, result),
+                    Effect::End { bio, result, .. } => ends.push((bio.id, result)),
                     Effect::Answer { tag, result } => {
                         if let Some(answer) = answers.remove(&tag) {
                             // Whoever asked may have given up.
@@ -241,15 +241,14 @@ impl Driver {
                     }
                     Effect::Notice(notice) => self.events.add_notice(&notice),
                     Effect::Flush { job } => flush = Some(job),
-                    other => {
-                        let queue: &mut MutexGuard<'_, Queue> =
-                            queue.get_or_insert_with(|| self.queue());
-                        queue.tasks.push_back(Task::Effect(other));
-                        self.has_task.notify_one();
-                    }
+                    other => tasks.push(Task::Effect(other)),
                 }
             }
-            drop(queue);
+            self.hand_out(tasks);
+            // Whoever is told may have something more for the carriers.
+            for (id, result) in ends {
+                self.parts.end(id, result);
+            }
             next = match flush {
                 Some(job) => Some(Event::Done {
                     job,
@@ -266,8 +265,16 @@ impl Driver {
 
     /// Has a carrier do something that may take a while.
     pub(super) fn run(&self, run: impl FnOnce() + Send + 'static) {
-        self.queue().tasks.push_back(Task::Run(Box::new(run)));
-        self.has_task.notify_one();
+        self.hand_out(vec![Task::Run(Box::new(run))]);
+    }
+
+    /// Leaves tasks to the carriers.
+    fn hand_out(&self, tasks: Vec<Task>) {
+        let new = tasks.len();
+        if new > 0 {
+            self.queue().tasks.extend(tasks);
+        }
+        (0..new).for_each(|_| self.has_task.notify_one());
     }
 
     fn be_carrier(&self) {

@@ -12,11 +12,14 @@ mod driver;
 mod event_log;
 pub mod export;
 mod exports;
+#[cfg(feature = "devtools")]
+mod fault;
 pub mod fuse;
 pub mod memory_export;
 pub mod nbd;
 #[expect(clippy::module_inception, reason = "the runtime of the pool")]
 mod runtime;
+mod seam;
 mod submitter;
 mod thin_contexts;
 mod thin_export;
@@ -26,4 +29,8 @@ pub use autoextend::Autoextend;
 pub use control::bind_socket;
 pub use data_device::DataDevice;
 pub use event_log::{EventLog, PoolEvent};
+#[cfg(feature = "devtools")]
+pub use fault::{Fault, Faults};
 pub use runtime::{Activation, Options, Runtime};
+#[cfg(feature = "devtools")]
+pub use seam::{DeviceRequest, Interceptor, PoolDevice};

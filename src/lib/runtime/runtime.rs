@@ -3,6 +3,8 @@
 use super::data_device::{DataDevice, SECTOR};
 use super::driver::{Driver, Threads};
 use super::event_log::EventLog;
+#[cfg(feature = "devtools")]
+use super::seam::{Interceptor, PassedEngine, PoolDevice, Seam};
 use super::thin_export::ThinExport;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Access, AlignedBuffer, BlockEngine, FileEngine, file_id, open_pool, open_read};
@@ -38,6 +40,9 @@ pub struct Options {
     pub no_space_timeout: Option<Duration>,
     /// Bytes of metadata that are cached.
     pub cache_bytes: usize,
+    /// Who stands between the pool and its devices.
+    #[cfg(feature = "devtools")]
+    pub interceptor: Option<Arc<dyn Interceptor>>,
 }
 
 impl Options {
@@ -55,6 +60,8 @@ impl Options {
             },
             no_space_timeout: Some(Duration::from_secs(60)),
             cache_bytes: DEFAULT_CACHE,
+            #[cfg(feature = "devtools")]
+            interceptor: None,
         }
     }
 }
@@ -96,7 +103,7 @@ impl Runtime {
             let engine = open_read(&options.metadata, Access::Exclusive)?;
             return Self::open_to_read(Arc::from(engine), options);
         }
-        let data = Arc::new(DataDevice::open(&options.data, true)?);
+        let data = DataDevice::open(&options.data, true)?;
         let engine = Arc::new(open_pool(&options.metadata)?);
         Self::start(Arc::clone(&engine) as _, Some(engine), data, options)
     }
@@ -119,16 +126,25 @@ impl Runtime {
                 format!("{shown} is given as the metadata and as the data; give both"),
             ));
         }
-        let data = Arc::new(DataDevice::open(&options.data, false)?);
+        let data = DataDevice::open(&options.data, false)?;
         Self::start(engine, None, data, &options)
     }
 
     fn start(
         engine: Arc<dyn BlockEngine>,
         metadata: Option<Arc<FileEngine>>,
-        data: Arc<DataDevice>,
+        data: DataDevice,
         options: &Options,
     ) -> Result<Self> {
+        #[cfg(feature = "devtools")]
+        let (engine, data) = (
+            Arc::new(PassedEngine {
+                engine,
+                seam: Seam::new(PoolDevice::Metadata, options.interceptor.as_ref()),
+            }),
+            data.behind(Seam::new(PoolDevice::Data, options.interceptor.as_ref())),
+        );
+        let data = Arc::new(data);
         // Whoever only reads can go without what cannot be read, too.
         let lost = |e: Error| match options.is_read_only && e.kind() == ErrorKind::Io {
             true => e.with_kind(ErrorKind::Damaged),

@@ -644,6 +644,26 @@ impl PoolMetadata {
         Ok(())
     }
 
+    /// The same; but what is committed has a reference less to each data block of `kept`, ranges of first block and end. Here they have it
+    /// all the same, for operations that keep blocks which no mapping leads to: so a crash leaks none.
+    ///
+    /// # Errors
+    /// Those of [`commit`](Self::commit).
+    pub fn commit_without(&mut self, kept: &[(DataBlock, DataBlock)]) -> Result<()> {
+        if !self.is_changed {
+            return self.commit();
+        }
+        for &(begin, end) in kept {
+            self.dec_data_range(begin, end)?;
+        }
+        self.commit()?;
+        // The next commit takes them back again: there is nothing that is worth one.
+        let mut blocks = kept.iter().flat_map(|(begin, end)| begin.0..end.0);
+        let counted = blocks.try_for_each(|block| self.txn.increment_data(block));
+        self.must_abort = counted.is_err();
+        counted
+    }
+
     fn write_superblock(&mut self, fields: Fields) -> Result<()> {
         self.is_in_doubt = true;
         self.txn

@@ -12,7 +12,7 @@ use crate::pdata::txn::{
     A, B, BlockIo, BlockManager, Found, Kernel, LockScheme, LookupCounts, NoTally, Optimistic,
     Place, Roots, V2013, WouldBlock, lookup,
 };
-use crate::units::{MetadataBlock, ThinBlock, ThinId};
+use crate::units::{DataBlock, MetadataBlock, ThinBlock, ThinId};
 use std::collections::HashMap;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -185,6 +185,14 @@ impl SharedMetadata {
     /// # Errors
     /// Those of [`PoolMetadata::commit`].
     pub fn commit(&self) -> Result<()> {
+        self.commit_without(&[])
+    }
+
+    /// The same, see [`PoolMetadata::commit_without`].
+    ///
+    /// # Errors
+    /// Those of [`PoolMetadata::commit`].
+    pub fn commit_without(&self, kept: &[(DataBlock, DataBlock)]) -> Result<()> {
         let mut writer = self.writer();
         let since = Instant::now();
         let held = self.try_exclude();
@@ -197,7 +205,7 @@ impl SharedMetadata {
         };
         // The top-level tree is final: what a commit still changes are the details and the space maps.
         let barrier = self.roots.epochs.begin();
-        let committed = writer.pool.commit();
+        let committed = writer.pool.commit_without(kept);
         drop(held);
         if !self.scheme.excludes_lookups() {
             let since = Instant::now();

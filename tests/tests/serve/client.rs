@@ -8,6 +8,7 @@ pub(crate) const READ: u16 = 0;
 pub(crate) const WRITE: u16 = 1;
 pub(crate) const FLUSH: u16 = 3;
 pub(crate) const TRIM: u16 = 4;
+pub(crate) const ZEROES: u16 = 6;
 pub(crate) const FUA: u16 = 1;
 
 /// A connection to an export.

@@ -273,6 +273,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "CMD")]
     run: Option<String>,
 
+    /// Have something go wrong with the devices. May be given several times.
+    #[cfg(feature = "devtools")]
+    #[arg(long, value_name = "FAULT", hide = true)]
+    fault: Vec<thintools::runtime::Fault>,
+
     /// Print nothing but errors.
     #[arg(short, long)]
     quiet: bool,

@@ -14,6 +14,8 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use thintools::io::{Access, AlignedBuffer, BlockEngine, open_read};
 use thintools::pool::{Features, Message};
+#[cfg(feature = "devtools")]
+use thintools::runtime::Faults;
 use thintools::runtime::control::Control;
 use thintools::runtime::fuse::Fuse;
 use thintools::runtime::nbd::{Listener, Server, Tls};
@@ -240,6 +242,8 @@ fn open(args: &Args) -> anyhow::Result<Arc<Runtime>> {
         features,
         no_space_timeout: args.patience().flatten(),
         cache_bytes: usize::try_from(args.metadata_cache.saturating_mul(512))?,
+        #[cfg(feature = "devtools")]
+        interceptor: Some(Arc::new(Faults::new(args.fault.clone()))),
         ..Options::new(&args.metadata, &args.data)
     };
     if let Some(how) = args.autoextend {

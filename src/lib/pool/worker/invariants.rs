@@ -157,7 +157,7 @@ impl Worker {
         }
         let engine = self.pool.metadata.inspect(|pool| Arc::clone(pool.engine()));
         if let Ok(Some(committed)) = Committed::read(&*engine) {
-            let wrong = committed.miscounted(&self.jobs);
+            let wrong = committed.miscounted();
             let was_right = *self.before.is_counted.get_or_insert(wrong.is_none());
             assert!(
                 !was_right || wrong.is_none(),

@@ -89,6 +89,17 @@ impl Jobs {
         .collect()
     }
 
+    /// The data blocks that operations keep though no mapping leads there: first block and end.
+    pub(super) fn kept_blocks(&self) -> Vec<(DataBlock, DataBlock)> {
+        let kept = self.slots.iter().flatten().filter_map(|job| match job {
+            Job::Mapping(mapping) => mapping.data.map(|block| block.0..block.0 + 1),
+            Job::Run(run) => run.kept(),
+            _ => None,
+        });
+        kept.map(|blocks| (DataBlock(blocks.start), DataBlock(blocks.end)))
+            .collect()
+    }
+
     pub(super) fn iter(&self) -> impl Iterator<Item = (JobId, &Job)> {
         let named = |(n, job): (usize, _)| Some((JobId(n as u32), Option::as_ref(job)?));
         self.slots.iter().enumerate().filter_map(named)

@@ -18,9 +18,10 @@ mod provision;
 mod suspend;
 mod todo;
 
-use super::bio::{Bio, BioError, BioResult};
+use super::bio::{Bio, BioError, BioResult, Op};
 use super::cells::{AllocationOrder, Starved};
 use super::effect::{Effect, Event, Notice};
+use super::list::{List, Taken};
 use super::mode::PoolMode;
 use super::pool::{Pool, Waiting};
 use super::prison::{Cell, Held};
@@ -460,12 +461,28 @@ impl Worker {
         self.keep_cells([cell]);
     }
 
-    /// Ends a bio, and those that wait in its cell, with an error.
+    /// Ends a bio, and the writes that wait in its cell, with an error.
     fn fail_cell(&mut self, held: Held, bio: Box<Bio>, error: BioError, effects: &mut Effects) {
         end(bio, Err(error), effects);
+        for bio in self.release_to_writes(held) {
+            end(bio, Err(error), effects);
+        }
+    }
+
+    /// Releases a cell, and returns the writes that waited in it. What else did is looked at again: the kernel has it share the fate of
+    /// the write that held the cell, so that a read finds no space.
+    fn release_to_writes(&mut self, held: Held) -> Taken<Bio> {
         let (cell, inmates) = self.pool.prison.release(held);
-        inmates.for_each(|bio| end(bio, Err(error), effects));
+        let (mut writes, mut others) = (List::default(), List::default());
+        for bio in inmates {
+            match bio.op {
+                Op::Write => writes.push(bio),
+                _ => others.push(bio),
+            }
+        }
+        self.pool.submit_all(others.take());
         self.keep_cells([cell]);
+        writes.take()
     }
 
     /// Runs `job` once nothing is in flight that is now; [`done`](Self::done) is told then.

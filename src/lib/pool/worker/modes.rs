@@ -86,7 +86,7 @@ impl Worker {
         });
         let committed = given_back.and_then(|()| match blocks.is_empty() {
             true => Ok(()),
-            false => self.pool.metadata.commit(),
+            false => self.commit_metadata(),
         });
         if self.metadata_ok(committed, effects) {
             self.set_mode(PoolMode::OutOfMetadataSpace, effects);

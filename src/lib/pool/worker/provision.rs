@@ -304,10 +304,9 @@ impl Worker {
         let error = match self.pool.mode() {
             PoolMode::OutOfDataSpace if self.features.error_if_no_space => BioError::NoSpace,
             PoolMode::OutOfDataSpace => {
-                let (cell, inmates) = self.pool.prison.release(held);
                 self.retry.push(bio);
-                self.retry.extend(inmates);
-                return self.keep_cells([cell]);
+                let writes = self.release_to_writes(held);
+                return self.retry.extend(writes);
             }
             _ => BioError::Io,
         };
