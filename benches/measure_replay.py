@@ -19,8 +19,6 @@ BLOCKS = 1 << 20
 # The device of the traces, as a thin device of 64 GiB; that of the CSV.
 MAP = ["--map", "254:1=0:64g"]
 MAP_CSV = ["--map", "0=0:64g"]
-# The metadata device is in memory, all of it: as much as the mappings of these blocks take, and a half more.
-POOL_FOR_MEMORY = ["--data-size", "64g", "--metadata-size", "48m", "--cache", "8m"]
 # What a replay may take: bytes for each mapped block, and beside them.
 PER_BLOCK = 32
 BESIDE = 64 << 20
@@ -132,7 +130,7 @@ def memory(args):
         report = args.folder / "report.json"
         report.unlink(missing_ok=True)
         source = subprocess.Popen([str(args.generator), "locality", "alibaba", str(count)], stdout=subprocess.PIPE)
-        argv = [str(args.ours), "thin_replay", "--quiet", "--format", "alibaba", "--json", str(report), *POOL_FOR_MEMORY]
+        argv = [str(args.ours), "thin_replay", "--quiet", "--format", "alibaba", "--json", str(report), "--data-size", "64g"]
         try:
             run = Run(args.folder, [*argv, *MAP_CSV, "-"], source.stdout)
         finally:

@@ -41,7 +41,7 @@ impl Bar {
         let bar =
             ProgressBar::with_draw_target(Some(u64::from(FULL)), ProgressDrawTarget::hidden());
         // The template is a constant; should it ever be wrong, indicatif's default bar serves.
-        if let Ok(style) = ProgressStyle::with_template("{prefix} [{bar:40}] {eta} {msg}") {
+        if let Ok(style) = ProgressStyle::with_template("{prefix} [{bar:40}] ETA {eta} {msg}") {
             bar.set_style(style.progress_chars("=> "));
         }
         bar.set_prefix(title);

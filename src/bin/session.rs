@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use signal_hook::iterator::{Handle, Signals};
 use thintools::io::remove_temporary_files;
 use thintools::observer::Observer;
 use thintools::tools::Overrides;
@@ -31,6 +31,15 @@ pub(crate) struct Session {
     is_heard_out: bool,
     /// It knows, and is about to end.
     is_ending: Arc<AtomicBool>,
+    /// Ends the watch.
+    signals: Handle,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // A command that serves after it has checked heeds signals in its own way.
+        self.signals.close();
+    }
 }
 
 impl Session {
@@ -41,6 +50,7 @@ impl Session {
             .into_iter()
             .filter(|&s| !is_ignored(s));
         let mut signals = Signals::new(heeded)?;
+        let handle = signals.handle();
         let flag = Arc::clone(&stop);
         let is_ending = Arc::new(AtomicBool::new(false));
         let ending = Arc::clone(&is_ending);
@@ -64,15 +74,14 @@ impl Session {
             stop,
             is_heard_out: false,
             is_ending,
+            signals: handle,
         })
     }
 
     /// Lets the command end in its own time once it knows of the first signal. A second one ends it all the same.
-    pub(crate) fn heard_out(self) -> Self {
-        Self {
-            is_heard_out: true,
-            ..self
-        }
+    pub(crate) fn heard_out(mut self) -> Self {
+        self.is_heard_out = true;
+        self
     }
 
     /// Prints a line on standard error, unless the user asked for quiet.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Holds what thintools writes against the real kernel, in a virtual machine: tests/kernel/run.sh THINTOOLS. Takes about two minutes.
+# Holds what thintools writes and serves against the real kernel, in virtual machines: tests/kernel/run.sh THINTOOLS. Takes some minutes.
 #
 # Needs QEMU and a Debian kernel. Where they are missing and cannot be installed, says so and succeeds.
 set -euo pipefail
@@ -18,6 +18,9 @@ need cpio cpio
 need modprobe kmod
 need dmsetup dmsetup
 need zstd zstd
+need nbd-client nbd-client
+need mkfs.ext4 e2fsprogs
+/usr/bin/python3 -c 'import nbd' 2>/dev/null || packages+=(python3 python3-libnbd)
 if ! compgen -G '/lib/modules/*/kernel/drivers/md/dm-thin-pool.ko*' >/dev/null; then
     packages+=(linux-image-amd64)
 fi
@@ -35,3 +38,5 @@ fi
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 "$here/hold.py" "$tool" "$folder"
+mkdir "$folder/served"
+/usr/bin/python3 "$here/serve.py" "$tool" "$folder/served"

@@ -1,5 +1,6 @@
 //! Integration tests of the library and the binary, against metadata made by the kernel.
 
+mod backing;
 mod commands;
 mod contexts;
 mod crash;
@@ -29,6 +30,7 @@ mod replay_readers;
 mod replay_report;
 mod replay_threads;
 mod replay_verify;
+mod rescue;
 mod serve;
 mod shapes;
 mod support;

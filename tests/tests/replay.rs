@@ -253,7 +253,12 @@ fn what_cannot_be_played_is_an_error() {
             1,
             "data blocks of 130 sectors",
         ),
-        (vec!["--feature", "magic"], trace.clone(), 1, "no feature"),
+        (
+            vec!["--feature", "magic"],
+            trace.clone(),
+            1,
+            "feature requested",
+        ),
         (vec!["--map", "1=x"], trace.clone(), 2, "DEV=ID"),
         (vec!["--cpus", "0"], trace.clone(), 2, "1..=1024"),
         (vec!["--only", "trim"], trace.clone(), 2, "is none of read"),

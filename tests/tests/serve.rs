@@ -17,12 +17,12 @@ use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::support::{BINARY, Finished, check, expand, folder, peer, program, thintools};
+use crate::support::{BINARY, Finished, check, expand, folder, get_u32, peer, program, thintools};
 use client::{Client, FUA, TRIM, WRITE};
 
 pub(crate) const BLOCK: usize = 65536;
 const ENOSPC: Option<u32> = Some(28);
-const EIO: Option<u32> = Some(5);
+pub(crate) const EIO: Option<u32> = Some(5);
 const EINVAL: Option<u32> = Some(22);
 
 /// A pool in files of a folder, and the server that may run on it.
@@ -713,6 +713,31 @@ fn what_cannot_be_a_whole_pool_is_refused_with_what_to_do() {
         .run(&["--create", "--run", "true"])
         .expect(1)
         .expect_stderr(&["not overwritten"]);
+}
+
+#[test]
+fn a_check_comes_first_if_it_is_asked_for() {
+    let mut scene = Scene::of_kernel();
+    scene.serve(&["--check"]);
+    scene.stop();
+    // A leaf of mappings, which nobody looks at before somebody reads there.
+    let meta = fs::read(scene.path("meta")).expect("read");
+    let leaf = (1..512_usize).rfind(|block| get_u32(&meta, block * 4096 + 4) == 2);
+    let at = leaf.expect("there is one") as u64 * 4096 + 2000;
+    let file = File::options().write(true).open(scene.path("meta"));
+    file.expect("opened")
+        .write_at(b"spoilt", at)
+        .expect("written");
+    scene.run(&["--run", "true"]).expect(0);
+    let refused = scene.run(&["--check", "--run", "true"]).expect(5);
+    refused.expect_stderr(&["damaged", "run thin_check"]);
+    // What is made needs no check.
+    let scene = Scene::new(4, 1 << 20);
+    let more = ["--create", "--check", "--thin", "0:1m", "--run", "true"];
+    scene.run(&more).expect(0);
+    scene.run(&more).expect(0);
+    fs::remove_file(scene.path("meta")).expect("removed");
+    scene.run(&more).expect(0);
 }
 
 #[test]

@@ -23,14 +23,19 @@ pub trait BlockEngine: Send + Sync {
 
     /// How many requests it pays to have in flight.
     fn depth(&self) -> usize;
+
+    /// Nothing refers to the block any more: its contents are not read before it is written again. A device does nothing about it;
+    /// what is in memory takes less.
+    fn forget(&self, _block: MetadataBlock) {}
 }
 
 /// What every implementer promises, run against each.
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::{AlignedBuffer, FileEngine, RamEngine, StagedEngine};
+    use crate::io::{AlignedBuffer, FileEngine, OverlayEngine, RamEngine, StagedEngine};
     use crate::units::BLOCK_SIZE;
+    use std::sync::Arc;
 
     fn keeps_the_contract(engine: &dyn BlockEngine) {
         assert_eq!(engine.nr_blocks(), 8);
@@ -86,6 +91,12 @@ mod tests {
     #[test]
     fn memory_keeps_the_contract() {
         keeps_the_contract(&RamEngine::new(8));
+    }
+
+    #[test]
+    fn an_overlay_keeps_the_contract() {
+        keeps_the_contract(&OverlayEngine::zeroed(8));
+        keeps_the_contract(&OverlayEngine::over(Arc::new(RamEngine::new(8))));
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod compressed;
 mod engine;
 mod file;
 mod open;
+mod overlay;
 mod ram;
 mod staged;
 mod sweep;
@@ -17,6 +18,7 @@ pub use open::{
     Access, FileId, file_id, open_output, open_pool, open_read, open_write, remove_temporary_files,
     write_new, write_replacing,
 };
+pub use overlay::OverlayEngine;
 pub use ram::RamEngine;
 pub use staged::StagedEngine;
 pub use sweep::sweep;

@@ -1,6 +1,7 @@
 //! One I/O request to a thin device, as the kernel's struct bio. It says what is wanted and where; its data stays with whoever
 //! submitted it, who knows it by its number.
 
+use super::block_size::BlockSize;
 use super::deferred_set::Ticket;
 use super::list::Linked;
 use super::prison::{Cell, Held};
@@ -93,6 +94,17 @@ impl Bio {
         }
     }
 
+    /// Another request in the memory of one that has ended.
+    #[inline]
+    pub(crate) fn renew(&mut self, id: u64, op: Op, (sector, sectors): (u64, u64), is_fua: bool) {
+        debug_assert!(
+            self.all_io.is_none() && self.shared_read.is_none() && self.reserved.is_none()
+        );
+        (self.id, self.op, self.sector, self.sectors) = (id, op, sector, sectors);
+        self.is_fua = is_fua;
+        self.fills = None;
+    }
+
     /// A flush.
     pub fn flush(id: u64) -> Self {
         Self::new(id, Op::Flush, 0, 0)
@@ -117,8 +129,9 @@ impl Bio {
         self.fills.is_some()
     }
 
-    pub(super) fn block(&self, block_sectors: u64) -> ThinBlock {
-        ThinBlock(self.sector / block_sectors)
+    #[inline]
+    pub(super) fn block(&self, size: BlockSize) -> ThinBlock {
+        ThinBlock(size.split(self.sector).0)
     }
 
     pub(super) fn end(&self) -> u64 {
@@ -132,16 +145,17 @@ impl Bio {
     }
 
     /// True if it lies within what one cell may cover.
-    pub(super) fn is_within_bounds(&self, block_sectors: u64) -> bool {
+    #[inline]
+    pub(super) fn is_within_bounds(&self, size: BlockSize) -> bool {
         match self.op {
             Op::Flush => true,
             Op::Read | Op::Write => {
                 self.sectors > 0
                     && self.sector.checked_add(self.sectors).is_some()
-                    && self.sector % block_sectors + self.sectors <= block_sectors
+                    && size.split(self.sector).1 + self.sectors <= size.sectors()
             }
             Op::Discard => {
-                let (begin, end) = self.whole_blocks(block_sectors);
+                let (begin, end) = self.whole_blocks(size.sectors());
                 begin == end || begin / DISCARD_BLOCKS == (end - 1) / DISCARD_BLOCKS
             }
         }

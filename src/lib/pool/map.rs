@@ -205,7 +205,7 @@ impl Mapper {
 
     fn decide(&mut self, thin: &Thin, bio: Box<Bio>, busy: Option<WouldBlock>) -> Mapped {
         let pool = &*self.pool;
-        if !bio.is_within_bounds(pool.block_sectors) {
+        if !bio.is_within_bounds(pool.block_size()) {
             return Mapped::Failed(bio, BioError::Invalid);
         }
         if pool.mode() == PoolMode::Fail {
@@ -222,7 +222,7 @@ impl Mapper {
             pool.submit(bio);
             return Mapped::Deferred(reason);
         }
-        let block = bio.block(pool.block_sectors);
+        let block = bio.block(pool.block_size());
         let key = Key::of_virtual(thin.id(), block, ThinBlock(block.0 + 1));
         let bio = match (self.is_optimistic, busy) {
             (true, None) => match self.pass(thin, key, block, bio) {

@@ -5,6 +5,7 @@
 //! replay, runtime and tests drive the same code, and a run repeats from its seed. [`Pool`] is what the two share.
 
 mod bio;
+mod block_size;
 mod cells;
 mod contention;
 mod deferred_set;
@@ -23,6 +24,7 @@ mod thin;
 mod worker;
 
 pub use bio::{Bio, BioError, BioResult, DISCARD_BLOCKS, Op, pieces};
+pub(crate) use block_size::BlockSize;
 pub use cells::{AllocationOrder, Wait};
 pub use contention::LockCounts;
 pub use effect::{Effect, Event, Notice, Source};

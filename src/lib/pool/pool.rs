@@ -1,6 +1,7 @@
 //! What all threads share of a pool: the metadata to look up in, the prison, the deferred sets, and what waits for the worker.
 
 use super::bio::{Bio, BioResult};
+use super::block_size::BlockSize;
 use super::cells::{AllocationOrder, CellPool, Starved};
 use super::contention::LockCounts;
 use super::deferred_set::DeferredSet;
@@ -9,7 +10,7 @@ use super::mode::{AtomicMode, PoolMode};
 use super::prison::{Cell, Held, Prison};
 use super::worker::{JobId, Traffic};
 use crate::error::Result;
-use crate::pdata::txn::LockScheme;
+use crate::pdata::txn::{BlockIo, LockScheme};
 use crate::thin::{PoolMetadata, SharedMetadata};
 use crate::units::DataBlock;
 use std::fmt;
@@ -72,6 +73,7 @@ type Waker = Box<dyn Fn() + Send + Sync>;
 pub struct Pool {
     pub(super) metadata: Arc<SharedMetadata>,
     pub(super) block_sectors: u64,
+    block_size: BlockSize,
     pub(super) prison: Prison,
     pub(super) all_io: DeferredSet<Waiting>,
     pub(super) shared_read: DeferredSet<Waiting>,
@@ -105,6 +107,7 @@ impl Pool {
         Self {
             metadata: Arc::new(metadata),
             block_sectors,
+            block_size: BlockSize::new(block_sectors),
             prison: Prison::default(),
             all_io: DeferredSet::new(is_locked),
             shared_read: DeferredSet::new(is_locked),
@@ -155,9 +158,20 @@ impl Pool {
         self.block_sectors
     }
 
+    /// The same, to divide by.
+    #[inline]
+    pub(crate) fn block_size(&self) -> BlockSize {
+        self.block_size
+    }
+
     /// Looks at the metadata, between two changes.
     pub fn inspect<T>(&self, look: impl FnOnce(&PoolMetadata) -> T) -> T {
         self.metadata.inspect(look)
+    }
+
+    /// What was read from the metadata device, and written to it, since it was opened.
+    pub fn block_io(&self) -> BlockIo {
+        self.metadata.block_io()
     }
 
     /// True if more than one mapping leads to a data block.
@@ -292,7 +306,7 @@ impl Pool {
 
     /// The sector of the data device that has `sector` of a thin device whose block is `block`.
     pub(super) fn remap(&self, block: DataBlock, sector: u64) -> u64 {
-        block.0 * self.block_sectors + sector % self.block_sectors
+        block.0 * self.block_sectors + self.block_size.split(sector).1
     }
 
     /// Returns the tickets of a bio.

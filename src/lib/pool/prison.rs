@@ -141,11 +141,65 @@ impl Shard {
     }
 }
 
+/// Runs that the blocks of a shard are in: who provisions holds hundreds of neighbours.
+const RUNS: usize = 32;
+const RUN_BLOCKS: u64 = DISCARD_BLOCKS / RUNS as u64;
+
 #[derive(Debug, Default)]
 struct Cells {
-    first: Option<Box<Cell>>,
+    /// Those within a run of blocks.
+    within: [Option<Box<Cell>>; RUNS],
+    /// Those that are in more than one.
+    across: Option<Box<Cell>>,
+    count: usize,
     /// Times that the lock was taken.
     taken: u64,
+}
+
+impl Cells {
+    /// The first and the last run that has blocks of a key.
+    fn runs(key: &Key) -> (usize, usize) {
+        let run = |block: u64| (block / RUN_BLOCKS) as usize % RUNS;
+        (run(key.begin), run(key.end - 1))
+    }
+
+    /// Where the cell of a key is.
+    fn list(&mut self, key: &Key) -> &mut Option<Box<Cell>> {
+        match Self::runs(key) {
+            (first, last) if first == last => &mut self.within[first],
+            _ => &mut self.across,
+        }
+    }
+
+    fn lists(&self) -> impl Iterator<Item = &Option<Box<Cell>>> {
+        self.within.iter().chain([&self.across])
+    }
+
+    fn put(&mut self, key: Key, mut cell: Box<Cell>) {
+        self.count += 1;
+        let list = self.list(&key);
+        cell.key = key;
+        cell.next = list.take();
+        *list = Some(cell);
+    }
+
+    fn take(&mut self, key: &Key) -> Option<Box<Cell>> {
+        let mut link = self.list(key);
+        while link.as_ref().is_some_and(|cell| cell.key != *key) {
+            link = &mut link.as_mut()?.next;
+        }
+        let mut cell = link.take()?;
+        *link = cell.next.take();
+        self.count -= 1;
+        Some(cell)
+    }
+
+    fn overlapping(&mut self, key: &Key) -> Option<&mut Box<Cell>> {
+        let (first, last) = Self::runs(key);
+        let within = self.within[first..=last].iter_mut();
+        let lists = within.chain([&mut self.across]);
+        lists.filter_map(|list| overlapping(list, key)).next()
+    }
 }
 
 /// All cells.
@@ -166,7 +220,8 @@ impl Default for Prison {
 
 impl Prison {
     fn shard(&self, key: &Key) -> &Shard {
-        &self.shards[key.shard() % self.shards.len()]
+        // There are a power of two.
+        &self.shards[key.shard() & (self.shards.len() - 1)]
     }
 
     fn lock<'a>(&self, shard: &'a Shard) -> MutexGuard<'a, Cells> {
@@ -205,13 +260,13 @@ impl Prison {
     pub fn detain(&self, key: Key, bio: Box<Bio>, spare: Box<Cell>) -> Detained {
         let shard = self.shard(&key);
         let mut cells = self.lock(shard);
-        match overlapping(&mut cells.first, &key) {
+        match cells.overlapping(&key) {
             Some(cell) => {
                 cell.inmates.push(bio);
                 Detained::Busy(spare)
             }
             None => {
-                put(&mut cells.first, key, spare);
+                cells.put(key, spare);
                 shard.has_cells.store(true, Ordering::Release);
                 Detained::Free(Held(key), bio)
             }
@@ -225,10 +280,10 @@ impl Prison {
     pub fn try_hold(&self, key: Key, spare: Box<Cell>) -> Result<Held, Box<Cell>> {
         let shard = self.shard(&key);
         let mut cells = self.lock(shard);
-        match overlapping(&mut cells.first, &key) {
+        match cells.overlapping(&key) {
             Some(_) => Err(spare),
             None => {
-                put(&mut cells.first, key, spare);
+                cells.put(key, spare);
                 shard.has_cells.store(true, Ordering::Release);
                 Ok(Held(key))
             }
@@ -241,18 +296,9 @@ impl Prison {
         let key = held.0;
         let shard = self.shard(&key);
         let mut cells = self.lock(shard);
-        let mut link = &mut cells.first;
-        while link.as_ref().is_some_and(|cell| cell.key != key) {
-            link = match link {
-                Some(cell) => &mut cell.next,
-                None => break,
-            };
-        }
-        match link.take() {
+        match cells.take(&key) {
             Some(mut cell) => {
-                *link = cell.next.take();
-                let has_cells = cells.first.is_some();
-                shard.has_cells.store(has_cells, Ordering::Release);
+                shard.has_cells.store(cells.count > 0, Ordering::Release);
                 visit(Inmates(cell.inmates.take()));
                 cell
             }
@@ -272,7 +318,8 @@ impl Prison {
     pub(super) fn count_inmates(&self) -> usize {
         let of_shard = |shard: &Shard| {
             let shard = lock(shard);
-            let cells = std::iter::successors(shard.first.as_deref(), |cell| cell.next.as_deref());
+            let cells = |list| std::iter::successors(list, |cell: &&Cell| cell.next.as_deref());
+            let cells = shard.lists().flat_map(|list| cells(list.as_deref()));
             cells.map(|cell| cell.inmates.len()).sum::<usize>()
         };
         self.shards.iter().map(of_shard).sum()
@@ -280,7 +327,7 @@ impl Prison {
 
     /// True if nobody holds a cell. Without others at work: they may take one the moment after.
     pub fn is_quiet(&self) -> bool {
-        let is_empty = |shard: &Shard| lock(shard).first.is_none();
+        let is_empty = |shard: &Shard| lock(shard).count == 0;
         self.shards.iter().all(is_empty)
     }
 }
@@ -307,14 +354,8 @@ fn lock(shard: &Shard) -> MutexGuard<'_, Cells> {
     shard.cells.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn put(shard: &mut Option<Box<Cell>>, key: Key, mut cell: Box<Cell>) {
-    cell.key = key;
-    cell.next = shard.take();
-    *shard = Some(cell);
-}
-
-fn overlapping<'a>(shard: &'a mut Option<Box<Cell>>, key: &Key) -> Option<&'a mut Box<Cell>> {
-    let mut at = shard.as_mut();
+fn overlapping<'a>(list: &'a mut Option<Box<Cell>>, key: &Key) -> Option<&'a mut Box<Cell>> {
+    let mut at = list.as_mut();
     while let Some(cell) = at {
         if cell.key.overlaps(key) {
             return Some(cell);
@@ -379,6 +420,33 @@ mod tests {
             drop(prison.release(hold(&prison, key)));
         }
         drop(prison.release(held));
+    }
+
+    #[test]
+    fn ranges_conflict_across_the_runs_of_a_shard() {
+        let prison = Prison::default();
+        let keys = [
+            (1024, 1025),
+            (1054, 1057),
+            (1055, 1056),
+            (1056, 1088),
+            (1024, 2048),
+            (1087, 1089),
+            (2047, 2048),
+        ];
+        for held in keys {
+            let cell = hold(&prison, virt(held.0, held.1));
+            for other in keys {
+                let is_free = held.1 <= other.0 || other.1 <= held.0;
+                let tried = prison.try_hold(virt(other.0, other.1), Cell::spare());
+                assert_eq!(tried.is_ok(), is_free, "{held:?} and {other:?}");
+                tried
+                    .into_iter()
+                    .for_each(|held| drop(prison.release(held)));
+            }
+            drop(prison.release(cell));
+        }
+        assert!(prison.is_quiet());
     }
 
     #[test]

@@ -56,6 +56,9 @@ pub struct Sample {
 /// Samples that a timeline has, at most; then every second one goes.
 const MOST_SAMPLES: usize = 400;
 
+/// Notices that are kept; a pool that fills up and is emptied again and again has any number of them.
+const MOST_NOTICES: usize = 1000;
+
 /// Control events of a kind that are told one by one; the others are counted.
 pub(super) const MOST_TOLD: u64 = 100;
 
@@ -117,7 +120,7 @@ impl Books {
         worker: &WorkerCounts,
     ) {
         let (used_data_blocks, used_metadata_blocks) = pool.inspect(PoolMetadata::used_blocks);
-        let metadata = pool.inspect(PoolMetadata::block_io);
+        let metadata = pool.block_io();
         self.timeline.push(Sample {
             time_ns: now,
             used_data_blocks,
@@ -203,6 +206,33 @@ impl Books {
             Notice::NoSpaceTimeout => "writes waited for space too long and fail".into(),
             Notice::MetadataFailed(e) => format!("the metadata failed: {e}"),
         };
+        self.tell(now, text);
+    }
+
+    /// Tells whoever reads the report, unless it was told too much already.
+    pub(super) fn tell(&mut self, now: u64, text: String) {
+        let text = match self.notices.len() {
+            n if n < MOST_NOTICES => text,
+            MOST_NOTICES => "more happened than is told here".into(),
+            _ => return,
+        };
         self.notices.push((Duration::from_nanos(now), text));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notices_are_bounded_and_say_so() {
+        let mut books = Books::default();
+        for now in 0..3000 {
+            books.notice(now, Notice::Mode(PoolMode::OutOfDataSpace));
+        }
+        assert_eq!(books.notices.len(), MOST_NOTICES + 1);
+        let (at, last) = books.notices.last().unwrap();
+        assert_eq!(at.as_nanos(), MOST_NOTICES as u128);
+        assert!(last.starts_with("more happened"), "{last}");
     }
 }

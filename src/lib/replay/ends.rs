@@ -3,13 +3,20 @@
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, VecDeque};
 
-/// Queues that there are, at most.
-const MOST_LANES: usize = 8;
+/// Queues that there are.
+const LANES: usize = 8;
+
+/// A time, in nanoseconds, above a number: what is compared again and again.
+type Key = u128;
+
+#[inline]
+fn key(time: u64, number: u64) -> Key {
+    Key::from(time) << 64 | Key::from(number)
+}
 
 #[derive(Debug)]
 struct End<T> {
-    /// Its time, in nanoseconds, and its number.
-    key: (u64, u64),
+    key: Key,
     thing: T,
 }
 
@@ -34,25 +41,40 @@ impl<T> Ord for End<T> {
     }
 }
 
-/// Things that take equally long, in the order of their ends.
-#[derive(Debug)]
-struct Lane<T> {
-    takes: u64,
-    ends: VecDeque<End<T>>,
+/// Comes after everything.
+const NEVER: Key = Key::MAX;
+
+/// Where the first end is: in one of the lanes, or in the heap, which counts as the one behind them.
+#[derive(Clone, Copy, Debug)]
+struct First {
+    key: Key,
+    place: usize,
 }
 
 /// Things that end at a time; those of one time in the order of their numbers.
 #[derive(Debug)]
 pub(super) struct Ends<T> {
-    lanes: Vec<Lane<T>>,
+    /// Things that take equally long, in the order of their ends.
+    lanes: [VecDeque<End<T>>; LANES],
+    /// How long those of each lane take.
+    takes: [u64; LANES],
     heap: BinaryHeap<End<T>>,
+    /// The first of each lane and of the heap.
+    heads: [Key; LANES + 1],
+    first: First,
 }
 
 impl<T> Default for Ends<T> {
     fn default() -> Self {
         Self {
-            lanes: Vec::new(),
+            lanes: std::array::from_fn(|_| VecDeque::new()),
+            takes: [0; LANES],
             heap: BinaryHeap::new(),
+            heads: [NEVER; LANES + 1],
+            first: First {
+                key: NEVER,
+                place: LANES,
+            },
         }
     }
 }
@@ -61,61 +83,64 @@ impl<T> Ends<T> {
     /// Something begins `now` and takes so long. Numbers grow.
     #[inline]
     pub(super) fn push(&mut self, now: u64, takes: u64, number: u64, thing: T) {
-        let key = (now.saturating_add(takes), number);
+        // What ends when all is over ends just before.
+        let key = key(now.saturating_add(takes).min(u64::MAX - 1), number);
+        let place = self.place(key, takes);
         let end = End { key, thing };
-        let lane = self.lanes.iter_mut().find(|lane| lane.takes == takes);
-        let lane = match lane {
-            Some(lane) => lane,
-            None => {
-                // One that is empty may be for something else from here on.
-                let at = self.lanes.iter().position(|lane| lane.ends.is_empty());
-                let at = match at {
-                    Some(at) => at,
-                    None if self.lanes.len() < MOST_LANES => {
-                        self.lanes.push(Lane {
-                            takes,
-                            ends: VecDeque::new(),
-                        });
-                        self.lanes.len() - 1
-                    }
-                    None => return self.heap.push(end),
-                };
-                self.lanes[at].takes = takes;
-                &mut self.lanes[at]
+        match self.lanes.get_mut(place) {
+            Some(lane) => lane.push_back(end),
+            None => self.heap.push(end),
+        }
+        if key < self.heads[place] {
+            self.heads[place] = key;
+            if key < self.first.key {
+                self.first = First { key, place };
             }
+        }
+    }
+
+    /// The lane of what takes so long, or one that is empty, which is for such things from here on; or the heap.
+    #[inline]
+    fn place(&mut self, key: Key, takes: u64) -> usize {
+        let of_takes = self.takes.iter().position(|&of| of == takes);
+        let place = match of_takes {
+            Some(place) => place,
+            None => match self.heads.iter().position(|&head| head == NEVER) {
+                Some(place) if place < LANES => {
+                    self.takes[place] = takes;
+                    place
+                }
+                _ => return LANES,
+            },
         };
-        match lane.ends.back().is_none_or(|last| last.key < key) {
-            true => lane.ends.push_back(end),
-            false => self.heap.push(end),
+        let last = self.lanes[place].back();
+        match last.is_none_or(|last| last.key < key) {
+            true => place,
+            false => LANES,
         }
     }
 
-    /// The first end, and its lane if it is in one.
+    /// When the first ends; at the end of time if there is none.
     #[inline]
-    fn find_first(&self) -> Option<((u64, u64), Option<usize>)> {
-        let mut first = self.heap.peek().map(|end| (end.key, None));
-        for (at, lane) in self.lanes.iter().enumerate() {
-            if let Some(end) = lane.ends.front()
-                && first.is_none_or(|(key, _)| end.key < key)
-            {
-                first = Some((end.key, Some(at)));
-            }
-        }
-        first
-    }
-
-    /// When the first ends.
-    #[inline]
-    pub(super) fn first(&self) -> Option<u64> {
-        self.find_first().map(|(key, _)| key.0)
+    pub(super) fn first(&self) -> u64 {
+        (self.first.key >> 64) as u64
     }
 
     #[inline]
     pub(super) fn pop(&mut self) -> Option<T> {
-        let end = match self.find_first()? {
-            (_, Some(lane)) => self.lanes.get_mut(lane)?.ends.pop_front(),
-            (_, None) => self.heap.pop(),
+        let place = self.first.place;
+        let (end, head) = match self.lanes.get_mut(place) {
+            Some(lane) => (lane.pop_front(), lane.front()),
+            None => (self.heap.pop(), self.heap.peek()),
         };
+        self.heads[place] = head.map_or(NEVER, |end| end.key);
+        let mut first = First { key: NEVER, place };
+        for (place, &key) in self.heads.iter().enumerate() {
+            if key < first.key {
+                first = First { key, place };
+            }
+        }
+        self.first = first;
         end.map(|end| end.thing)
     }
 }
@@ -144,7 +169,7 @@ mod tests {
                     expected.push((now + takes, number));
                     most = most.max(expected.len());
                 } else if let Some(first) = expected.iter().copied().min() {
-                    assert_eq!(ends.first(), Some(first.0));
+                    assert_eq!(ends.first(), first.0);
                     assert_eq!(ends.pop(), Some(first));
                     expected.retain(|&end| end != first);
                     now = now.max(first.0);
@@ -155,7 +180,7 @@ mod tests {
             expected.sort_unstable();
             let rest: Vec<_> = std::iter::from_fn(|| ends.pop()).collect();
             assert_eq!(rest, expected);
-            assert_eq!(ends.first(), None);
+            assert_eq!(ends.first(), u64::MAX);
         }
     }
 }

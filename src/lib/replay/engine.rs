@@ -8,7 +8,7 @@ use super::device::DeviceModel;
 use super::ends::Ends;
 use super::event::{TraceIo, TraceOp};
 use super::player::PlayOptions;
-use super::requests::{Cut, Ended, Request, Requests};
+use super::requests::{Cut, Ended, Request, Requests, SpareBios};
 use super::verify::Watch;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::txn::{LockScheme, WouldBlock};
@@ -59,9 +59,7 @@ pub(super) struct Engine {
     told: VecDeque<Event>,
     /// It will be looked after when it has.
     is_awaited: bool,
-    /// Memory for the next bios.
-    #[expect(clippy::vec_box, reason = "they come and go in boxes")]
-    spare: Vec<Box<Bio>>,
+    spare: SpareBios,
     parts: Vec<(u64, u64)>,
     next: u64,
     effects: Vec<Effect>,
@@ -100,7 +98,7 @@ impl Engine {
             root_until: 0,
             told: VecDeque::new(),
             is_awaited: false,
-            spare: Vec::new(),
+            spare: SpareBios::default(),
             parts: Vec::new(),
             next: 0,
             effects: Vec::new(),
@@ -173,7 +171,8 @@ impl Engine {
             deferred: Some(Reason::Flush),
             is_zero: false,
         });
-        self.map(thin, Bio::flush(request.into()), io.cpu);
+        let bio = self.spare.flush(request.into());
+        self.map(thin, bio, io.cpu);
     }
 
     fn number(&mut self) -> u64 {
@@ -195,10 +194,11 @@ impl Engine {
                 return Ok(());
             }
             // What waits for space has no end.
-            let Some(next) = self.next_end() else {
+            let next = self.ends.first();
+            if next == u64::MAX {
                 return Ok(());
-            };
-            self.happen(next, Some(next));
+            }
+            self.happen(next, next);
         }
         Err(self.restless())
     }
@@ -230,41 +230,36 @@ impl Engine {
         submitted: Option<u64>,
         deferred: Option<Reason>,
     ) {
-        let size = self.pool.block_sectors();
+        let size = self.pool.block_size();
         let parts = std::mem::take(&mut self.parts);
         let cut = Cut::new(io, self.max_sectors, size, parts);
-        self.books.input.count_bios(io, &cut, size);
-        if !cut.parts.is_empty() {
+        self.books.input.count_bios(io, &cut, size.sectors());
+        if cut.len() > 0 {
             let request = self.requests.begin(Request {
                 submitted,
                 thin: thin.number(),
                 sector: io.sector,
                 sectors: io.sectors,
-                left: cut.parts.len() as u32,
+                left: cut.len(),
                 then: None,
                 deferred,
                 is_zero: false,
             });
-            for &part in &cut.parts {
-                self.map(thin, cut.bio(request.into(), part), io.cpu);
+            for part in cut.parts() {
+                let bio = self.spare.bio(request.into(), &cut, part);
+                self.map(thin, bio, io.cpu);
             }
         }
-        self.parts = cut.parts;
+        self.parts = cut.into_memory();
     }
 
-    fn map(&mut self, thin: &Arc<Thin>, bio: Bio, cpu: u16) {
+    #[inline]
+    fn map(&mut self, thin: &Arc<Thin>, bio: Box<Bio>, cpu: u16) {
         self.watch.begin(thin.id(), &bio);
-        let bio = match self.spare.pop() {
-            Some(mut memory) => {
-                *memory = bio;
-                memory
-            }
-            None => Box::new(bio),
-        };
-        self.map_boxed(thin, bio, cpu);
+        self.map_begun(thin, bio, cpu);
     }
 
-    fn map_boxed(&mut self, thin: &Arc<Thin>, bio: Box<Bio>, cpu: u16) {
+    fn map_begun(&mut self, thin: &Arc<Thin>, bio: Box<Bio>, cpu: u16) {
         let id = bio.id;
         let mapper = usize::from(cpu) % self.mappers.len();
         let mut busy = None;
@@ -326,7 +321,7 @@ impl Engine {
         };
         self.watch.end(&bio, result);
         self.books.count_end(result);
-        self.spare.push(bio);
+        self.spare.keep(bio);
         let Ended::All(request) = self.requests.end(number) else {
             return;
         };
@@ -376,7 +371,7 @@ impl Engine {
     /// The worker takes an event, and the time for it; then begins what it wants done. True if it has more to do.
     fn work_on(&mut self, event: Event) -> bool {
         let mut effects = std::mem::take(&mut self.effects);
-        let counts = |pool: &Pool| (pool.inspect(PoolMetadata::block_io), pool.commits());
+        let counts = |pool: &Pool| (pool.block_io(), pool.commits());
         let (io, commits) = counts(&self.pool);
         let now = Duration::from_nanos(self.now);
         let has_more = self.worker.apply(now, event, &mut effects);
@@ -431,21 +426,16 @@ impl Engine {
         }
     }
 
-    /// When the next thing happens by itself.
-    fn next_end(&self) -> Option<u64> {
-        self.ends.first()
-    }
-
     /// Lets everything happen that happens until `time`.
     #[inline]
     pub(super) fn run_until(&mut self, time: u64) {
         loop {
-            let end = self.next_end();
+            let end = self.ends.first();
             let deadline = match self.deadline {
                 u64::MAX => u64::MAX,
                 at => at.max(self.free_at),
             };
-            let next = end.unwrap_or(u64::MAX).min(deadline);
+            let next = end.min(deadline);
             if next > time || next == u64::MAX {
                 break;
             }
@@ -454,9 +444,10 @@ impl Engine {
         self.now = self.now.max(time);
     }
 
-    fn happen(&mut self, next: u64, end: Option<u64>) {
+    /// What happens next does: the first end, or a deadline of the worker before it.
+    fn happen(&mut self, next: u64, end: u64) {
         self.now = self.now.max(next);
-        if end != Some(next) {
+        if end != next {
             return self.tell(Event::Work);
         }
         match self.ends.pop() {
@@ -477,7 +468,7 @@ impl Engine {
                 });
             }
             Some(Io::Ended(bio, result)) => self.end(bio, result),
-            Some(Io::Map(thin, bio, cpu)) => self.map_boxed(&thin, bio, cpu),
+            Some(Io::Map(thin, bio, cpu)) => self.map_begun(&thin, bio, cpu),
             Some(Io::Worker) => {
                 self.is_awaited = false;
                 let event = self.told.pop_front().unwrap_or(Event::Work);
@@ -493,10 +484,11 @@ impl Engine {
     /// `Io` if it never does.
     pub(super) fn settle(&mut self) -> Result<()> {
         for _ in 0..MOST_ROUNDS {
-            let Some(end) = self.next_end() else {
+            let end = self.ends.first();
+            if end == u64::MAX {
                 return Ok(());
-            };
-            self.happen(end, Some(end));
+            }
+            self.happen(end, end);
         }
         Err(self.restless())
     }

@@ -73,12 +73,16 @@ impl Fan {
 
 impl TraceReader for Share {
     fn read(&mut self, batch: &mut Batch) -> Result<bool> {
-        let Ok(part) = self.receiver.recv() else {
+        let Ok(mut part) = self.receiver.recv() else {
             batch.ios.clear();
             batch.controls.clear();
             return Ok(false);
         };
-        batch.clone_from(&part.batch);
+        match Arc::get_mut(&mut part) {
+            // Nobody else wants it.
+            Some(part) => std::mem::swap(batch, &mut part.batch),
+            None => batch.clone_from(&part.batch),
+        }
         self.last = part;
         Ok(true)
     }

@@ -11,9 +11,9 @@ pub(super) const ROWS: usize = 64;
 pub(super) const COLUMNS: usize = 200;
 /// Kinds of requests that are told apart.
 pub(super) const KINDS: [&str; 3] = ["reads", "writes", "discards"];
-/// The smallest cell: 4 KiB and a millisecond.
+/// The smallest cell: 4 KiB, and 1.05 ms, by which division is a shift.
 const LEAST_SECTORS: u64 = 8;
-const LEAST_NS: u64 = 1_000_000;
+const LEAST_NS: u64 = 1 << 20;
 
 /// How many requests touched each cell. Devices lie on top of each other.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,17 +52,16 @@ impl HeatMap {
             return;
         };
         let last = io.sector.saturating_add(more);
-        // Rows are powers of two.
+        // Both edges are powers of two.
         let row = |map: &Self, sector: u64| sector >> map.cell_sectors.trailing_zeros();
         while row(self, last) >= ROWS as u64 {
             self.double_sectors();
         }
-        let mut column = io.time_ns / self.cell_ns;
-        while column >= COLUMNS as u64 {
+        let column = |map: &Self| io.time_ns >> map.cell_ns.trailing_zeros();
+        while column(self) >= COLUMNS as u64 {
             self.double_time();
-            column = io.time_ns / self.cell_ns;
         }
-        let column = column as usize;
+        let column = column(self) as usize;
         for row in row(self, io.sector)..=row(self, last) {
             let cell = &mut self.cells[at(kind, row as usize, column)];
             *cell = cell.saturating_add(1);

@@ -321,7 +321,8 @@ impl Player {
                 self.engine.books.input.unknown_controls += 1;
                 if self.engine.books.input.unknown_controls <= MOST_TOLD {
                     let text = format!("{text:?} is no event that is known; it was left out");
-                    self.engine.books.notices.push((self.now(), text));
+                    let now = self.engine.now();
+                    self.engine.books.tell(now, text);
                 }
                 Ok(())
             }
@@ -332,7 +333,8 @@ impl Player {
                 return Ok(());
             }
             let text = format!("{:?} was refused: {e}", event.text);
-            self.engine.books.notices.push((self.now(), text));
+            let now = self.engine.now();
+            self.engine.books.tell(now, text);
         }
         Ok(())
     }

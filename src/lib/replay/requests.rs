@@ -1,7 +1,7 @@
 //! Requests of a trace that are under way, and the bios that they are cut into.
 
 use super::event::{TraceIo, TraceOp};
-use crate::pool::{Bio, Op, Reason, Thin, pieces};
+use crate::pool::{Bio, BlockSize, Op, Reason, Thin, pieces};
 use std::sync::Arc;
 
 /// A request, whose bios have not all ended.
@@ -91,48 +91,104 @@ impl Requests {
     }
 }
 
+/// Bios that ended, whose memory is for the next ones.
+#[derive(Debug, Default)]
+#[expect(clippy::vec_box, reason = "they come and go in boxes")]
+pub(super) struct SpareBios(Vec<Box<Bio>>);
+
+impl SpareBios {
+    /// A bio of `cut`; its first sector and sectors are `part`.
+    #[inline]
+    pub(super) fn bio(&mut self, id: u64, cut: &Cut, part: (u64, u64)) -> Box<Bio> {
+        self.renew(id, cut.op, part, cut.is_fua)
+    }
+
+    /// A flush.
+    pub(super) fn flush(&mut self, id: u64) -> Box<Bio> {
+        self.renew(id, Op::Flush, (0, 0), false)
+    }
+
+    #[inline]
+    fn renew(&mut self, id: u64, op: Op, part: (u64, u64), is_fua: bool) -> Box<Bio> {
+        let mut bio = (self.0.pop()).unwrap_or_else(|| Box::new(Bio::flush(id)));
+        bio.renew(id, op, part, is_fua);
+        bio
+    }
+
+    #[inline]
+    pub(super) fn keep(&mut self, bio: Box<Bio>) {
+        self.0.push(bio);
+    }
+}
+
 /// The bios that a request is, without its flush.
 #[derive(Debug)]
 pub(super) struct Cut {
-    pub(super) op: Op,
+    op: Op,
     is_fua: bool,
-    /// First sector and sectors of each.
-    pub(super) parts: Vec<(u64, u64)>,
+    /// First sector and sectors of the first.
+    first: (u64, u64),
+    /// Those of the others.
+    others: Vec<(u64, u64)>,
 }
 
 impl Cut {
-    /// Cuts at what reaches a thin device at once, `max` sectors, and at the edges of blocks. `parts` is memory for it.
-    pub(super) fn new(io: &TraceIo, max: Option<u64>, block: u64, parts: Vec<(u64, u64)>) -> Self {
+    /// Cuts at what reaches a thin device at once, `max` sectors, and at the edges of blocks. `others` is memory for it.
+    #[inline]
+    pub(super) fn new(
+        io: &TraceIo,
+        max: Option<u64>,
+        block: BlockSize,
+        mut others: Vec<(u64, u64)>,
+    ) -> Self {
         let op = match io.op {
             TraceOp::Read => Op::Read,
             TraceOp::Discard => Op::Discard,
             _ => Op::Write,
         };
-        let mut parts = parts;
-        parts.clear();
-        let most = block.min(max.unwrap_or(block));
-        let is_one = op != Op::Discard && io.sector % block + io.sectors <= most;
-        match is_one && io.sectors > 0 {
-            true => parts.push((io.sector, io.sectors)),
-            false => parts.extend(pieces(op, io.sector, io.sectors, block, max)),
+        let sectors = block.sectors();
+        let most = sectors.min(max.unwrap_or(sectors));
+        let is_one =
+            op != Op::Discard && block.split(io.sector).1.saturating_add(io.sectors) <= most;
+        others.clear();
+        let mut first = (io.sector, io.sectors);
+        if !is_one {
+            let mut parts = pieces(op, io.sector, io.sectors, sectors, max);
+            first = parts.next().unwrap_or(first);
+            others.extend(parts);
         }
-        let is_fua = io.is_fua && op == Op::Write;
-        Self { op, is_fua, parts }
+        Self {
+            op,
+            is_fua: io.is_fua && op == Op::Write,
+            first,
+            others,
+        }
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> u32 {
+        match self.first.1 {
+            0 => 0,
+            _ => 1 + self.others.len() as u32,
+        }
+    }
+
+    /// First sector and sectors of each.
+    pub(super) fn parts(&self) -> impl Iterator<Item = (u64, u64)> {
+        let parts = std::iter::once(self.first).chain(self.others.iter().copied());
+        parts.take(self.len() as usize)
     }
 
     /// Calls of the kernel's map function that this makes.
     pub(super) fn map_calls(&self) -> u64 {
         match self.op {
             Op::Discard => 1,
-            _ => self.parts.len() as u64,
+            _ => self.len().into(),
         }
     }
 
-    pub(super) fn bio(&self, id: u64, (sector, sectors): (u64, u64)) -> Bio {
-        let bio = Bio::new(id, self.op, sector, sectors);
-        match self.is_fua {
-            true => bio.with_fua(),
-            false => bio,
-        }
+    /// Its memory.
+    pub(super) fn into_memory(self) -> Vec<(u64, u64)> {
+        self.others
     }
 }

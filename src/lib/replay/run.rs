@@ -124,6 +124,7 @@ pub(super) fn follow(
     let mut batch = Batch::default();
     while reader.read(&mut batch)? {
         let mut controls = std::mem::take(&mut batch.controls).into_iter().peekable();
+        let devices = reader.devices();
         for io in &batch.ios {
             let is_due = |event: &ControlEvent| event.time_ns <= io.time_ns;
             while let Some(event) = controls.next_if(is_due) {
@@ -134,7 +135,7 @@ pub(super) fn follow(
                     each(Happening::Control(&event))?;
                 }
             }
-            let device = reader.devices().get(io.device as usize);
+            let device = devices.get(io.device as usize);
             each(Happening::Io(device.map_or("", |name| name), *io))?;
         }
         for event in controls {

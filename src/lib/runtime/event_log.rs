@@ -14,7 +14,8 @@ const KEPT: usize = 1024;
 pub struct PoolEvent {
     /// Counts from 1, as the event number of the pool's device in the kernel.
     pub number: u64,
-    /// One word: `mode`, `low_water`, `metadata_threshold`, `no_space_timeout`, `metadata_failed`, `deadlock`, `grown`, `grow_failed`.
+    /// One word: `mode`, `low_water`, `metadata_threshold`, `no_space_timeout`, `metadata_failed`, `deadlock`, `grown`, `grow_failed`,
+    /// `size_unknown`, `data_short`.
     pub event: &'static str,
     /// More about it, for people.
     pub detail: String,

@@ -5,15 +5,16 @@ use super::driver::{Driver, Threads};
 use super::event_log::EventLog;
 use super::thin_export::ThinExport;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Access, AlignedBuffer, BlockEngine, FileEngine, open_pool, open_read};
+use crate::io::{Access, AlignedBuffer, BlockEngine, FileEngine, file_id, open_pool, open_read};
 use crate::pdata::txn::LockScheme;
 use crate::pool::{
     Event, Features, Line, Message, PoolMode, PoolStatusLine, PoolTable, Settings, ThinStatus,
     ThinTable, Worker,
 };
 use crate::thin::{DEFAULT_CACHE, PoolMetadata, Superblock};
-use crate::units::{MetadataBlock, ThinId};
+use crate::units::{MetadataBlock, ThinId, is_legal_data_block_size};
 use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -91,19 +92,50 @@ impl Runtime {
     /// # Errors
     /// `Busy`, `Io`; `NotMetadata`, `Damaged` and `Unsuitable`, each with what to do.
     pub fn open(options: &Options) -> Result<Self> {
-        let data = Arc::new(DataDevice::open(&options.data, !options.is_read_only)?);
-        let (engine, metadata): (Arc<dyn BlockEngine>, _) = match options.is_read_only {
-            true => (
-                Arc::from(open_read(&options.metadata, Access::Exclusive)?),
-                None,
-            ),
-            false => {
-                let engine = Arc::new(open_pool(&options.metadata)?);
-                (Arc::clone(&engine) as _, Some(engine))
-            }
+        if options.is_read_only {
+            let engine = open_read(&options.metadata, Access::Exclusive)?;
+            return Self::open_to_read(Arc::from(engine), options);
+        }
+        let data = Arc::new(DataDevice::open(&options.data, true)?);
+        let engine = Arc::new(open_pool(&options.metadata)?);
+        Self::start(Arc::clone(&engine) as _, Some(engine), data, options)
+    }
+
+    /// Starts a pool that is only read, on metadata that was opened already.
+    ///
+    /// # Errors
+    /// The same; `Damaged` only if the superblock or the top-level tree cannot be used.
+    pub fn open_to_read(engine: Arc<dyn BlockEngine>, options: &Options) -> Result<Self> {
+        let options = Options {
+            is_read_only: true,
+            ..options.clone()
         };
-        let pool = open_metadata(engine, &data, options)?;
-        let status = pool.status()?;
+        // Whoever writes is refused the second of the two by its locks.
+        let id = |path| file_id(path).ok();
+        if id(&options.metadata).is_some_and(|metadata| Some(metadata) == id(&options.data)) {
+            let shown = options.data.display();
+            return Err(Error::new(
+                ErrorKind::Unsuitable,
+                format!("{shown} is given as the metadata and as the data; give both"),
+            ));
+        }
+        let data = Arc::new(DataDevice::open(&options.data, false)?);
+        Self::start(engine, None, data, &options)
+    }
+
+    fn start(
+        engine: Arc<dyn BlockEngine>,
+        metadata: Option<Arc<FileEngine>>,
+        data: Arc<DataDevice>,
+        options: &Options,
+    ) -> Result<Self> {
+        // Whoever only reads can go without what cannot be read, too.
+        let lost = |e: Error| match options.is_read_only && e.kind() == ErrorKind::Io {
+            true => e.with_kind(ErrorKind::Damaged),
+            false => e,
+        };
+        let pool = open_metadata(engine, &data, options).map_err(lost)?;
+        let status = pool.status().map_err(lost)?;
         let table = PoolTable {
             metadata_device: options.metadata.display().to_string(),
             data_device: options.data.display().to_string(),
@@ -115,16 +147,18 @@ impl Runtime {
             },
         };
         let data_blocks = data.sectors()? / u64::from(status.data_block_size);
-        if data_blocks < status.data_blocks && !options.is_read_only {
+        let is_short = data_blocks < status.data_blocks;
+        let short = format!(
+            "{} has {data_blocks} blocks of {} sectors, and the pool {}: this is not all of its data",
+            options.data.display(),
+            status.data_block_size,
+            status.data_blocks
+        );
+        if is_short && !options.is_read_only {
+            let next = "give the right device, or serve what there is with --read-only";
             return Err(Error::new(
                 ErrorKind::Unsuitable,
-                format!(
-                    "{} has {data_blocks} blocks of {} sectors, and the pool {}: this is not all of its data; \
-                     give the right device, or serve what there is with --read-only",
-                    options.data.display(),
-                    status.data_block_size,
-                    status.data_blocks
-                ),
+                format!("{short}; {next}"),
             ));
         }
         let settings = Settings {
@@ -135,6 +169,9 @@ impl Runtime {
         };
         let worker = Worker::start(pool, settings)?;
         let (driver, threads) = Driver::start(worker, table, data)?;
+        if is_short {
+            driver.events.add("data_short", short);
+        }
         let runtime = Self {
             driver,
             threads: Mutex::new(Some(threads)),
@@ -205,9 +242,17 @@ impl Runtime {
             measured.map_err(|e| Error::io("cannot measure the metadata device", e))?;
         }
         let mut table = self.driver.table();
-        let data_blocks = self.driver.data.sectors()? / u64::from(table.block_sectors);
+        let data_blocks = match self.is_read_only {
+            // Of what is not all of its data the rest is served.
+            true => self.driver.pool.inspect(PoolMetadata::status)?.data_blocks,
+            false => self.driver.data.sectors()? / u64::from(table.block_sectors),
+        };
         let new = features.map(|features| {
-            table.features = features;
+            table.features = Features {
+                // Nothing was opened to be written.
+                read_only: features.read_only || self.is_read_only,
+                ..features
+            };
             table
         });
         let given = new.clone();
@@ -225,8 +270,14 @@ impl Runtime {
     /// Makes backing files larger, to so many data blocks and metadata blocks, and uses what is there. Devices are looked at only.
     ///
     /// # Errors
-    /// `Unsuitable`, `Io`, `NoSpace`.
+    /// `ReadOnly`, `Unsuitable`, `Io`, `NoSpace`.
     pub fn grow(&self, data_blocks: Option<u64>, metadata_blocks: Option<u64>) -> Result<()> {
+        if self.is_read_only {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                "the pool is served to be read only, and does not grow",
+            ));
+        }
         if let Some(blocks) = data_blocks {
             let sectors = blocks.saturating_mul(self.driver.pool.block_sectors());
             if sectors > self.driver.data.sectors()? {
@@ -429,9 +480,16 @@ fn open_metadata(
 ) -> Result<PoolMetadata> {
     let shown = options.metadata.display();
     let mut block = AlignedBuffer::new(1);
-    let read = engine.read(MetadataBlock(0), block.blocks_mut(1));
-    read.map_err(|e| Error::io(format!("cannot read the superblock of {shown}"), e))?;
-    let is_blank = block.blocks(1).iter().all(|&byte| byte == 0);
+    let is_blank = match engine.read(MetadataBlock(0), block.blocks_mut(1)) {
+        Ok(()) => block.blocks(1).iter().all(|&byte| byte == 0),
+        Err(_) if options.is_read_only => false,
+        Err(e) => {
+            return Err(Error::io(
+                format!("cannot read the superblock of {shown}"),
+                e,
+            ));
+        }
+    };
     let superblock = Superblock::read(&*engine);
     if superblock.is_err() && is_superblock(data, engine.nr_blocks()) {
         return Err(Error::new(
@@ -443,9 +501,16 @@ fn open_metadata(
         ));
     }
     match options.create {
+        // What is read only is looked for behind a superblock that was zeroed, too.
+        _ if options.is_read_only => {}
         Some(block_sectors) if is_blank => {
-            return PoolMetadata::format(engine, block_sectors, options.cache_bytes)
-                .map_err(|e| e.context(format!("cannot make a pool on {shown}")));
+            return PoolMetadata::format(engine, block_sectors, options.cache_bytes).map_err(|e| {
+                let next = match is_full(&e) {
+                    true => ": the file system of this file has no room for it; make room, or give another file, and run the command with --create again",
+                    false => "",
+                };
+                e.context(format!("cannot make a pool on {shown}{next}"))
+            });
         }
         Some(_) if superblock.is_err() => {
             return Err(Error::new(
@@ -467,6 +532,16 @@ fn open_metadata(
     }
     let superblock =
         superblock.map_err(|e| e.context(format!("cannot use the metadata {shown}")))?;
+    if !is_legal_data_block_size(superblock.data_block_size) {
+        return Err(Error::new(
+            ErrorKind::Damaged,
+            format!(
+                "the superblock of {shown} says that data blocks have {} sectors, which no pool can have; \
+                 thin_repair --data-block-size puts it right, and --read-only --block-size serves what is there",
+                superblock.data_block_size
+            ),
+        ));
+    }
     if superblock.needs_check() && !options.is_read_only {
         return Err(Error::new(
             ErrorKind::ReadOnly,
@@ -477,8 +552,22 @@ fn open_metadata(
             ),
         ));
     }
-    PoolMetadata::open(engine, options.cache_bytes)
-        .map_err(|e| e.context(format!("cannot use the metadata {shown}")))
+    let pool = match options.is_read_only {
+        true => PoolMetadata::open_to_rescue(engine, options.cache_bytes),
+        false => PoolMetadata::open(engine, options.cache_bytes),
+    };
+    pool.map_err(|e| e.context(format!("cannot use the metadata {shown}")))
+}
+
+/// True if it is the file system that keeps a file from getting longer.
+fn is_full(error: &Error) -> bool {
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref());
+    source.is_some_and(|e: &io::Error| {
+        matches!(
+            e.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::FileTooLarge | io::ErrorKind::QuotaExceeded
+        )
+    })
 }
 
 /// True if what should be data begins with a superblock.

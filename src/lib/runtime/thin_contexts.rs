@@ -2,7 +2,7 @@
 //!
 //! | context | status |
 //! |---|---|
-//! | `base:allocation` | 3 (a hole, reads as zeros) if not mapped, 0 if mapped or read from an external origin |
+//! | `base:allocation` | 3 (a hole, reads as zeros) if not mapped, 0 if mapped, read from an external origin, or lost |
 //! | `qemu:allocation-depth` | 0 not mapped, 1 mapped and nobody else's, 2 shared, or read from an external origin |
 //! | `qemu:dirty-bitmap:since-ID` | 1 if mapped otherwise than in thin device ID of the same pool, else 0 |
 //! | `dm-thin:time` | the snapshot clock when the block was mapped; 4294967295 if it is not |
@@ -50,6 +50,8 @@ struct Run {
     /// None if it is not mapped.
     mapping: Option<BlockTime>,
     differs: bool,
+    /// What it is mapped to cannot be read.
+    is_lost: bool,
 }
 
 /// Names of the contexts of a device.
@@ -68,22 +70,36 @@ pub(super) fn names(pool: &PoolMetadata, id: ThinId) -> Vec<String> {
     .collect()
 }
 
-/// Goes through the blocks of `range` from the first: each mapping is a run, and each stretch without any.
-fn runs(
-    pool: &PoolMetadata,
-    id: ThinId,
-    other: Option<ThinId>,
-    range: Range<u64>,
-) -> Result<Vec<Run>> {
+/// Goes through the blocks of `range` from the first: each mapping is a run, and each stretch without any. It ends early where mappings
+/// cannot be read; in the context of allocation, which is what copying goes by, each block there is a run: whoever reads it is told.
+fn runs(pool: &PoolMetadata, id: ThinId, context: Context, range: Range<u64>) -> Result<Vec<Run>> {
+    let other = match context {
+        Context::Since(other) => Some(other),
+        _ => None,
+    };
     let mut runs = Vec::new();
     let mut at = range.start;
     while at < range.end && runs.len() < MOST_MAPPINGS {
         let next = |id| pool.next_block(id, ThinBlock(at));
-        let own = next(id)?.filter(|(block, _)| block.0 < range.end);
-        let others = match other {
-            Some(other) => next(other)?.filter(|(block, _)| block.0 < range.end),
-            None => None,
+        let found = next(id).and_then(|own| Ok((own, other.map_or(Ok(None), next)?)));
+        let (own, others) = match found {
+            Ok(found) => found,
+            Err(_) if context == Context::Allocation => {
+                runs.push(Run {
+                    begin: at,
+                    end: at + 1,
+                    mapping: None,
+                    differs: false,
+                    is_lost: true,
+                });
+                at += 1;
+                continue;
+            }
+            Err(e) if runs.is_empty() => return Err(e),
+            Err(_) => break,
         };
+        let own = own.filter(|(block, _)| block.0 < range.end);
+        let others = others.filter(|(block, _)| block.0 < range.end);
         let begin = own
             .into_iter()
             .chain(others)
@@ -96,6 +112,7 @@ fn runs(
                 end: begin,
                 mapping: None,
                 differs: false,
+                is_lost: false,
             });
         }
         if begin < range.end {
@@ -109,6 +126,7 @@ fn runs(
                 end: begin + 1,
                 mapping,
                 differs,
+                is_lost: false,
             });
         }
         at = begin + 1;
@@ -129,15 +147,11 @@ impl ThinExport {
         };
         let size = self.block_sectors() * SECTOR;
         let blocks = range.start / size..range.end.div_ceil(size);
-        let other = match context {
-            Context::Since(other) => Some(other),
-            _ => None,
-        };
         let id = self.thin.id();
         let runs = self
             .driver
             .pool
-            .inspect(|pool| runs(pool, id, other, blocks))?;
+            .inspect(|pool| runs(pool, id, context, blocks))?;
         let of_origin = match &self.origin {
             Some(origin) => origin.sectors()? * SECTOR,
             None => 0,
@@ -170,6 +184,7 @@ impl ThinExport {
     fn status(&self, context: Context, run: &Run) -> Result<u32> {
         let is_shared = |block: DataBlock| self.driver.pool.is_shared(block);
         Ok(match (context, run.mapping) {
+            (Context::Allocation, None) if run.is_lost => 0,
             (Context::Allocation, None) => 3,
             (Context::Allocation, Some(_)) | (Context::Depth | Context::Shared, None) => 0,
             (Context::Depth, Some(mapping)) => 1 + u32::from(is_shared(mapping.block)?),

@@ -66,7 +66,7 @@ impl ThinExport {
         export.size = match size {
             Some(size) => size,
             None => {
-                let highest = driver.pool.inspect(|pool| pool.highest_block(id))?;
+                let highest = export.highest_block()?;
                 let of_blocks = highest.map_or(0, |block| {
                     block.0.saturating_add(1).saturating_mul(block_bytes)
                 });
@@ -83,6 +83,26 @@ impl ThinExport {
             ));
         }
         Ok(Arc::new(export))
+    }
+
+    /// The last block that is mapped. Of a pool that is only read and damaged it is the last that is known.
+    fn highest_block(&self) -> Result<Option<ThinBlock>> {
+        let (id, pool) = (self.thin.id(), &self.driver.pool);
+        if !self.is_read_only {
+            return pool.inspect(|pool| pool.highest_block(id));
+        }
+        let known = pool.inspect(|pool| pool.highest_known_block(id));
+        let doubt = match known {
+            Ok((highest, None)) => return Ok(highest),
+            Ok((_, Some(ref e))) | Err(ref e) => e.to_string(),
+        };
+        self.driver.events.add(
+            "size_unknown",
+            format!(
+                "where thin device {id} ends cannot be read ({doubt}); --thin {id}:SIZE says it"
+            ),
+        );
+        known.map(|(highest, _)| highest)
     }
 
     /// Sectors in a block of the pool.

@@ -12,7 +12,7 @@ use crate::checksum::{self, BlockKind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::BlockEngine;
 use crate::pdata::TreeKind;
-use crate::pdata::txn::{BlockIo, BlockManager, CacheUse, Cell, LowSpace, Transaction, cell};
+use crate::pdata::txn::{BlockManager, CacheUse, Cell, LowSpace, Transaction, cell};
 use crate::units::{
     DataBlock, MAX_DATA_BLOCKS, MAX_METADATA_BLOCKS, MAX_THIN_ID, MAX_TIME, MetadataBlock,
     ThinBlock, ThinId, is_legal_data_block_size,
@@ -88,6 +88,8 @@ pub struct PoolMetadata {
     is_in_doubt: bool,
     /// A commit failed: what it wrote counts as written, though it may be lost.
     must_abort: bool,
+    /// It may be damaged, and is read as far as it can be.
+    is_rescue: bool,
 }
 
 fn detail_of(words: Cell) -> DeviceDetail {
@@ -142,6 +144,41 @@ impl PoolMetadata {
             is_failed: false,
             is_in_doubt: false,
             must_abort: false,
+            is_rescue: false,
+        })
+    }
+
+    /// Opens metadata that may be damaged, to be read only. Neither space maps nor device details need be there; a device whose
+    /// details are lost has made-up ones: everything in it is shared, and all up to its last block mapped.
+    ///
+    /// # Errors
+    /// `Io`, and `Damaged` when the superblock cannot be used.
+    pub fn open_to_rescue(engine: Arc<dyn BlockEngine>, cache_bytes: usize) -> Result<Self> {
+        let blocks = Arc::new(BlockManager::new(engine, cache_bytes));
+        blocks.set_read_only(true);
+        let superblock = Superblock::read(&**blocks.engine())?;
+        let root = superblock.mapping_root;
+        // A lookup takes a root in block 0 for one that is not there yet.
+        if root == SUPERBLOCK {
+            return Err(Error::new(
+                ErrorKind::Damaged,
+                format!("bad superblock in block {SUPERBLOCK}: the mapping root is block {root}"),
+            ));
+        }
+        Ok(Self {
+            txn: Transaction::to_read(
+                blocks,
+                superblock.metadata_space_map,
+                superblock.data_space_map,
+            ),
+            committed: *superblock,
+            current: *superblock,
+            thins: BTreeMap::new(),
+            is_changed: false,
+            is_failed: false,
+            is_in_doubt: false,
+            must_abort: false,
+            is_rescue: true,
         })
     }
 
@@ -181,6 +218,7 @@ impl PoolMetadata {
             is_failed: false,
             is_in_doubt: false,
             must_abort: false,
+            is_rescue: false,
         };
         this.commit()?;
         Ok(this)
@@ -235,10 +273,26 @@ impl PoolMetadata {
         if let Some(thin) = self.thins.get(&id.0) {
             return Ok(thin.detail);
         }
-        let found = self
-            .txn
-            .lookup(TreeKind::Details, self.current.details_root, id.0)?;
-        found.map(detail_of).ok_or_else(|| no_device(id))
+        let root = self.current.details_root;
+        match self.txn.lookup(TreeKind::Details, root, id.0) {
+            Ok(Some(found)) => Ok(detail_of(found)),
+            _ if self.is_rescue => self.made_up_details(id),
+            Ok(None) => Err(no_device(id)),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// What stands in for lost details: everything may be shared, and mapped.
+    fn made_up_details(&self, id: ThinId) -> Result<DeviceDetail> {
+        let root = self.root_of(id)?;
+        let last = self.txn.last_known_key(TreeKind::Mappings, root);
+        let last = last.map_or(None, |(key, _)| key);
+        Ok(DeviceDetail {
+            mapped_blocks: last.unwrap_or(0).saturating_add(1),
+            transaction_id: self.current.transaction_id,
+            creation_time: 0,
+            snapshotted_time: self.current.time,
+        })
     }
 
     fn set_details(&mut self, id: ThinId, detail: DeviceDetail) {
@@ -408,6 +462,18 @@ impl PoolMetadata {
         self.refuse_if_failed()?;
         let last = self.txn.last_key(TreeKind::Mappings, self.root_of(id)?)?;
         Ok(last.map(ThinBlock))
+    }
+
+    /// The same of a device whose tree may be damaged, with what keeps it from being certain: behind the block there may be more that
+    /// cannot be found.
+    ///
+    /// # Errors
+    /// `NotFound` for the device; `Io` or `Damaged` if nothing is known.
+    pub fn highest_known_block(&self, id: ThinId) -> Result<(Option<ThinBlock>, Option<Error>)> {
+        self.refuse_if_failed()?;
+        let root = self.root_of(id)?;
+        let (last, doubt) = self.txn.last_known_key(TreeKind::Mappings, root)?;
+        Ok((last.map(ThinBlock), doubt))
     }
 
     /// Changes the mapping tree of a device; `change` gets its root and gives back the new one.
@@ -826,11 +892,6 @@ impl PoolMetadata {
     /// True if the flag is set that tells everybody to check this metadata before it is changed again.
     pub fn needs_check(&self) -> bool {
         self.current.needs_check()
-    }
-
-    /// What was read from the metadata device, and written to it, since it was opened.
-    pub fn block_io(&self) -> BlockIo {
-        self.txn.blocks().io()
     }
 
     /// What the cache takes.

@@ -9,8 +9,8 @@ use super::pool_metadata::{Lookup, PoolMetadata};
 use super::recent_mappings::{Changes, RecentMappings};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::txn::{
-    A, B, BlockManager, Found, Kernel, LockScheme, LookupCounts, NoTally, Optimistic, Place, Roots,
-    V2013, WouldBlock, lookup,
+    A, B, BlockIo, BlockManager, Found, Kernel, LockScheme, LookupCounts, NoTally, Optimistic,
+    Place, Roots, V2013, WouldBlock, lookup,
 };
 use crate::units::{MetadataBlock, ThinBlock, ThinId};
 use std::collections::HashMap;
@@ -168,6 +168,11 @@ impl SharedMetadata {
         drop(held);
         writer.refresh(false);
         changed
+    }
+
+    /// What was read from the metadata device, and written to it, since it was opened.
+    pub fn block_io(&self) -> BlockIo {
+        self.blocks.io()
     }
 
     /// Looks at the metadata, between two changes.

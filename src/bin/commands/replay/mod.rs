@@ -30,7 +30,7 @@ pub(crate) const PAGE: Page = Page {
          leave the fast path and why, what the locks cost. The engine does what dm-thin does; no \
          data is moved and no device is needed. Time is virtual: the data device is modelled, \
          and the same trace gives the same report. Without --metadata the pool is a new one in memory. \
-         Metadata that is given is read into memory, as much as it takes, and the file is never changed.",
+         Metadata that is given is only read, as it is needed; what changes is in memory, and with -o in a new file.",
         "With --clock threads the trace is played as fast as it goes instead, by a thread for each \
          of --cpus and one that is the worker, on a data device that takes no time: what the \
          locks cost when somebody else wants them, too, and how many requests a second there \

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use thintools::io::{Access, BlockEngine, RamEngine, open_read, write_new};
+use thintools::io::{Access, AlignedBuffer, BlockEngine, OverlayEngine, open_read, write_new};
 use thintools::observer::{Observer, Silent};
 use thintools::pdata::txn::LockScheme;
 use thintools::pool::{AllocationOrder, Features, PoolTable, Settings};
@@ -51,8 +51,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZES", default_value = "64k", value_parser = sectors, value_delimiter = ',')]
     block_size: Vec<u64>,
 
-    /// Memory for blocks of metadata; without it there is room for all of them. With commas several: each is tried.
-    #[arg(long, value_name = "SIZES", value_parser = sectors, value_delimiter = ',')]
+    /// Memory for blocks of metadata. With commas several: each is tried.
+    #[arg(long, value_name = "SIZES", default_value = "32m", value_parser = sectors, value_delimiter = ',')]
     cache: Vec<u64>,
 
     /// Size of the data device; without it, that of the metadata given, or 1 TiB.
@@ -219,8 +219,8 @@ struct Way {
     /// Sectors of 512 bytes.
     block_size: u64,
     scheme: LockScheme,
-    /// Sectors of 512 bytes; none is room for everything.
-    cache: Option<u64>,
+    /// Sectors of 512 bytes.
+    cache: u64,
     snapshots: Option<SnapshotSchedule>,
     /// Cells that are taken one by one; none is that both are reserved.
     cells: Option<u32>,
@@ -242,21 +242,6 @@ fn mapping(text: &str) -> Result<(String, ThinId, Option<u64>), String> {
 }
 
 impl Args {
-    fn features(&self) -> anyhow::Result<Features> {
-        let mut features = Features::default();
-        for word in &self.feature {
-            match word.as_str() {
-                "skip_block_zeroing" => features.skip_block_zeroing = true,
-                "ignore_discard" => features.ignore_discard = true,
-                "no_discard_passdown" => features.no_discard_passdown = true,
-                "read_only" => features.read_only = true,
-                "error_if_no_space" => features.error_if_no_space = true,
-                _ => bail!("no feature of a pool is called {word:?}"),
-            }
-        }
-        Ok(features)
-    }
-
     /// How a way differs from the others.
     fn name(&self, way: &Way) -> String {
         let mut differs = Vec::new();
@@ -266,8 +251,8 @@ impl Args {
         if self.locks.len() > 1 {
             differs.push(way.scheme.to_string());
         }
-        if let Some(cache) = way.cache.filter(|_| self.cache.len() > 1) {
-            differs.push(format!("cache {}", bytes(cache * 512)));
+        if self.cache.len() > 1 {
+            differs.push(format!("cache {}", bytes(way.cache.saturating_mul(512))));
         }
         if self.snap_every.len() > 1 {
             differs.push(way.snapshots.map_or("no snapshots".into(), |schedule| {
@@ -286,11 +271,6 @@ impl Args {
 
     /// All of them, each with how it differs from the others.
     fn ways(&self) -> Vec<(String, Way)> {
-        let some = |caches: &[u64]| caches.iter().map(|&size| Some(size)).collect();
-        let caches = match self.cache.is_empty() {
-            true => vec![None],
-            false => some(&self.cache),
-        };
         let every: Vec<_> = match self.snap_every.is_empty() {
             true => vec![None],
             false => self.snap_every.iter().map(|schedule| schedule.0).collect(),
@@ -303,7 +283,7 @@ impl Args {
         let mut ways = Vec::new();
         for &block_size in &self.block_size {
             for &scheme in &self.locks {
-                for &cache in &caches {
+                for &cache in &self.cache {
                     for &every in &every {
                         for &cells in &pools {
                             let keep = self.snap_keep;
@@ -324,13 +304,12 @@ impl Args {
     }
 
     /// The pool before the trace begins.
-    fn start(&self, way: &Way) -> anyhow::Result<(Arc<RamEngine>, PoolMetadata)> {
+    fn start(&self, way: &Way, below: Below) -> anyhow::Result<(Arc<OverlayEngine>, PoolMetadata)> {
         let data_blocks = |size: u64| self.data_size.map(|sectors| sectors / size);
-        if let Some(path) = &self.metadata {
+        if let (Some(path), Some(below)) = (&self.metadata, below) {
+            let engine = Arc::new(OverlayEngine::over(below));
+            let metadata = PoolMetadata::open(Arc::clone(&engine) as _, way.cache(&*engine));
             let shown = || path.display().to_string();
-            let engine = copy(&*open_read(path, Access::Exclusive)?).with_context(shown)?;
-            let cache = way.cache(&*engine);
-            let metadata = PoolMetadata::open(Arc::clone(&engine) as _, cache);
             return Ok((engine, metadata.with_context(shown)?));
         }
         let size = u32::try_from(way.block_size).unwrap_or(u32::MAX);
@@ -340,7 +319,7 @@ impl Args {
                 "a pool uses {MAX_METADATA_BLOCKS} blocks of 4 KiB of metadata at most, not {blocks}"
             );
         }
-        let engine = Arc::new(RamEngine::new(usize::try_from(blocks)?));
+        let engine = Arc::new(OverlayEngine::zeroed(blocks));
         let mut metadata =
             PoolMetadata::format(Arc::clone(&engine) as _, size, way.cache(&*engine))?;
         let blocks = data_blocks(way.block_size).unwrap_or((1 << 31) / way.block_size);
@@ -357,7 +336,7 @@ impl Args {
             data_device: "data".into(),
             block_sectors,
             low_water_blocks: self.low_water,
-            features: self.features()?,
+            features: Features::from_words(&self.feature)?,
         };
         let devices = self.map.iter().cloned();
         let mut settings = Settings {
@@ -387,10 +366,9 @@ impl Args {
 impl Way {
     /// Bytes of cache.
     fn cache(&self, engine: &dyn BlockEngine) -> usize {
-        let bytes = match self.cache {
-            Some(sectors) => sectors.saturating_mul(512),
-            None => engine.nr_blocks().saturating_mul(BLOCK_SIZE as u64 + 16),
-        };
+        // There is no use for more than all blocks, each with what is noted of it.
+        let most = engine.nr_blocks().saturating_mul(BLOCK_SIZE as u64 + 16);
+        let bytes = self.cache.saturating_mul(512).min(most);
         usize::try_from(bytes).unwrap_or(usize::MAX)
     }
 }
@@ -422,21 +400,6 @@ impl Args {
             .extend(named.map(|(name, &id)| (name.clone(), (id, None))));
         Ok(Some(prefill.apply(metadata)?))
     }
-}
-
-/// The blocks of `from`, in memory.
-fn copy(from: &dyn BlockEngine) -> anyhow::Result<Arc<RamEngine>> {
-    let blocks = usize::try_from(from.nr_blocks())?;
-    let mut bytes = vec![0; blocks * BLOCK_SIZE];
-    let mut at = 0;
-    for chunk in bytes.chunks_mut(256 * BLOCK_SIZE) {
-        let mut aligned = thintools::io::AlignedBuffer::new(chunk.len() / BLOCK_SIZE);
-        let buffer = aligned.blocks_mut(chunk.len() / BLOCK_SIZE);
-        from.read(MetadataBlock(at), buffer)?;
-        chunk.copy_from_slice(buffer);
-        at += (chunk.len() / BLOCK_SIZE) as u64;
-    }
-    Ok(Arc::new(RamEngine::from_bytes(bytes)))
 }
 
 /// Plays the trace.
@@ -506,12 +469,15 @@ pub(super) fn reports(
     if args.clock == Clock::Threads && (args.verify.is_some() || args.seed != 0) {
         bail!("--verify and --seed are for the virtual clock");
     }
+    let below: Below = match &args.metadata {
+        Some(path) => Some(open_read(path, Access::Exclusive)?.into()),
+        None => None,
+    };
     match &args.ways()[..] {
         ways if ways.len() > MOST_WAYS => bail!(
             "{} ways to play the trace at once; {MOST_WAYS} are possible",
             ways.len()
         ),
-        [(_, way)] => Ok(vec![replay(args, way, reader, observer)?]),
         // Each has the machine to itself, or they would measure each other.
         ways if args.clock == Clock::Threads => {
             let mut reports = Vec::new();
@@ -524,7 +490,8 @@ pub(super) fn reports(
                         &mut *again
                     }
                 };
-                let report = replay(args, way, reader, observer).with_context(|| name.clone())?;
+                let report = replay(args, way, below.clone(), reader, observer);
+                let report = named(report, name)?;
                 let is_complete = report.is_complete;
                 reports.push(report);
                 if !is_complete {
@@ -533,9 +500,12 @@ pub(super) fn reports(
             }
             Ok(reports)
         }
-        ways => sweep(args, ways, reader, observer),
+        ways => sweep(args, ways, &below, reader, observer),
     }
 }
+
+/// The metadata that the pool begins with, which is only read.
+type Below = Option<Arc<dyn BlockEngine>>;
 
 /// Ways to play a trace at once: a thread and a pool each.
 const MOST_WAYS: usize = 256;
@@ -544,6 +514,7 @@ const MOST_WAYS: usize = 256;
 fn sweep(
     args: &Args,
     ways: &[(String, Way)],
+    below: &Below,
     reader: &mut dyn TraceReader,
     observer: &dyn Observer,
 ) -> anyhow::Result<Vec<Report>> {
@@ -551,7 +522,7 @@ fn sweep(
     std::thread::scope(|scope| {
         let mut players = Vec::new();
         for (mut share, (name, way)) in shares.into_iter().zip(ways) {
-            let play = move || replay(args, way, &mut share, observer);
+            let play = move || replay(args, way, below.clone(), &mut share, observer);
             let player = std::thread::Builder::new().spawn_scoped(scope, play)?;
             players.push((name, player));
         }
@@ -559,7 +530,7 @@ fn sweep(
         let mut reports = Vec::new();
         for (name, player) in players {
             match player.join() {
-                Ok(report) => reports.push(report.with_context(|| name.clone())?),
+                Ok(report) => reports.push(named(report, name)?),
                 Err(panic) => std::panic::resume_unwind(panic),
             }
         }
@@ -568,9 +539,18 @@ fn sweep(
     })
 }
 
+/// Says which way it was that failed, if there is more than one.
+fn named(report: anyhow::Result<Report>, name: &str) -> anyhow::Result<Report> {
+    match name {
+        "" => report,
+        name => report.with_context(|| name.to_owned()),
+    }
+}
+
 fn replay(
     args: &Args,
     way: &Way,
+    below: Below,
     reader: &mut dyn TraceReader,
     observer: &dyn Observer,
 ) -> anyhow::Result<Report> {
@@ -581,7 +561,7 @@ fn replay(
         }
         None => Vec::new(),
     };
-    let (engine, mut metadata) = args.start(way)?;
+    let (engine, mut metadata) = args.start(way, below)?;
     let mut options = args.options(&metadata, way)?;
     let prefilled = args.prefill(&beside, &mut metadata, &mut options, observer)?;
     let mut player = Player::new(metadata, options.clone())?;
@@ -677,13 +657,13 @@ fn dump(engine: &dyn BlockEngine, path: &Path) -> thintools::Result<()> {
 /// Writes the metadata to a new file.
 fn keep(engine: &dyn BlockEngine, path: &Path) -> anyhow::Result<()> {
     write_new(path, &mut |out| {
-        let mut block = vec![0; BLOCK_SIZE];
+        let mut block = AlignedBuffer::new(1);
         for number in 0..engine.nr_blocks() {
             let cannot = |e| thintools::Error::io(format!("cannot write block {number}"), e);
             engine
-                .read(MetadataBlock(number), &mut block)
+                .read(MetadataBlock(number), block.blocks_mut(1))
                 .map_err(cannot)?;
-            out.write_all(&block).map_err(cannot)?;
+            out.write_all(block.blocks(1)).map_err(cannot)?;
         }
         Ok(())
     })?;

@@ -48,8 +48,22 @@ pub(crate) const PAGE: Page = Page {
                  --check all of the metadata is checked first, as thin_check does. A device that is \
                  larger than the pool is used at once.",
                 "--read-only opens both devices to read, and never writes anything. It serves metadata \
-                 that needs a check or is damaged: what cannot be found any more is an I/O error, and \
-                 the rest can be read.",
+                 that needs a check or is damaged, see RESCUE.",
+            ],
+        ),
+        (
+            "RESCUE",
+            &[
+                "With --read-only a block is served if its way through the metadata is whole: from the superblock to the \
+                 top-level tree to the tree of its device. What lies behind a block of metadata that is lost is an I/O error, never \
+                 zeros, so that a copy tells what is missing (qemu-img convert --salvage, or ddrescue on a file of --fuse, go on behind \
+                 it). Space maps and device details are not needed. A block of metadata with one wrong bit is read as it was.",
+                "Where the superblock or a part of the top-level tree is lost, the devices are looked for as thin_repair does, \
+                 and what was found and guessed is printed; it stands in a temporary file ($TMPDIR). Without a superblock the size of data \
+                 blocks is needed: --block-size. Devices of which the details alone are left are exported, too, and all errors.",
+                "A device without --thin ID:SIZE ends with the last block that is known to be mapped; where the end of its tree \
+                 is lost, that is the first block that is, and an event, size_unknown, says so. What is lost of mapping trees may still be \
+                 found by thin_repair: repair into a new file, and serve that. But what is lost after a repair reads as zeros.",
             ],
         ),
         (
@@ -168,8 +182,12 @@ pub(crate) const PAGE: Page = Page {
     ],
 };
 
+/// Sectors of the smallest data blocks, which new pools have.
+const LEAST_BLOCK: u32 = 128;
+
 /// The command line.
 #[derive(Debug, clap::Args)]
+#[command(group(clap::ArgGroup::new("kind").args(["create", "read_only"])))]
 pub(crate) struct Args {
     /// The metadata device or file.
     #[arg(long, value_name = "META")]
@@ -219,9 +237,9 @@ pub(crate) struct Args {
     #[arg(long)]
     create: bool,
 
-    /// With --create: the size of data blocks, a multiple of 64k up to 1g.
-    #[arg(long, value_name = "SIZE", default_value = "64k", value_parser = block_size, requires = "create")]
-    block_size: u32,
+    /// With --create: the size of data blocks, a multiple of 64k up to 1g [default: 64k]. With --read-only: their size, if the superblock is lost.
+    #[arg(long, value_name = "SIZE", value_parser = block_size, requires = "kind")]
+    block_size: Option<u32>,
 
     /// With --create: the size of a data file that is not there.
     #[arg(long, value_name = "SIZE", value_parser = sectors, requires = "create")]
@@ -317,6 +335,11 @@ fn autoextend(text: &str) -> Result<Autoextend, String> {
 }
 
 impl Args {
+    /// Sectors in a block of a pool that is made.
+    fn new_block_size(&self) -> u32 {
+        self.block_size.unwrap_or(LEAST_BLOCK)
+    }
+
     /// For how long writes wait for space, if they do; within, none is for ever.
     fn patience(&self) -> Option<Option<Duration>> {
         let seconds = self.queue_when_full?;

@@ -10,19 +10,21 @@ use std::time::Duration;
 
 use anyhow::Context;
 use listenfd::ListenFd;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
-use thintools::io::{Access, open_read};
+use thintools::io::{Access, AlignedBuffer, BlockEngine, open_read};
 use thintools::pool::{Features, Message};
 use thintools::runtime::control::Control;
 use thintools::runtime::fuse::Fuse;
 use thintools::runtime::nbd::{Listener, Server, Tls};
 use thintools::runtime::{Activation, DataDevice, Options, Runtime, bind_socket};
-use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, ThinId};
+use thintools::tools::{Overrides, repair};
+use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MetadataBlock, ThinId};
 use thintools::{Error, ErrorKind};
 
 use super::{Args, Nbd, ready};
 use crate::commands::ctl::refuse_damage;
+use crate::commands::repair::say_report;
 use crate::exit::Exit;
 use crate::output;
 use crate::session::Session;
@@ -131,6 +133,8 @@ impl Drop for Sockets {
 
 /// Serves a pool until a signal comes or the command ends.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
+    let (end, ends) = mpsc::channel();
+    watch_signals(end.clone())?;
     if args.check {
         check(&args)?;
     }
@@ -138,8 +142,6 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let tls = certificates
         .map(|folder| Tls::open(folder, args.tls_verify_peer))
         .transpose()?;
-    let (end, ends) = mpsc::channel();
-    watch_signals(end.clone())?;
     let runtime = open(&args)?;
     let mut sockets = Sockets::open(&args)?;
     let control = args
@@ -192,16 +194,25 @@ fn mount(folder: &Path, runtime: &Arc<Runtime>, end: Option<Sender<End>>) -> any
     Ok(Fuse::mount(folder, runtime.clone(), at_end)?)
 }
 
-/// Checks the metadata as thin_check does.
+/// Checks the metadata as thin_check does, if there is any.
 fn check(args: &Args) -> anyhow::Result<()> {
     let session = Session::new("Checking", args.quiet)?;
+    if args.create && !args.metadata.exists() {
+        return Ok(());
+    }
     let engine = open_read(&args.metadata, Access::Exclusive)?;
+    let mut block = AlignedBuffer::new(1);
+    let read = engine.read(MetadataBlock(0), block.blocks_mut(1));
+    if args.create && read.is_ok() && block.blocks(1).iter().all(|&byte| byte == 0) {
+        return Ok(());
+    }
     refuse_damage(&*engine, &args.metadata, &session)?;
     Ok(())
 }
 
-/// Tells of the first signal; the second ends the process.
+/// Tells of the first signal; the second ends the process. A file that may not get longer is an error of whoever writes to it.
 fn watch_signals(end: Sender<End>) -> anyhow::Result<()> {
+    signal_hook::flag::register(SIGXFSZ, Arc::default())?;
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
     std::thread::Builder::new()
         .name("signals".into())
@@ -224,7 +235,7 @@ fn open(args: &Args) -> anyhow::Result<Arc<Runtime>> {
     features.error_if_no_space |= args.queue_when_full.is_none();
     let mut options = Options {
         is_read_only: args.read_only,
-        create: args.create.then_some(args.block_size),
+        create: args.create.then(|| args.new_block_size()),
         low_water_blocks: args.low_water,
         features,
         no_space_timeout: args.patience().flatten(),
@@ -233,10 +244,13 @@ fn open(args: &Args) -> anyhow::Result<Arc<Runtime>> {
     };
     if let Some(how) = args.autoextend {
         let data = DataDevice::open(&args.data, false)?;
-        let blocks = data.sectors()? / u64::from(args.block_size);
+        let blocks = data.sectors()? / u64::from(args.new_block_size());
         options.low_water_blocks = options.low_water_blocks.max(how.low_water(blocks));
     }
-    let runtime = Arc::new(Runtime::open(&options)?);
+    let runtime = Arc::new(match args.read_only {
+        true => open_to_read(args, &options)?,
+        false => Runtime::open(&options)?,
+    });
     if args.thin.is_empty() {
         runtime.export_all();
     }
@@ -244,6 +258,40 @@ fn open(args: &Args) -> anyhow::Result<Arc<Runtime>> {
         activate(args, &runtime, *id, *size)?;
     }
     Ok(runtime)
+}
+
+/// Opens what can be read. Where superblock or top-level tree is lost, what they led to is looked for.
+fn open_to_read(args: &Args, options: &Options) -> anyhow::Result<Runtime> {
+    let engine: Arc<dyn BlockEngine> = Arc::from(open_read(&args.metadata, Access::Exclusive)?);
+    let mending = Arc::new(repair::Mending(Arc::clone(&engine)));
+    let why = match Runtime::open_to_read(mending, options) {
+        Err(e) if e.kind() == ErrorKind::Damaged => e,
+        other => return Ok(other?),
+    };
+    let session = Session::new("Looking for the devices", args.quiet)?;
+    let why = anyhow::Error::from(why);
+    session.say(&format!("{}: {why:#}", output::program()));
+    let wanted = repair::Options {
+        overrides: Overrides {
+            data_block_size: args.block_size,
+            ..Overrides::default()
+        },
+        ..repair::Options::default()
+    };
+    let shown = args.metadata.display();
+    let found = repair::rescue(engine, &wanted, &session).with_context(|| {
+        format!(
+            "cannot find the devices in {shown} (--block-size SIZE gives the size of data blocks)"
+        )
+    })?;
+    say_report(&found.report, &session);
+    if found.report.devices.is_empty() {
+        let what = format!(
+            "of no thin device the mappings are left in {shown}: there is nothing to serve; make sure that it is all of the metadata"
+        );
+        return Err(Error::new(ErrorKind::Damaged, what).into());
+    }
+    Ok(Runtime::open_to_read(found.engine, options)?)
 }
 
 fn activate(args: &Args, runtime: &Runtime, id: ThinId, size: Option<u64>) -> anyhow::Result<()> {
@@ -274,7 +322,11 @@ fn make_files(args: &Args) -> anyhow::Result<()> {
         let shown = path.display();
         let file = File::create_new(path).with_context(|| format!("cannot make {shown}"))?;
         file.set_len(bytes)
-            .with_context(|| format!("cannot make {shown} {bytes} bytes long"))
+            // What is too short would be taken for all of it.
+            .inspect_err(|_| drop(fs::remove_file(path)))
+            .with_context(|| {
+                format!("cannot make {shown} {bytes} bytes long; make room, or give another file")
+            })
     };
     if let Some(sectors) = args.data_size
         && !args.data.exists()
@@ -283,7 +335,7 @@ fn make_files(args: &Args) -> anyhow::Result<()> {
     }
     if !args.metadata.exists() {
         let sectors = DataDevice::open(&args.data, false)?.sectors()?;
-        let blocks = sectors / u64::from(args.block_size);
+        let blocks = sectors / u64::from(args.new_block_size());
         let most = MAX_METADATA_BLOCKS * BLOCK_SIZE as u64;
         let bytes = blocks
             .saturating_mul(METADATA_BYTES)

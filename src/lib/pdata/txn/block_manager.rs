@@ -47,6 +47,8 @@ pub struct BlockManager {
     is_read_only: AtomicBool,
     /// Blocks that somebody who could not wait missed; 0 is none.
     missed: Box<[AtomicU32]>,
+    /// There may be such blocks.
+    has_missed: AtomicBool,
 }
 
 /// What giving slots to blocks needs.
@@ -232,6 +234,7 @@ impl BlockManager {
             }),
             is_read_only: AtomicBool::new(false),
             missed: numbers(MOST_MISSED),
+            has_missed: AtomicBool::new(false),
         }
     }
 
@@ -656,10 +659,16 @@ impl BlockManager {
         self.missed[at]
             .compare_exchange(0, wanted, Ordering::Relaxed, Ordering::Relaxed)
             .ok();
+        self.has_missed.store(true, Ordering::Release);
     }
 
     /// Reads the blocks that were missed since the last call. What cannot be read is no error here, and met again.
     pub fn read_missed(&self) {
+        if !self.has_missed.load(Ordering::Relaxed)
+            || !self.has_missed.swap(false, Ordering::Acquire)
+        {
+            return;
+        }
         for missed in &self.missed {
             if let Some(block) = missed.swap(0, Ordering::Relaxed).checked_sub(1) {
                 let block = MetadataBlock(u64::from(block));

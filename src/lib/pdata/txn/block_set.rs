@@ -1,14 +1,14 @@
 //! A set of block numbers that costs two kilobytes for each stretch of blocks that one bitmap counts and that it has any of.
 
 use crate::units::ENTRIES_PER_BITMAP;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 const WORDS: usize = (ENTRIES_PER_BITMAP / 64) as usize;
 
 /// The set.
 #[derive(Debug, Default)]
 pub(super) struct BlockSet {
-    chunks: HashMap<u64, Box<[u64; WORDS]>>,
+    chunks: BTreeMap<u64, Box<[u64; WORDS]>>,
 }
 
 fn place(block: u64) -> (u64, usize, u64) {
@@ -44,6 +44,16 @@ impl BlockSet {
         self.chunks
             .get(&chunk)
             .is_some_and(|words| words[word] & bit != 0)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = u64> {
+        self.chunks.iter().flat_map(|(chunk, words)| {
+            let begin = chunk * ENTRIES_PER_BITMAP;
+            words.iter().enumerate().flat_map(move |(at, &word)| {
+                let bits = (0..64).filter(move |bit| word >> bit & 1 == 1);
+                bits.map(move |bit| begin + at as u64 * 64 + bit)
+            })
+        })
     }
 
     pub(super) fn clear(&mut self) {

@@ -74,17 +74,34 @@ impl Transaction {
 
     /// The largest key of a tree.
     pub(crate) fn last_key(&self, kind: TreeKind, root: MetadataBlock) -> Result<Option<u64>> {
+        match self.last_known_key(kind, root)? {
+            (key, None) => Ok(key),
+            (_, Some(e)) => Err(e),
+        }
+    }
+
+    /// The same of a tree that may be damaged, with what keeps it from being certain: of a node that cannot be read its parent knows
+    /// where it begins.
+    pub(crate) fn last_known_key(
+        &self,
+        kind: TreeKind,
+        root: MetadataBlock,
+    ) -> Result<(Option<u64>, Option<Error>)> {
         let validator = Validator::of(kind);
         let mut node = self.blocks.read(root, validator)?;
         for _ in 0..MOST_LEVELS {
             let view = node.view();
             let Some(last) = view.len().checked_sub(1) else {
-                return Ok(None);
+                return Ok((None, None));
             };
+            let key = view.key(last);
             if view.is_leaf() {
-                return Ok(Some(view.key(last)));
+                return Ok((Some(key), None));
             }
-            node = self.blocks.read(view.child(last), validator)?;
+            match self.blocks.read(view.child(last), validator) {
+                Ok(child) => node = child,
+                Err(e) => return Ok((Some(key), Some(e))),
+            }
         }
         Err(too_deep(root))
     }

@@ -110,6 +110,11 @@ impl Map {
         self.index.insert(number, Cached { entry, is_dirty });
     }
 
+    /// Blocks that were counted at the last commit and are not any more.
+    pub(super) fn freed(&self) -> impl Iterator<Item = u64> {
+        self.freed.iter()
+    }
+
     pub(super) fn next(&mut self) {
         self.freed.clear();
         self.fresh.clear();

@@ -85,6 +85,19 @@ impl Transaction {
         })
     }
 
+    /// A transaction on metadata that is only read, whose space maps may be lost: they are not looked at until somebody asks for a count.
+    pub(crate) fn to_read(
+        blocks: Arc<BlockManager>,
+        metadata: SpaceMapRoot,
+        data: SpaceMapRoot,
+    ) -> Self {
+        Self {
+            metadata: Map::new(metadata),
+            data: Map::new(data),
+            ..Self::empty(blocks)
+        }
+    }
+
     /// A transaction on nothing, in which metadata is made.
     pub(super) fn empty(blocks: Arc<BlockManager>) -> Self {
         Self {
@@ -245,6 +258,8 @@ impl Transaction {
     /// Begins the next transaction, once the superblock is durable.
     pub fn next(&mut self) {
         self.shadows.clear();
+        let engine = self.blocks.engine();
+        (self.metadata.freed()).for_each(|block| engine.forget(MetadataBlock(block)));
         self.metadata.next();
         self.data.next();
     }

@@ -178,7 +178,7 @@ impl Worker {
             if bio.op == Op::Flush || bio.fills.is_some() {
                 continue;
             }
-            let size = self.pool.block_sectors;
+            let size = self.pool.block_size();
             let look = |pool: &PoolMetadata| pool.find_block(thin.id(), bio.block(size));
             let Ok(found) = self.pool.metadata.inspect(look) else {
                 continue;

@@ -14,8 +14,6 @@ pub(super) struct Snapshot {
     tag: u64,
     id: ThinId,
     origin: ThinId,
-    /// No operation of the origin is under way any more; bios that were issued still are.
-    is_waiting_for_bios: bool,
 }
 
 impl Worker {
@@ -26,13 +24,8 @@ impl Worker {
             && self.pool.metadata.inspect(|pool| pool.details(id).is_err())
         {
             self.gate(origin, true);
-            self.jobs.add(Job::Snapshot(Snapshot {
-                tag,
-                id,
-                origin,
-                is_waiting_for_bios: false,
-            }));
-            return;
+            let job = self.jobs.add(Job::Snapshot(Snapshot { tag, id, origin }));
+            return self.snapshots.push(job);
         }
         // Its first half is a commit, which would come before the flush of the data.
         if message == Message::ReserveMetadataSnap {
@@ -100,31 +93,23 @@ impl Worker {
 
     /// Snapshots whose origin has no operation under way wait for what was issued.
     pub(super) fn start_snapshots(&mut self) {
-        let waiting: Vec<(JobId, ThinId)> = self
-            .jobs
-            .iter()
-            .filter_map(|(job, what)| match what {
-                Job::Snapshot(s) if !s.is_waiting_for_bios => Some((job, s.origin)),
-                _ => None,
-            })
-            .collect();
-        for (job, origin) in waiting {
-            if self.device(origin).jobs > 0 {
-                continue;
-            }
-            if let Some(Job::Snapshot(snapshot)) = self.jobs.get_mut(job) {
-                snapshot.is_waiting_for_bios = true;
+        let mut snapshots = std::mem::take(&mut self.snapshots);
+        snapshots.retain(|&job| {
+            let Some(&mut Job::Snapshot(Snapshot { origin, .. })) = self.jobs.get_mut(job) else {
+                return false;
+            };
+            let is_busy = self.device(origin).jobs > 0;
+            if !is_busy {
                 self.after_all_io(job);
             }
-        }
+            is_busy
+        });
+        self.snapshots = snapshots;
     }
 
     /// Nothing of the origin is in flight: the snapshot is taken.
     pub(super) fn snapshot(&mut self, job: JobId, effects: &mut Effects) {
-        let Some(Job::Snapshot(Snapshot {
-            tag, id, origin, ..
-        })) = self.jobs.remove(job)
-        else {
+        let Some(Job::Snapshot(Snapshot { tag, id, origin })) = self.jobs.remove(job) else {
             return;
         };
         let result = self.carry_out(Message::CreateSnap { id, origin });

@@ -114,6 +114,8 @@ pub struct Worker {
     ready: VecDeque<JobId>,
     todo: Todo,
     cells: Option<[Box<Cell>; 2]>,
+    /// Snapshots whose origins have operations under way.
+    snapshots: Vec<JobId>,
     /// Bios that hold a cell and wait for another one.
     starved: VecDeque<Starved>,
     waiters: Vec<Waiter>,
@@ -187,6 +189,7 @@ impl Worker {
             ready: VecDeque::new(),
             todo: Todo::default(),
             cells: is_reserved.then(|| [Cell::spare(), Cell::spare()]),
+            snapshots: Vec::new(),
             starved: VecDeque::new(),
             waiters: Vec::new(),
             commit: None,

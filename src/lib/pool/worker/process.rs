@@ -75,7 +75,7 @@ impl Worker {
             Op::Flush => self.issue(thin, bio, 0, effects),
             Op::Discard => self.discard(thin, bio, effects),
             Op::Read | Op::Write => {
-                let block = bio.block(self.pool.block_sectors);
+                let block = bio.block(self.pool.block_size());
                 let (held, spare) = match bio.reserved.take() {
                     Some(reserved) => reserved,
                     None => {

@@ -5,7 +5,7 @@ use crate::pool::{Bio, BioResult, MapCounts, Mapped, Mapper, Pool, Reason, Thin}
 use crate::replay::books::Books;
 use crate::replay::devices::Seen;
 use crate::replay::event::{TraceIo, TraceOp};
-use crate::replay::requests::{Cut, Ended, Request, Requests};
+use crate::replay::requests::{Cut, Ended, Request, Requests, SpareBios};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -84,8 +84,7 @@ pub(super) struct Submitter {
     number: usize,
     max_sectors: Option<u64>,
     requests: Requests,
-    #[expect(clippy::vec_box, reason = "they come and go in boxes")]
-    spare: Vec<Box<Bio>>,
+    spare: SpareBios,
     parts: Vec<(u64, u64)>,
     ended: Vec<EndOfBio>,
     seen: Seen,
@@ -103,7 +102,7 @@ impl Submitter {
             number,
             max_sectors,
             requests: Requests::default(),
-            spare: Vec::new(),
+            spare: SpareBios::default(),
             parts: Vec::new(),
             ended: Vec::new(),
             seen: Seen::default(),
@@ -192,7 +191,8 @@ impl Submitter {
             deferred: Some(Reason::Flush),
             is_zero: false,
         });
-        self.map(mapper, pool, thin, Bio::flush(self.id(request)));
+        let bio = self.spare.flush(self.id(request));
+        self.map(mapper, pool, thin, bio);
     }
 
     /// Waits while too much is under way, or the worker is behind with what it was left.
@@ -247,36 +247,30 @@ impl Submitter {
         submitted: Option<u64>,
         deferred: Option<Reason>,
     ) {
-        let size = pool.block_sectors();
+        let size = pool.block_size();
         let cut = Cut::new(io, self.max_sectors, size, std::mem::take(&mut self.parts));
-        self.books.input.count_bios(io, &cut, size);
-        if !cut.parts.is_empty() {
+        self.books.input.count_bios(io, &cut, size.sectors());
+        if cut.len() > 0 {
             let request = self.requests.begin(Request {
                 thin: thin.number(),
                 sector: io.sector,
                 sectors: io.sectors,
                 submitted,
-                left: cut.parts.len() as u32,
+                left: cut.len(),
                 then: None,
                 deferred,
                 is_zero: false,
             });
-            for &part in &cut.parts {
-                self.map(mapper, pool, thin, cut.bio(self.id(request), part));
+            for part in cut.parts() {
+                let bio = self.spare.bio(self.id(request), &cut, part);
+                self.map(mapper, pool, thin, bio);
             }
         }
-        self.parts = cut.parts;
+        self.parts = cut.into_memory();
     }
 
-    fn map(&mut self, mapper: &mut Mapper, pool: &Pool, thin: &Thin, bio: Bio) {
+    fn map(&mut self, mapper: &mut Mapper, pool: &Pool, thin: &Thin, bio: Box<Bio>) {
         let id = bio.id;
-        let bio = match self.spare.pop() {
-            Some(mut memory) => {
-                *memory = bio;
-                memory
-            }
-            None => Box::new(bio),
-        };
         match mapper.map(thin, bio) {
             Mapped::Remapped { bio, .. } => {
                 if let Some((bio, result)) = pool.end_io(bio, Ok(())) {
@@ -305,7 +299,7 @@ impl Submitter {
     ) {
         self.books.count_end(result);
         let ended = self.requests.end(bio.id as u32);
-        self.spare.push(bio);
+        self.spare.keep(bio);
         let Ended::All(request) = ended else {
             return;
         };

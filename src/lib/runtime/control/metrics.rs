@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::pool::{PoolMode, WorkerCounts};
 use crate::runtime::Runtime;
-use crate::thin::PoolStatus;
+use crate::thin::{PoolMetadata, PoolStatus};
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -30,13 +30,10 @@ impl Runtime {
     /// # Errors
     /// `Io`, `Damaged`.
     pub fn stats(&self) -> Result<Stats> {
-        let (pool, io) = self
-            .driver
-            .pool
-            .inspect(|pool| (pool.status(), pool.block_io()));
+        let io = self.driver.pool.block_io();
         Ok(Stats {
             mode: self.mode().to_string(),
-            pool: pool?,
+            pool: self.driver.pool.inspect(PoolMetadata::status)?,
             worker: self.driver.call(|worker| *worker.counts())?,
             metadata_blocks_read: io.read,
             metadata_blocks_written: io.written,

@@ -165,7 +165,9 @@ impl Work {
         Ok(Recovery {
             report,
             engine,
+            superblock: superblock.copied(),
             trees: Trees { pool, devices },
+            lost: self.without_trees(),
             recovered: Recovered {
                 forest: self.forest,
                 omitted: self.omitted,
@@ -356,17 +358,21 @@ impl Work {
             };
             devices.insert(id, (root, detail));
         }
-        for id in self
-            .basis
-            .details
-            .keys()
-            .filter(|id| !self.basis.roots.contains_key(id))
-        {
+        for id in self.without_trees().keys() {
             report.lose(format!(
                 "device {id} has details, but its mapping tree is lost; it is left out"
             ));
         }
         devices
+    }
+
+    /// Devices that have details, and no tree that was found.
+    fn without_trees(&self) -> BTreeMap<u64, DeviceDetail> {
+        let details = self.basis.details.iter();
+        details
+            .filter(|(id, _)| !self.basis.roots.contains_key(id))
+            .map(|(&id, &detail)| (id, detail))
+            .collect()
     }
 
     /// Ranges of virtual blocks whose mappings are out of reach.

@@ -37,6 +37,9 @@ use std::path::Path;
 /// What is said of everything that only a repair to another device deals with.
 const REFUSED: &str = "nothing was written: what is damaged cannot be put right in place; thin_repair -i DEV -o NEWDEV recovers \
                        what is whole to another device";
+/// A device with what is to be written to it.
+pub(super) type Staged<'a> = StagedEngine<&'a dyn BlockEngine>;
+
 /// Blocks that are written at once: 1 MiB.
 const RUN: usize = 256;
 
@@ -60,7 +63,7 @@ pub struct InPlaceReport {
 pub struct InPlace<'a> {
     /// What it does.
     pub report: InPlaceReport,
-    staged: StagedEngine<'a>,
+    staged: Staged<'a>,
     /// What block 0 holds while the other blocks are written.
     interim: Option<[u8; BLOCK_SIZE]>,
 }
@@ -106,11 +109,7 @@ pub fn plan_in_place<'a>(
 }
 
 impl<'a> InPlace<'a> {
-    fn new(
-        staged: StagedEngine<'a>,
-        interim: Option<[u8; BLOCK_SIZE]>,
-        report: InPlaceReport,
-    ) -> Self {
+    fn new(staged: Staged<'a>, interim: Option<[u8; BLOCK_SIZE]>, report: InPlaceReport) -> Self {
         let blocks = staged.written().len() as u64;
         Self {
             report: InPlaceReport { blocks, ..report },
@@ -171,7 +170,7 @@ impl<'a> InPlace<'a> {
     }
 }
 
-fn stage(engine: &dyn BlockEngine) -> Result<StagedEngine<'_>> {
+fn stage(engine: &dyn BlockEngine) -> Result<Staged<'_>> {
     StagedEngine::new(engine).map_err(|e| {
         Error::io(
             "cannot make a temporary file for what is to be written; set TMPDIR to a folder with room",
@@ -181,7 +180,7 @@ fn stage(engine: &dyn BlockEngine) -> Result<StagedEngine<'_>> {
 }
 
 /// Nothing is written that a check would object to.
-fn refuse_unsound(staged: &StagedEngine<'_>, observer: &dyn Observer) -> Result<()> {
+fn refuse_unsound(staged: &Staged<'_>, observer: &dyn Observer) -> Result<()> {
     let report = check(staged, &CheckOptions::default(), observer)?.report;
     match report.damages.iter().find(|d| d.severity > Severity::Note) {
         Some(damage) => Err(Error::new(
@@ -414,7 +413,7 @@ impl Start {
 
 /// A repair that is staged.
 struct Built<'a> {
-    staged: StagedEngine<'a>,
+    staged: Staged<'a>,
     /// The new superblock.
     fields: Fields,
     /// The details tree stays as it is.
@@ -483,7 +482,7 @@ impl<'a> Rebuild<'a, '_> {
     /// Writes details, unless they are kept, both space maps and block 0 to `staged`. Returns the new superblock.
     fn write(
         &self,
-        staged: &StagedEngine<'_>,
+        staged: &Staged<'_>,
         fields: Fields,
         kept: &Kept,
         details_root: Option<MetadataBlock>,

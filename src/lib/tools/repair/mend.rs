@@ -8,6 +8,7 @@ use crate::thin::{SUPERBLOCK, Superblock};
 use crate::units::{BLOCK_SIZE, MetadataBlock};
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::{fmt, io};
 
 /// How the contents of a damaged block are known.
@@ -115,5 +116,45 @@ impl BlockEngine for MendedEngine<'_> {
 
     fn depth(&self) -> usize {
         self.engine.depth()
+    }
+}
+
+/// An engine that reads as another one, but for blocks of which a single bit is wrong: these it reads as they were meant. It cannot be
+/// written to.
+pub struct Mending(pub Arc<dyn BlockEngine>);
+
+impl fmt::Debug for Mending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Mending").finish_non_exhaustive()
+    }
+}
+
+impl BlockEngine for Mending {
+    fn nr_blocks(&self) -> u64 {
+        self.0.nr_blocks()
+    }
+
+    fn read(&self, start: MetadataBlock, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read(start, buf)?;
+        for (number, data) in (start.0..).zip(buf.chunks_exact_mut(BLOCK_SIZE)) {
+            if checksum::identify(data).is_none()
+                && let Some(Mend::Bit { bit }) = explain(data, MetadataBlock(number))
+            {
+                data[usize::from(bit / 8)] ^= 1 << (bit % 8);
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, _: MetadataBlock, _: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn depth(&self) -> usize {
+        self.0.depth()
     }
 }

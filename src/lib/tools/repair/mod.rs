@@ -25,6 +25,7 @@ mod orphans;
 mod position;
 mod rebuild;
 mod report;
+mod rescue;
 mod reuse;
 mod scan;
 mod small;
@@ -34,8 +35,9 @@ mod undo;
 
 pub use attribute::Evidence;
 pub use in_place::{InPlace, InPlaceReport, plan_in_place};
-pub use mend::Mend;
+pub use mend::{Mend, Mending};
 pub use report::{Ambiguous, Candidate, Mended, Reattached, RecoveredDevice, RepairReport};
+pub use rescue::{Rescue, rescue};
 pub use undelete::{DeletedDevice, DeletedList, Deletions, Remains, Undeleted, Wanted};
 pub use undo::{Undone, undo};
 
@@ -58,7 +60,7 @@ use crate::observer::Observer;
 use crate::pdata::{
     CountBatch, CountMap, Forest, IndexEntry, Leaves, Node, Shape, Structure, TreeKind, Walk,
 };
-use crate::thin::Superblock;
+use crate::thin::{DeviceDetail, Superblock};
 use crate::units::{ENTRIES_PER_BITMAP, MAX_TIME, MetadataBlock};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -79,7 +81,11 @@ pub struct Recovery<'a> {
     /// What was chosen and what is lost.
     pub report: RepairReport,
     engine: MendedEngine<'a>,
+    /// The superblock, if it could be read.
+    superblock: Option<Superblock>,
     trees: Trees,
+    /// Devices that are known of by their details only.
+    lost: BTreeMap<u64, DeviceDetail>,
     recovered: Recovered,
 }
 

@@ -27,9 +27,10 @@
 //!    then on; put back last, it would for a while lead to space maps that are partly gone.
 //! 3. How much is read follows from the size of the file, which must be that of the records that the header promises.
 
+use super::in_place::Staged;
 use crate::bytes::{get_u32, get_u64, put_u32, put_u64};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{AlignedBuffer, BlockEngine, StagedEngine, write_new};
+use crate::io::{AlignedBuffer, BlockEngine, write_new};
 use crate::observer::Observer;
 use crate::thin::{SUPERBLOCK, read_block};
 use crate::units::{BLOCK_SIZE, MetadataBlock};
@@ -67,7 +68,7 @@ pub struct Undone {
 pub(super) fn save(
     path: &Path,
     before: &dyn BlockEngine,
-    after: &StagedEngine<'_>,
+    after: &Staged<'_>,
     interim: Option<&[u8]>,
     observer: &dyn Observer,
 ) -> Result<()> {
