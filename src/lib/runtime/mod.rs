@@ -5,16 +5,20 @@
 //! is mapped itself (`submitter`); what the worker has of a request is kept as `transfer`.
 
 mod autoextend;
+mod buffers;
 pub mod control;
 mod cut;
 mod data_device;
+mod direct;
 mod driver;
 mod event_log;
 pub mod export;
 mod exports;
 pub mod fuse;
+mod io_counts;
 pub mod memory_export;
 pub mod nbd;
+mod ring;
 #[expect(clippy::module_inception, reason = "the runtime of the pool")]
 mod runtime;
 mod submitter;
@@ -26,4 +30,5 @@ pub use autoextend::Autoextend;
 pub use control::bind_socket;
 pub use data_device::DataDevice;
 pub use event_log::{EventLog, PoolEvent};
+pub use io_counts::IoTotals;
 pub use runtime::{Activation, Options, Runtime};

@@ -1,5 +1,6 @@
 //! A pool on real devices: opened, managed by the kernel's messages, and stopped with everything committed.
 
+use super::control::ThinStats;
 use super::data_device::{DataDevice, SECTOR};
 use super::driver::{Driver, Threads};
 use super::event_log::EventLog;
@@ -25,6 +26,8 @@ pub struct Options {
     pub metadata: PathBuf,
     /// Device or file of the data.
     pub data: PathBuf,
+    /// Data moves past the page cache.
+    pub is_direct: bool,
     /// Nothing is written anywhere; what can be read is served, however damaged the rest is.
     pub is_read_only: bool,
     /// Make a pool with data blocks of so many sectors if the metadata begins with zeros, as the kernel does.
@@ -45,6 +48,7 @@ impl Options {
         Self {
             metadata: metadata.to_owned(),
             data: data.to_owned(),
+            is_direct: false,
             is_read_only: false,
             create: None,
             low_water_blocks: 0,
@@ -91,7 +95,11 @@ impl Runtime {
     /// # Errors
     /// `Busy`, `Io`; `NotMetadata`, `Damaged` and `Unsuitable`, each with what to do.
     pub fn open(options: &Options) -> Result<Self> {
-        let data = Arc::new(DataDevice::open(&options.data, !options.is_read_only)?);
+        let open = match options.is_direct {
+            true => DataDevice::open_direct,
+            false => DataDevice::open,
+        };
+        let data = Arc::new(open(&options.data, !options.is_read_only)?);
         let (engine, metadata): (Arc<dyn BlockEngine>, _) = match options.is_read_only {
             true => (
                 Arc::from(open_read(&options.metadata, Access::Exclusive)?),
@@ -173,7 +181,12 @@ impl Runtime {
             }
             thins.open.retain(|_, export| export.strong_count() > 0);
         }
-        self.driver.ask(move |tag| Event::Message { tag, message })
+        self.driver
+            .ask(move |tag| Event::Message { tag, message })?;
+        if let Message::Delete(id) = message {
+            self.driver.forget_io(id);
+        }
+        Ok(())
     }
 
     /// Commits what has changed.
@@ -385,6 +398,41 @@ impl Runtime {
         thins.open.retain(|_, export| export.strong_count() > 0);
         thins.open.insert(id.0, Arc::downgrade(&export));
         Ok(export)
+    }
+
+    /// The thin devices that are exported, with what clients asked of them.
+    ///
+    /// # Errors
+    /// `Io`, `Damaged`.
+    pub(super) fn thin_stats(&self) -> Result<Vec<ThinStats>> {
+        let ids = self.exported()?;
+        let sizes: Vec<_> = {
+            let thins = self.thins();
+            let size = |id: &ThinId| {
+                let open = thins.open.get(&id.0).and_then(Weak::upgrade);
+                let active = || thins.active.get(&id.0)?.size;
+                (
+                    open.as_ref().map(|export| export.size).or_else(active),
+                    open.is_some(),
+                )
+            };
+            ids.iter().map(size).collect()
+        };
+        let mut all = Vec::with_capacity(ids.len());
+        for (id, (size, is_open)) in ids.into_iter().zip(sizes) {
+            // It may have been deleted meanwhile.
+            let Ok(details) = self.driver.pool.inspect(|pool| pool.details(id)) else {
+                continue;
+            };
+            all.push(ThinStats {
+                id: id.0,
+                size,
+                mapped_blocks: details.mapped_blocks,
+                is_open,
+                io: self.driver.io_totals(id),
+            });
+        }
+        Ok(all)
     }
 
     fn thins(&self) -> MutexGuard<'_, Thins> {
