@@ -8,6 +8,7 @@ mod exit;
 mod output;
 mod progress;
 mod session;
+mod terminal;
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};

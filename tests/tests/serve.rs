@@ -18,7 +18,9 @@ use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::support::{BINARY, Finished, check, expand, folder, get_u32, peer, program, thintools};
+use crate::support::{
+    BINARY, Finished, check, expand, folder, get_u32, peer, program, restore, thintools,
+};
 use client::{Client, FUA, TRIM, WRITE};
 
 pub(crate) const BLOCK: usize = 65536;
@@ -374,12 +376,157 @@ fn nbdfuse_shows_an_export_as_a_file() {
 
 #[test]
 fn random_requests_find_what_a_model_has_across_restarts_and_snapshots() {
+    random_requests(&["--create"]);
+}
+
+#[test]
+fn random_requests_find_what_a_model_has_past_the_page_cache() {
+    if takes_direct_io() {
+        random_requests(&["--create", "--direct"]);
+    }
+}
+
+/// Not every file system takes direct I/O; of one that does not the server says so.
+fn takes_direct_io() -> bool {
+    let scene = Scene::new(8, 1 << 20);
+    let tried = scene.run(&["--create", "--direct", "--run", "true"]);
+    if tried.code != Some(0) {
+        assert!(
+            tried.stderr.contains("takes no direct I/O"),
+            "{}",
+            tried.stderr
+        );
+        eprintln!("direct I/O is not tested: {}", tried.stderr);
+    }
+    tried.code == Some(0)
+}
+
+/// Many requests at once, of every size and place, are carried out as one by one; qemu-img and fio have them under way.
+#[test]
+fn requests_at_depth_past_the_page_cache_come_to_the_same_content() {
+    if !takes_direct_io() {
+        return;
+    }
+    let scene = Scene::new(1024, 1 << 20);
+    let job = "fio --name=j --ioengine=nbd --uri=\"$uri\" --size=24m --iodepth=24 --verify=crc32c --verify_fatal=1 --verify_state_save=0 --output=/dev/stderr";
+    let write = format!("{job} --rw=randwrite --bsrange=512-96k --fsync=50 --do_verify=1");
+    let direct = ["--create", "--direct", "--thin", "0:64m", "--run"];
+    scene.run(&[&direct[..], &[&write]].concat()).expect(0);
+    scene.assert_sound();
+    // In place, and once more after a restart, through the page cache.
+    let again = format!("{job} --rw=randwrite --bs=4k --do_verify=1");
+    scene.run(&[&direct[..], &[&again]].concat()).expect(0);
+    let read = format!("{job} --rw=randwrite --bs=4k --verify_only=1");
+    scene.run(&["--thin", "0:64m", "--run", &read]).expect(0);
+    scene.assert_sound();
+}
+
+/// What is opened is not read: with a hundred times the mappings the start takes the same few blocks.
+#[test]
+fn start_up_reads_the_roots_and_not_the_pool() {
+    let read = |mappings: u64| {
+        let mut scene = Scene::new(mappings, 16 << 20);
+        let mut xml = format!(
+            "<superblock uuid=\"\" time=\"0\" transaction=\"0\" version=\"2\" data_block_size=\"128\" nr_data_blocks=\"{mappings}\">\n\
+             <device dev_id=\"0\" mapped_blocks=\"{mappings}\" transaction=\"0\" creation_time=\"0\" snap_time=\"0\">\n"
+        );
+        for block in 0..mappings {
+            // No two follow on each other.
+            let data = block ^ 1;
+            xml += &format!(
+                "<single_mapping origin_block=\"{block}\" data_block=\"{data}\" time=\"0\"/>\n"
+            );
+        }
+        xml += "</device>\n</superblock>\n";
+        fs::write(scene.path("xml"), xml).expect("written");
+        restore(&scene.path("xml"), &scene.path("meta")).expect(0);
+        scene.serve(&["--thin", "0:64g"]);
+        let process = scene.server.as_ref().expect("it is served").id();
+        let io = fs::read_to_string(format!("/proc/{process}/io")).expect("read");
+        let bytes = io.lines().find_map(|line| line.strip_prefix("rchar: "));
+        let bytes: u64 = bytes.expect("a number").parse().expect("a number");
+        let stats: Value = serde_json::from_str(&scene.asked(&["stats"])).expect("JSON");
+        scene.stop();
+        (
+            bytes,
+            stats["metadata_blocks_read"].as_u64().expect("a number"),
+        )
+    };
+    let (few, few_blocks) = read(2_000);
+    let (many, many_blocks) = read(200_000);
+    assert!(
+        many_blocks <= few_blocks + 8 && many <= few + 64 * 4096,
+        "{few_blocks} blocks and {few} bytes; {many_blocks} and {many} of a hundred times the mappings"
+    );
+}
+
+/// One look at a pool, where there is no terminal.
+#[test]
+fn top_tells_what_a_pool_does() {
+    let mut scene = Scene::new(64, 1 << 20);
+    scene.serve(&["--create", "--thin", "3:64m", "--thin", "4:1g"]);
+    let mut client = scene.connect("3");
+    client.write(0, &[1; 2 * BLOCK]).expect("written");
+    client.flush().expect("flushed");
+    // Nothing is left to the worker: the blocks are mapped, and nothing is to be committed.
+    client.write(0, &[2; BLOCK]).expect("written");
+    client.flush().expect("flushed");
+    let stats: Value = serde_json::from_str(&scene.asked(&["stats"])).expect("JSON");
+    let thin = &stats["thins"][0];
+    let io = &thin["io"];
+    assert_eq!(
+        (&thin["id"], &thin["mapped_blocks"], &thin["is_open"]),
+        (&3.into(), &2.into(), &true.into())
+    );
+    assert_eq!(
+        (&io["writes"], &io["written_bytes"], &io["flushes"]),
+        (&2.into(), &(3 * BLOCK).into(), &2.into())
+    );
+    assert_eq!(
+        io["deferred"],
+        serde_json::json!({ "flush": 1, "unprovisioned": 2 })
+    );
+    let metrics = scene.asked(&["metrics"]);
+    assert!(
+        metrics.contains("\nthin_written_bytes_total{thin=\"3\"} 196608\n"),
+        "{metrics}"
+    );
+    let top = scene.asked(&["top"]);
+    let lines: Vec<Vec<&str>> = top
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    assert_eq!(
+        lines[0][1..],
+        ["mode", "rw", "transaction", "0", "2", "thin", "devices"]
+    );
+    let bar = format!("[#{}]", ".".repeat(29));
+    assert_eq!(lines[1][..3], ["data", &bar, "3.1%"]);
+    assert!(lines[4].starts_with(&["deferred", "0/s"]), "{top}");
+    assert_eq!(lines[6][0], "ID");
+    assert_eq!(
+        lines[7][..6],
+        ["3", "64.00", "MiB", "128.00", "KiB", "0.2%"]
+    );
+    assert_eq!(lines[8][..5], ["4", "1.00", "GiB", "0", "B"]);
+    assert!(!top.contains('\x1b'), "it is plain");
+    let refused = scene.ctl(&["top", "3"]);
+    assert!(
+        refused.code == Some(1) && refused.stderr.contains("top"),
+        "{}",
+        refused.stderr
+    );
+    drop(client);
+    scene.stop();
+}
+
+fn random_requests(options: &[&str]) {
     let mut scene = Scene::new(512, 1 << 20);
     let mut rng = SmallRng::seed_from_u64(7);
     let len = 40 * BLOCK;
     let mut models = vec![vec![0_u8; len]];
     for round in 0..4 {
-        scene.serve(&["--create"]);
+        scene.serve(options);
         if round == 0 {
             scene.asked(&["message", "create_thin", "0"]);
         }

@@ -105,6 +105,9 @@ pub(crate) const PAGE: Page = Page {
                  grown; activate ID [BYTES [ORIGIN]] and deactivate ID; exported; stats; metrics; and events, \
                  which prints what happens until it is interrupted. Lines are the kernel's, stats and \
                  events are JSON, metrics are text for Prometheus.",
+                "top shows how full data and metadata are, what clients do to each thin device, the busiest first, and why bios were \
+                 left to the pool's worker (deferred), anew each second. q and Ctrl-C leave the terminal as it was. Where standard \
+                 output is no terminal, it prints what happened in one second, and ends.",
             ],
         ),
         (

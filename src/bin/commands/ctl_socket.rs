@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use serde_json::Value;
 use thintools::runtime::control::Request;
 
+use super::ctl_top;
 use crate::exit::Exit;
 use crate::output;
 
@@ -27,6 +28,11 @@ pub(super) fn run(
     words: &[String],
     sizes: (Option<u64>, Option<u64>),
 ) -> anyhow::Result<Exit> {
+    if let [word] = words
+        && word.eq_ignore_ascii_case("top")
+    {
+        return ctl_top::run(socket);
+    }
     let request = request(words, sizes)?;
     let shown = socket.display();
     let mut stream =

@@ -4,6 +4,7 @@ pub(crate) mod check;
 pub(crate) mod completions;
 pub(crate) mod ctl;
 mod ctl_socket;
+mod ctl_top;
 #[cfg(feature = "devtools")]
 pub(crate) mod devtools;
 pub(crate) mod dump;

@@ -82,6 +82,8 @@ pub struct Pool {
     pub(super) mode: AtomicMode,
     inbox: Mutex<Inbox>,
     is_suspended: AtomicBool,
+    /// A transaction was undone.
+    has_lost: AtomicBool,
     throttle: Throttle,
     has_work: AtomicBool,
     pub(super) traffic: Traffic,
@@ -116,6 +118,7 @@ impl Pool {
             mode: AtomicMode::new(mode),
             inbox: Mutex::default(),
             is_suspended: AtomicBool::new(false),
+            has_lost: AtomicBool::new(false),
             throttle: Throttle::default(),
             has_work: AtomicBool::new(false),
             traffic: Traffic::default(),
@@ -180,6 +183,21 @@ impl Pool {
     /// `Io`, `Damaged`.
     pub fn is_shared(&self, block: DataBlock) -> Result<bool> {
         self.metadata.change(|pool| pool.block_is_shared(block))
+    }
+
+    /// True if a commit would change nothing: what was acknowledged so far is durable once the data is. False also if that cannot be told
+    /// without waiting, or while bios that come are held back.
+    pub fn is_committed(&self) -> bool {
+        self.mode() == PoolMode::Write
+            && !self.is_suspended()
+            // It is noted before a transaction is undone, after which nothing is changed either.
+            && self.metadata.try_inspect(|pool| pool.is_changed() || self.has_lost.load(Ordering::Acquire))
+                == Some(false)
+    }
+
+    /// A transaction is about to be undone.
+    pub(super) fn note_loss(&self) {
+        self.has_lost.store(true, Ordering::Release);
     }
 
     /// Commits so far.

@@ -1,10 +1,12 @@
-//! Where data blocks are: a regular file through the page cache, or a block device.
+//! Where data blocks are: a regular file or a block device, through the page cache or directly.
 //!
 //! 1. Reads and writes may come from any number of threads; they are complete, or an error.
 //! 2. A write that has returned is durable after the next [`flush`](DataDevice::flush) that is asked for has succeeded. One call of the
 //!    system serves everybody who asked before it began.
 //! 3. Once a flush has failed, it is not known what was lost, and the system tells it once only: every later flush fails, too.
 
+use super::direct::Direct;
+use super::ring::Flight;
 use super::seam::{DeviceRequest, Seam};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{FileId, file_id};
@@ -14,12 +16,16 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Bytes in a sector.
 pub(super) const SECTOR: u64 = 512;
 /// Bytes that a copy or zeros move at once.
 const CHUNK: u64 = 1 << 20;
+/// A flush that takes less costs less than to have another thread do it.
+const QUICK: Duration = Duration::from_micros(50);
 
 /// Flushes: who asked, and what was done.
 #[derive(Debug, Default)]
@@ -38,17 +44,33 @@ pub struct DataDevice {
     file: File,
     path: PathBuf,
     is_file: bool,
+    /// None if it goes through the page cache.
+    direct: Option<Direct>,
     flushes: Mutex<Flushes>,
     has_flushed: Condvar,
     seam: Seam,
+    /// What the last flush took, in nanoseconds.
+    last_flush_ns: AtomicU64,
 }
 
 impl DataDevice {
-    /// Opens it for nobody else to use, to be written or only read.
+    /// Opens it for nobody else to use, to be written or only read, through the page cache.
     ///
     /// # Errors
     /// `Unsuitable` for what is neither a block device nor a regular file, `Busy`, `Io`.
     pub fn open(path: &Path, is_written: bool) -> Result<Self> {
+        Self::open_how(path, is_written, false)
+    }
+
+    /// The same, past the page cache.
+    ///
+    /// # Errors
+    /// `Unsuitable` also for what takes no direct I/O.
+    pub fn open_direct(path: &Path, is_written: bool) -> Result<Self> {
+        Self::open_how(path, is_written, true)
+    }
+
+    fn open_how(path: &Path, is_written: bool, is_direct: bool) -> Result<Self> {
         let shown = path.display();
         let is_file =
             match file_id(path).map_err(|e| Error::io(format!("cannot find {shown}"), e))? {
@@ -65,10 +87,20 @@ impl DataDevice {
         if !is_file && is_written {
             flags |= OFlags::EXCL;
         }
+        if is_direct {
+            flags |= OFlags::DIRECT;
+        }
         let busy = |e: io::Error| match e.kind() {
             io::ErrorKind::ResourceBusy => Error::with_source(
                 ErrorKind::Busy,
                 format!("{shown} is in use; only one pool, or one program, may have it"),
+                e,
+            ),
+            io::ErrorKind::InvalidInput if is_direct => Error::with_source(
+                ErrorKind::Unsuitable,
+                format!(
+                    "{shown} takes no direct I/O; use it through the page cache, without --direct"
+                ),
                 e,
             ),
             _ => Error::io(format!("cannot open {shown}"), e),
@@ -87,13 +119,19 @@ impl DataDevice {
         if is_file && flock(&file, lock) == Err(Errno::WOULDBLOCK) {
             return Err(busy(io::ErrorKind::ResourceBusy.into()));
         }
+        let direct = match is_direct {
+            true => Some(Direct::of(&file).map_err(busy)?),
+            false => None,
+        };
         Ok(Self {
             file,
             path: path.to_owned(),
             is_file,
+            direct,
             flushes: Mutex::default(),
             has_flushed: Condvar::new(),
             seam: Seam::default(),
+            last_flush_ns: AtomicU64::new(0),
         })
     }
 
@@ -106,6 +144,36 @@ impl DataDevice {
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// True for a regular file.
+    pub(super) fn is_file(&self) -> bool {
+        self.is_file
+    }
+
+    /// True if it is used past the page cache: reads and writes wait for the device.
+    pub(super) fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
+    /// True if [`start_all`](Self::start_all) does not wait for reads and writes of whole units. What it starts passes no seam.
+    pub(super) fn has_ring(&self) -> bool {
+        !self.seam.is_watched() && self.direct.as_ref().is_some_and(Direct::has_ring)
+    }
+
+    /// True if a range can be given to [`start_all`](Self::start_all).
+    pub(super) fn is_whole(&self, byte: u64, len: usize) -> bool {
+        (self.direct.as_ref()).is_some_and(|direct| direct.is_whole(byte, len))
+    }
+
+    /// Starts reads and writes of whole units of a device that is used directly, together.
+    pub(super) fn start_all(&self, flights: Vec<Flight>) {
+        match &self.direct {
+            Some(direct) => direct.start_all(&self.file, flights),
+            None => flights
+                .into_iter()
+                .for_each(|flight| flight.end(&self.file, 0)),
+        }
     }
 
     /// Its size now, in whole sectors.
@@ -141,7 +209,10 @@ impl DataDevice {
     pub(super) fn read(&self, buffer: &mut [u8], byte: u64) -> io::Result<()> {
         let len = buffer.len() as u64;
         let _passage = self.seam.pass(DeviceRequest::Read { byte, len })?;
-        self.file.read_exact_at(buffer, byte)
+        match &self.direct {
+            Some(direct) => direct.read(&self.file, buffer, byte),
+            None => self.file.read_exact_at(buffer, byte),
+        }
     }
 
     pub(super) fn write(&self, data: &[u8], byte: u64) -> io::Result<()> {
@@ -151,17 +222,34 @@ impl DataDevice {
             data,
             is_durable,
         })?;
-        self.file.write_all_at(data, byte)
+        self.put(data, byte, |data, byte| self.file.write_all_at(data, byte))
+    }
+
+    /// Writes by calls of `put`.
+    fn put(
+        &self,
+        data: &[u8],
+        byte: u64,
+        put: impl Fn(&[u8], u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        match &self.direct {
+            Some(direct) => direct.write(&self.file, data, byte, put),
+            None => put(data, byte),
+        }
     }
 
     /// Writes what is durable when this returns.
-    pub(super) fn write_durably(&self, mut data: &[u8], mut byte: u64) -> io::Result<()> {
+    pub(super) fn write_durably(&self, data: &[u8], byte: u64) -> io::Result<()> {
         let is_durable = true;
         let _passage = self.seam.pass(DeviceRequest::Write {
             byte,
             data,
             is_durable,
         })?;
+        self.put(data, byte, |data, byte| self.put_durably(data, byte))
+    }
+
+    fn put_durably(&self, mut data: &[u8], mut byte: u64) -> io::Result<()> {
         while !data.is_empty() {
             match pwritev2(
                 &self.file,
@@ -176,7 +264,7 @@ impl DataDevice {
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
-                    self.write(data, byte)?;
+                    self.file.write_all_at(data, byte)?;
                     return self.flush();
                 }
                 Err(e) => return Err(e.into()),
@@ -243,6 +331,11 @@ impl DataDevice {
         Ok(())
     }
 
+    /// True if a flush is likely to take next to no time.
+    pub(super) fn flushes_quickly(&self) -> bool {
+        u128::from(self.last_flush_ns.load(Ordering::Relaxed)) < QUICK.as_nanos()
+    }
+
     /// Makes everything durable that was written before.
     pub(super) fn flush(&self) -> io::Result<()> {
         let mut flushes = self.flushes.lock().unwrap_or_else(PoisonError::into_inner);
@@ -260,8 +353,11 @@ impl DataDevice {
             flushes.begun += 1;
             let number = flushes.begun;
             drop(flushes);
+            let since = Instant::now();
             let passage = self.seam.pass(DeviceRequest::Flush);
             let flushed = passage.and_then(|_passage| self.file.sync_data());
+            let took = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            self.last_flush_ns.store(took, Ordering::Relaxed);
             flushes = self.flushes.lock().unwrap_or_else(PoisonError::into_inner);
             flushes.is_running = false;
             flushes.ended = number;
@@ -292,12 +388,59 @@ mod tests {
         (folder, device)
     }
 
+    /// The same device past the page cache, where that is possible.
+    fn direct(sectors: u64) -> Option<(tempfile::TempDir, DataDevice)> {
+        let (folder, device) = device(sectors);
+        drop(device);
+        match DataDevice::open_direct(&folder.path().join("data"), true) {
+            Ok(device) => Some((folder, device)),
+            Err(e) => {
+                assert_eq!(e.kind(), ErrorKind::Unsuitable);
+                eprintln!("direct I/O is not tested: {e}");
+                None
+            }
+        }
+    }
+
     #[test]
     fn what_was_written_is_read_copied_and_zeroed() {
-        let (_folder, device) = device(8192);
+        moves_data(&device(8192).1);
+        if let Some((_folder, device)) = direct(8192) {
+            moves_data(&device);
+        }
+    }
+
+    /// Writers of parts of a unit and of all of it do not undo each other.
+    #[test]
+    fn direct_writes_to_parts_of_one_unit_are_all_there() {
+        let Some((_folder, device)) = direct(64) else {
+            return;
+        };
+        std::thread::scope(|scope| {
+            for writer in 0..4_u8 {
+                let device = &device;
+                scope.spawn(move || {
+                    for n in 0..100 {
+                        let own = [writer * 50 + n % 50 + 1; 100];
+                        device.write(&own, u64::from(writer) * 1000).unwrap();
+                        device.write(&[n; 4096], 4096).unwrap();
+                    }
+                });
+            }
+        });
+        let mut found = vec![0; 8192];
+        device.read(&mut found, 0).unwrap();
+        for (writer, part) in found[..4000].chunks(1000).enumerate() {
+            assert!(part[..100].iter().all(|&b| b == writer as u8 * 50 + 50));
+            assert!(part[100..].iter().all(|&b| b == 0));
+        }
+        assert!(found[4096..].iter().all(|&b| b == 99));
+    }
+
+    fn moves_data(device: &DataDevice) {
         device.write(&[7; 5000], 1000).unwrap();
         device.write_durably(&[8; 3000], 6000).unwrap();
-        device.copy(&device, 0, 4096, 4096).unwrap();
+        device.copy(device, 0, 4096, 4096).unwrap();
         let mut found = vec![0; 9000];
         device.read(&mut found, 4096 * SECTOR + 1000).unwrap();
         assert!(found[..5000].iter().all(|&b| b == 7) && found[5000..8000].iter().all(|&b| b == 8));

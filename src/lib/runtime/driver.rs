@@ -2,13 +2,22 @@
 //!
 //! Whatever waits for the disk on behalf of the data device is done by the latter, but for the flush that begins a commit: the worker
 //! would do nothing meanwhile. The metadata is read and written by the worker itself.
+//!
+//! Writes and zeros of a regular file exclude each other in the kernel: more threads would only wait for each other there. So one
+//! carrier at a time does them, all that wait in one go, while the others read, copy and discard.
 
 use super::data_device::DataDevice;
 use super::event_log::EventLog;
+use super::io_counts::{IoCounts, IoTotals};
+use super::ring::Flight;
 use super::transfer::{Parts, bio_error};
 use crate::error::{Error, ErrorKind, Result};
-use crate::pool::{BioError, BioResult, Effect, Event, JobId, Pool, PoolTable, Source, Worker};
+use crate::pool::{
+    Bio, BioError, BioResult, Effect, Event, JobId, Op, Pool, PoolTable, Source, Worker,
+};
+use crate::units::ThinId;
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
@@ -16,6 +25,8 @@ use std::time::{Duration, Instant};
 
 /// Threads that carry effects out: enough to keep a disk busy.
 const CARRIERS: usize = 8;
+/// The same where each read or write of the data needs one.
+const CARRIERS_OF_ALL: usize = 32;
 /// The worker looks around no more often than this while nothing happens.
 const SHORTEST_WAIT: Duration = Duration::from_millis(1);
 
@@ -41,6 +52,10 @@ enum Task {
 #[derive(Default)]
 struct Queue {
     tasks: VecDeque<Task>,
+    /// Those that exclude each other.
+    exclusive: VecDeque<Effect>,
+    /// A carrier does what was exclusive, and will look again.
+    has_excluder: bool,
     is_over: bool,
 }
 
@@ -52,6 +67,8 @@ pub(super) struct Driver {
     pub(super) events: EventLog,
     /// External origins of open thin devices, by the devices' numbers.
     pub(super) origins: RwLock<HashMap<u32, Arc<DataDevice>>>,
+    /// What clients asked of thin devices, by their ids.
+    counts: Mutex<HashMap<u64, Arc<IoCounts>>>,
     table: RwLock<PoolTable>,
     told: Sender<Told>,
     queue: Mutex<Queue>,
@@ -88,6 +105,7 @@ impl Driver {
             parts: Parts::default(),
             events: EventLog::default(),
             origins: RwLock::default(),
+            counts: Mutex::default(),
             table: RwLock::new(table),
             told,
             queue: Mutex::default(),
@@ -111,7 +129,11 @@ impl Driver {
         inbox: Receiver<Told>,
         threads: &mut Threads,
     ) -> std::io::Result<()> {
-        for _ in 0..CARRIERS {
+        let carriers = match self.data.is_direct() && !self.data.has_ring() {
+            true => CARRIERS_OF_ALL,
+            false => CARRIERS,
+        };
+        for _ in 0..carriers {
             let driver = Arc::clone(self);
             let builder = std::thread::Builder::new().name("carrier".into());
             threads
@@ -122,6 +144,24 @@ impl Driver {
         let builder = std::thread::Builder::new().name("worker".into());
         threads.worker = Some(builder.spawn(move || driver.be_worker(worker, &inbox))?);
         Ok(())
+    }
+
+    /// Counts what clients ask of a thin device.
+    pub(super) fn io_counts(&self, id: ThinId) -> Arc<IoCounts> {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(counts.entry(id.0).or_default())
+    }
+
+    /// Forgets what was asked of a thin device that is no more.
+    pub(super) fn forget_io(&self, id: ThinId) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.remove(&id.0);
+    }
+
+    /// What clients asked of a thin device so far.
+    pub(super) fn io_totals(&self, id: ThinId) -> IoTotals {
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        (counts.get(&id.0)).map_or_else(IoTotals::default, |counts| counts.totals())
     }
 
     /// The pool's table.
@@ -263,23 +303,61 @@ impl Driver {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// True for what keeps others from changing the file meanwhile. What a durable write waits for does not; and a discard is not made to
+    /// wait for others: should the process be killed after the commit that unmapped its blocks, they would be leaked until then.
+    fn is_exclusive(&self, effect: &Effect) -> bool {
+        self.data.is_file()
+            && match effect {
+                Effect::Issue { bio, .. } => {
+                    bio.op == Op::Write && !bio.is_fua && !self.data.is_direct()
+                }
+                Effect::Zero { .. } => true,
+                _ => false,
+            }
+    }
+
+    /// Leaves tasks to the carriers.
+    fn hand_out(&self, tasks: Vec<Task>) {
+        if tasks.is_empty() {
+            return;
+        }
+        let mut queue = self.queue();
+        let had_any = queue.has_excluder || !queue.exclusive.is_empty();
+        let before = queue.tasks.len();
+        for task in tasks {
+            match task {
+                Task::Effect(effect) if self.is_exclusive(&effect) => {
+                    queue.exclusive.push_back(effect);
+                }
+                task => queue.tasks.push_back(task),
+            }
+        }
+        // Whoever does what was exclusive before, or is about to, does all of it.
+        let new = queue.tasks.len() - before;
+        let wanted = new + usize::from(!had_any && !queue.exclusive.is_empty());
+        drop(queue);
+        (0..wanted).for_each(|_| self.has_task.notify_one());
+    }
+
     /// Has a carrier do something that may take a while.
     pub(super) fn run(&self, run: impl FnOnce() + Send + 'static) {
         self.hand_out(vec![Task::Run(Box::new(run))]);
     }
 
-    /// Leaves tasks to the carriers.
-    fn hand_out(&self, tasks: Vec<Task>) {
-        let new = tasks.len();
-        if new > 0 {
-            self.queue().tasks.extend(tasks);
-        }
-        (0..new).for_each(|_| self.has_task.notify_one());
-    }
-
     fn be_carrier(&self) {
         let mut queue = self.queue();
         loop {
+            if !queue.has_excluder && !queue.exclusive.is_empty() {
+                queue.has_excluder = true;
+                let effects = std::mem::take(&mut queue.exclusive);
+                drop(queue);
+                effects
+                    .into_iter()
+                    .for_each(|effect| self.carry_out(effect));
+                queue = self.queue();
+                queue.has_excluder = false;
+                continue;
+            }
             if let Some(task) = queue.tasks.pop_front() {
                 drop(queue);
                 match task {
@@ -296,6 +374,51 @@ impl Driver {
                 .has_task
                 .wait(queue)
                 .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Moves the data of bios that are mapped, on this thread.
+    pub(super) fn issue(&self, bio: Box<Bio>, sector: u64) {
+        self.carry_out(Effect::Issue { bio, sector });
+    }
+
+    /// Moves the data of bios that are mapped to a device that is used directly, all at once, without waiting. Each is taken off
+    /// `under_way` when it ends.
+    pub(super) fn issue_all(
+        self: &Arc<Self>,
+        bios: Vec<(Box<Bio>, u64)>,
+        under_way: &Arc<AtomicUsize>,
+    ) {
+        let mut flights = Vec::with_capacity(bios.len());
+        for (bio, sector) in bios {
+            let (driver, under_way) = (Arc::clone(self), Arc::clone(under_way));
+            let over = move || under_way.fetch_sub(1, Ordering::AcqRel);
+            let part = self.parts.get(bio.id).filter(|_| self.data.has_ring());
+            let flight = part.and_then(|part| Some((part.flight(&bio, &self.data, sector)?, part)));
+            let Some(((is_write, buffer, len, byte), part)) = flight else {
+                self.run(move || {
+                    driver.issue(bio, sector);
+                    over();
+                });
+                continue;
+            };
+            flights.push(Flight {
+                is_write,
+                buffer,
+                len,
+                byte,
+                ended: Box::new(move |done, buffer| {
+                    let done = done.map_err(|e| bio_error(&e));
+                    if done.is_ok() && !is_write {
+                        part.land(buffer);
+                    }
+                    driver.end_io(bio, done);
+                    over();
+                }),
+            });
+        }
+        if !flights.is_empty() {
+            self.data.start_all(flights);
         }
     }
 
@@ -363,7 +486,7 @@ impl Driver {
         }
     }
 
-    fn end_io(&self, bio: Box<crate::pool::Bio>, result: BioResult) {
+    fn end_io(&self, bio: Box<Bio>, result: BioResult) {
         if let Some((bio, result)) = self.pool.end_io(bio, result) {
             self.parts.end(bio.id, result);
         }

@@ -137,7 +137,11 @@ pub trait Export: Send + Sync {
 /// A client's way into an export. Used by one thread at a time.
 pub trait Connection: Send {
     /// Carries a request out. It is answered within the call if nothing has to be waited for, otherwise from another thread.
+    /// It may be held back until [`start`](Self::start), to be carried out together with others.
     fn submit(&mut self, request: Request, reply: Replier);
+
+    /// Starts what was held back. Whoever submits calls this before it waits for anything.
+    fn start(&mut self) {}
 }
 
 /// The exports that a server offers. They may come and go.

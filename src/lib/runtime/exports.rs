@@ -84,6 +84,10 @@ impl Export for ThinExport {
 }
 
 impl Connection for Submitter {
+    fn start(&mut self) {
+        Self::start(self);
+    }
+
     fn submit(&mut self, request: Request, reply: Replier) {
         let is_change = matches!(
             request,
@@ -92,6 +96,7 @@ impl Connection for Submitter {
         if is_change && self.thin().is_read_only {
             return reply.answer(Err(Errno::PERM));
         }
+        self.thin().counts.count(&request);
         let told =
             |reply: Replier| -> Told { Box::new(move |done| reply.answer(done.map_err(errno))) };
         match request {

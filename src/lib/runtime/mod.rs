@@ -5,9 +5,11 @@
 //! is mapped itself (`submitter`); what the worker has of a request is kept as `transfer`.
 
 mod autoextend;
+mod buffers;
 pub mod control;
 mod cut;
 mod data_device;
+mod direct;
 mod driver;
 mod event_log;
 pub mod export;
@@ -15,8 +17,10 @@ mod exports;
 #[cfg(feature = "devtools")]
 mod fault;
 pub mod fuse;
+mod io_counts;
 pub mod memory_export;
 pub mod nbd;
+mod ring;
 #[expect(clippy::module_inception, reason = "the runtime of the pool")]
 mod runtime;
 mod seam;
@@ -31,6 +35,7 @@ pub use data_device::DataDevice;
 pub use event_log::{EventLog, PoolEvent};
 #[cfg(feature = "devtools")]
 pub use fault::{Fault, Faults};
+pub use io_counts::IoTotals;
 pub use runtime::{Activation, Options, Runtime};
 #[cfg(feature = "devtools")]
 pub use seam::{DeviceRequest, Interceptor, PoolDevice};

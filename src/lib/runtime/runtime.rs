@@ -1,5 +1,6 @@
 //! A pool on real devices: opened, managed by the kernel's messages, and stopped with everything committed.
 
+use super::control::ThinStats;
 use super::data_device::{DataDevice, SECTOR};
 use super::driver::{Driver, Threads};
 use super::event_log::EventLog;
@@ -28,6 +29,8 @@ pub struct Options {
     pub metadata: PathBuf,
     /// Device or file of the data.
     pub data: PathBuf,
+    /// Data moves past the page cache.
+    pub is_direct: bool,
     /// Nothing is written anywhere; what can be read is served, however damaged the rest is.
     pub is_read_only: bool,
     /// Make a pool with data blocks of so many sectors if the metadata begins with zeros, as the kernel does.
@@ -51,6 +54,7 @@ impl Options {
         Self {
             metadata: metadata.to_owned(),
             data: data.to_owned(),
+            is_direct: false,
             is_read_only: false,
             create: None,
             low_water_blocks: 0,
@@ -103,7 +107,7 @@ impl Runtime {
             let engine = open_read(&options.metadata, Access::Exclusive)?;
             return Self::open_to_read(Arc::from(engine), options);
         }
-        let data = DataDevice::open(&options.data, true)?;
+        let data = open_data(options)?;
         let engine = Arc::new(open_pool(&options.metadata)?);
         Self::start(Arc::clone(&engine) as _, Some(engine), data, options)
     }
@@ -126,7 +130,7 @@ impl Runtime {
                 format!("{shown} is given as the metadata and as the data; give both"),
             ));
         }
-        let data = DataDevice::open(&options.data, false)?;
+        let data = open_data(&options)?;
         Self::start(engine, None, data, &options)
     }
 
@@ -226,7 +230,12 @@ impl Runtime {
             }
             thins.open.retain(|_, export| export.strong_count() > 0);
         }
-        self.driver.ask(move |tag| Event::Message { tag, message })
+        self.driver
+            .ask(move |tag| Event::Message { tag, message })?;
+        if let Message::Delete(id) = message {
+            self.driver.forget_io(id);
+        }
+        Ok(())
     }
 
     /// Commits what has changed.
@@ -454,6 +463,41 @@ impl Runtime {
         Ok(export)
     }
 
+    /// The thin devices that are exported, with what clients asked of them.
+    ///
+    /// # Errors
+    /// `Io`, `Damaged`.
+    pub(super) fn thin_stats(&self) -> Result<Vec<ThinStats>> {
+        let ids = self.exported()?;
+        let sizes: Vec<_> = {
+            let thins = self.thins();
+            let size = |id: &ThinId| {
+                let open = thins.open.get(&id.0).and_then(Weak::upgrade);
+                let active = || thins.active.get(&id.0)?.size;
+                (
+                    open.as_ref().map(|export| export.size).or_else(active),
+                    open.is_some(),
+                )
+            };
+            ids.iter().map(size).collect()
+        };
+        let mut all = Vec::with_capacity(ids.len());
+        for (id, (size, is_open)) in ids.into_iter().zip(sizes) {
+            // It may have been deleted meanwhile.
+            let Ok(details) = self.driver.pool.inspect(|pool| pool.details(id)) else {
+                continue;
+            };
+            all.push(ThinStats {
+                id: id.0,
+                size,
+                mapped_blocks: details.mapped_blocks,
+                is_open,
+                io: self.driver.io_totals(id),
+            });
+        }
+        Ok(all)
+    }
+
     fn thins(&self) -> MutexGuard<'_, Thins> {
         self.thins.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -486,6 +530,15 @@ impl Drop for Runtime {
         // Whoever wants to know how it went has called it before.
         self.stop().ok();
     }
+}
+
+/// Opens the data device, in the way that was asked for.
+fn open_data(options: &Options) -> Result<DataDevice> {
+    let open = match options.is_direct {
+        true => DataDevice::open_direct,
+        false => DataDevice::open,
+    };
+    open(&options.data, !options.is_read_only)
 }
 
 /// Opens the metadata, or makes it.

@@ -92,6 +92,11 @@ pub(super) struct Passage<'a> {
 
 #[cfg(not(feature = "devtools"))]
 impl Seam {
+    /// True if somebody has to see every request.
+    pub(super) fn is_watched(&self) -> bool {
+        false
+    }
+
     /// Lets a request pass.
     pub(super) fn pass(&self, _: DeviceRequest<'_>) -> io::Result<Passage<'_>> {
         let _of = std::marker::PhantomData;
@@ -101,6 +106,11 @@ impl Seam {
 
 #[cfg(feature = "devtools")]
 impl Seam {
+    /// True if somebody has to see every request.
+    pub(super) fn is_watched(&self) -> bool {
+        self.interceptor.is_some()
+    }
+
     /// With whoever stands there.
     pub(super) fn new(device: PoolDevice, interceptor: Option<&Arc<dyn Interceptor>>) -> Self {
         Self {

@@ -1,5 +1,6 @@
 //! A connection's way into the pool: cuts requests into bios, moves what is mapped itself, and leaves the rest to the worker.
 
+use super::buffers;
 use super::cut::cut;
 use super::data_device::SECTOR;
 use super::driver::Driver;
@@ -8,6 +9,10 @@ use super::transfer::{Part, Payload, Told, Transfer, bio_error};
 use crate::pool::{Bio, BioError, BioResult, DISCARD_BLOCKS, Mapped, Mapper, Op, pieces};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Bios that are started together.
+const MOST_TOGETHER: usize = 64;
 
 /// One for each thread that submits.
 pub(super) struct Submitter {
@@ -17,6 +22,16 @@ pub(super) struct Submitter {
     is_client: bool,
     /// The last bio was left to the worker.
     was_deferred: bool,
+    /// Mapped bios of a device that is used directly, with their sectors: they are started together.
+    batch: Vec<(Box<Bio>, u64)>,
+    /// Those that were started and have not ended.
+    under_way: Arc<AtomicUsize>,
+}
+
+impl Drop for Submitter {
+    fn drop(&mut self) {
+        self.start();
+    }
 }
 
 /// A request as its bios are submitted. Nothing is shared before the first of them is left to the worker.
@@ -73,7 +88,10 @@ impl Request {
     fn submitted(self) {
         match (self.transfer, self.told) {
             (Some(transfer), _) => transfer.end(self.result),
-            (None, Some(told)) => told(self.result.map(|()| self.buffer)),
+            (None, Some(told)) => {
+                buffers::give(self.data);
+                told(self.result.map(|()| self.buffer));
+            }
             (None, None) => {}
         }
     }
@@ -82,10 +100,9 @@ impl Request {
 impl Submitter {
     /// Of a connection, which is held up while the worker is behind.
     pub(super) fn new(thin: Arc<ThinExport>) -> Self {
-        Self {
-            is_client: true,
-            ..Self::of_carrier(thin)
-        }
+        let mut this = Self::of_carrier(thin);
+        this.is_client = true;
+        this
     }
 
     /// Of a thread that the worker may depend on.
@@ -95,6 +112,8 @@ impl Submitter {
             thin,
             is_client: false,
             was_deferred: false,
+            batch: Vec::new(),
+            under_way: Arc::default(),
         }
     }
 
@@ -104,7 +123,7 @@ impl Submitter {
 
     /// Reads `len` bytes.
     pub(super) fn read(&mut self, byte: u64, len: usize, told: Told) {
-        let mut request = Request::new(vec![0; len], Vec::new(), told);
+        let mut request = Request::new(buffers::take(len), Vec::new(), told);
         for cut in cut(byte, len as u64, self.thin.block_sectors()) {
             let range = cut.range.start as usize..cut.range.end as usize;
             let payload = Payload::Buffer(range.clone());
@@ -144,6 +163,19 @@ impl Submitter {
 
     /// Makes durable what was written.
     pub(super) fn flush(&mut self, told: Told) {
+        let thin = Arc::clone(&self.thin);
+        if thin.driver.pool.is_committed() {
+            // Only the data: that is what the worker would have a carrier do.
+            let flush = move || {
+                let flushed = thin.driver.data.flush().map_err(|e| bio_error(&e));
+                told(flushed.map(|()| Vec::new()));
+            };
+            self.start();
+            return match self.thin.driver.data.flushes_quickly() {
+                true => flush(),
+                false => self.thin.driver.run(flush),
+            };
+        }
         let bio = self.bio(Op::Flush, 0, 0);
         self.submit_one(bio, told);
     }
@@ -265,6 +297,21 @@ impl Submitter {
         ))
     }
 
+    /// Starts what was held back to be started together. One alone is waited for here, which costs the least.
+    pub(super) fn start(&mut self) {
+        let mut batch = std::mem::take(&mut self.batch);
+        let driver = &self.thin.driver;
+        let is_alone = batch.len() == 1 && self.under_way.load(Ordering::Acquire) == 0;
+        if is_alone {
+            batch
+                .drain(..)
+                .for_each(|(bio, sector)| driver.issue(bio, sector));
+        } else if !batch.is_empty() {
+            self.under_way.fetch_add(batch.len(), Ordering::AcqRel);
+            driver.issue_all(batch, &self.under_way);
+        }
+    }
+
     fn submit_one(&mut self, bio: Box<Bio>, told: Told) {
         let mut request = Request::new(Vec::new(), Vec::new(), told);
         self.submit(&mut request, bio, Payload::Nothing, 0, |_, _, _| Ok(()));
@@ -280,17 +327,21 @@ impl Submitter {
         skip: u64,
         carry_out: impl FnOnce(&Driver, &mut Request, u64) -> std::io::Result<()>,
     ) {
-        let driver = &*self.thin.driver;
         if std::mem::take(&mut self.was_deferred) && self.is_client {
+            self.start();
+            let driver = &*self.thin.driver;
             driver.pool.throttle();
             if let Some(transfer) = &request.transfer {
                 transfer.wait_for_room();
             }
         }
+        let driver = &*self.thin.driver;
         let id = bio.id;
+        let is_in_ranks = driver.data.is_direct() && matches!(payload, Payload::Buffer(_));
         let mut table = driver.parts.table(id);
         match self.mapper.map(&self.thin.thin, bio) {
-            Mapped::Deferred(_) => {
+            Mapped::Deferred(reason) => {
+                self.thin.counts.count_deferred(reason);
                 let transfer = Arc::clone(request.share(&self.thin));
                 transfer.begin();
                 table.insert(
@@ -305,6 +356,21 @@ impl Submitter {
             }
             Mapped::Zero(_) => {}
             Mapped::Failed(_, error) => request.result = request.result.and(Err(error)),
+            Mapped::Remapped { bio, sector } if is_in_ranks => {
+                let transfer = Arc::clone(request.share(&self.thin));
+                transfer.begin();
+                let part = Part {
+                    transfer,
+                    payload,
+                    skip,
+                };
+                table.insert(id, part);
+                drop(table);
+                self.batch.push((bio, sector));
+                if self.batch.len() == MOST_TOGETHER {
+                    self.start();
+                }
+            }
             Mapped::Remapped { bio, sector } => {
                 drop(table);
                 let done = carry_out(driver, request, sector * SECTOR + skip);

@@ -2,6 +2,7 @@
 
 use super::data_device::{DataDevice, SECTOR};
 use super::driver::Driver;
+use super::io_counts::IoCounts;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{Features, Thin};
 use crate::units::{ThinBlock, ThinId};
@@ -17,6 +18,7 @@ pub(super) struct ThinExport {
     /// Has what was never written.
     pub(super) origin: Option<Arc<DataDevice>>,
     pub(super) is_read_only: bool,
+    pub(super) counts: Arc<IoCounts>,
 }
 
 impl Drop for ThinExport {
@@ -61,6 +63,7 @@ impl ThinExport {
             size: 0,
             origin,
             is_read_only,
+            counts: driver.io_counts(id),
         };
         let block_bytes = export.block_sectors() * SECTOR;
         export.size = match size {

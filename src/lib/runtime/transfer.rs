@@ -1,8 +1,11 @@
 //! A client's request while parts of it are with the worker: its data, and what is to be told when the last part has ended.
 
+use super::buffers;
 use super::data_device::{DataDevice, SECTOR};
 use super::thin_export::ThinExport;
+use crate::io::AlignedBuffer;
 use crate::pool::{Bio, BioError, BioResult, Op};
+use crate::units::BLOCK_SIZE;
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::io;
@@ -44,6 +47,12 @@ pub(super) struct Transfer {
     has_ended: Condvar,
     /// Open until the last part has ended.
     _thin: Arc<ThinExport>,
+}
+
+impl Drop for Transfer {
+    fn drop(&mut self) {
+        buffers::give(std::mem::take(&mut self.data));
+    }
 }
 
 impl Transfer {
@@ -151,6 +160,39 @@ impl Part {
             _ => Ok(()),
         };
         done.map_err(|e| bio_error(&e))
+    }
+
+    /// What moves its data without a thread, if it is whole units of a device that is used directly: whether it is a write, aligned memory
+    /// with the data of a write, how many bytes, and where on the device.
+    pub(super) fn flight(
+        &self,
+        bio: &Bio,
+        device: &DataDevice,
+        sector: u64,
+    ) -> Option<(bool, AlignedBuffer, usize, u64)> {
+        let Payload::Buffer(range) = &self.payload else {
+            return None;
+        };
+        let (byte, len) = (sector * SECTOR + self.skip, range.len());
+        if !device.is_whole(byte, len) {
+            return None;
+        }
+        let mut buffer = AlignedBuffer::new(len.div_ceil(BLOCK_SIZE));
+        let is_write = bio.op == Op::Write;
+        if is_write {
+            let memory = buffer.blocks_mut(len.div_ceil(BLOCK_SIZE));
+            memory[..len].copy_from_slice(&self.transfer.data()[range.clone()]);
+        }
+        Some((is_write, buffer, len, byte))
+    }
+
+    /// Takes what was read.
+    pub(super) fn land(&self, buffer: &AlignedBuffer) {
+        if let Payload::Buffer(range) = &self.payload {
+            let read = &buffer.blocks(range.len().div_ceil(BLOCK_SIZE))[..range.len()];
+            self.transfer
+                .fill(|all| all[range.clone()].copy_from_slice(read));
+        }
     }
 
     /// Fills it from an external origin that has `sectors` of it; the rest is zeros already.

@@ -180,6 +180,16 @@ impl SharedMetadata {
         look(&self.writer().pool)
     }
 
+    /// The same, if nobody changes or commits it now.
+    pub fn try_inspect<T>(&self, look: impl FnOnce(&PoolMetadata) -> T) -> Option<T> {
+        let writer = match self.writer.try_lock() {
+            Ok(writer) => writer,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(look(&writer.pool))
+    }
+
     /// Ends the transaction, see [`PoolMetadata::commit`]. Changes wait until no lookup can be on its way through what it freed.
     ///
     /// # Errors

@@ -67,6 +67,16 @@ pub(crate) const PAGE: Page = Page {
             ],
         ),
         (
+            "DIRECT I/O",
+            &[
+                "The data device is used through the page cache, unless --direct is given: then O_DIRECT leaves the memory to others, and a \
+                 disk gets as many requests at once as clients have under way, through io_uring, or with threads where the kernel \
+                 has no io_uring for this process. A single request at a time takes longer than one of the page cache. Clients need \
+                 not align anything; requests that are not whole sectors of the device are slower. A data file on a file system that \
+                 takes no direct I/O is refused.",
+            ],
+        ),
+        (
             "READINESS",
             &[
                 "Clients can connect once READY=1 was sent to the socket in NOTIFY_SOCKET, as systemd \
@@ -224,6 +234,10 @@ pub(crate) struct Args {
     /// What was never written to this thin device is read from this file or device.
     #[arg(long, value_name = "ID=FILE", value_parser = origin, requires = "thin")]
     origin: Vec<(ThinId, PathBuf)>,
+
+    /// Read and write the data device past the page cache (O_DIRECT), with io_uring where the kernel lets.
+    #[arg(long)]
+    direct: bool,
 
     /// Write nothing, and serve what can be read.
     #[arg(long, conflicts_with_all = ["create", "autoextend", "queue_when_full"])]

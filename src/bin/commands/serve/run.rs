@@ -236,6 +236,7 @@ fn open(args: &Args) -> anyhow::Result<Arc<Runtime>> {
     let mut features = Features::from_words(&args.feature)?;
     features.error_if_no_space |= args.queue_when_full.is_none();
     let mut options = Options {
+        is_direct: args.direct,
         is_read_only: args.read_only,
         create: args.create.then(|| args.new_block_size()),
         low_water_blocks: args.low_water,

@@ -55,6 +55,7 @@ impl Worker {
         if self.pool.mode() >= PoolMode::ReadOnly {
             return;
         }
+        self.pool.note_loss();
         for device in self.devices.values_mut() {
             device.has_lost |= std::mem::take(&mut device.is_changed);
         }

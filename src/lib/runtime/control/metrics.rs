@@ -2,10 +2,25 @@
 
 use crate::error::Result;
 use crate::pool::{PoolMode, WorkerCounts};
-use crate::runtime::Runtime;
+use crate::runtime::{IoTotals, Runtime};
 use crate::thin::{PoolMetadata, PoolStatus};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt::Write;
+
+/// A thin device that is exported, and what clients asked of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThinStats {
+    /// Its id.
+    pub id: u64,
+    /// Bytes, if that is known before it is opened.
+    pub size: Option<u64>,
+    /// Blocks of the pool that it maps, shared ones included.
+    pub mapped_blocks: u64,
+    /// Clients have it open.
+    pub is_open: bool,
+    /// What they asked of it since the server was started.
+    pub io: IoTotals,
+}
 
 /// What a pool is, and did since it was started.
 #[derive(Clone, Debug, Serialize)]
@@ -22,6 +37,8 @@ pub struct Stats {
     pub metadata_blocks_written: u64,
     /// Events so far.
     pub events: u64,
+    /// The thin devices that are exported.
+    pub thins: Vec<ThinStats>,
 }
 
 impl Runtime {
@@ -38,6 +55,7 @@ impl Runtime {
             metadata_blocks_read: io.read,
             metadata_blocks_written: io.written,
             events: self.events().last(),
+            thins: self.thin_stats()?,
         })
     }
 }
@@ -141,6 +159,47 @@ impl Stats {
                 "# HELP thin_pool_{name} {help}\n# TYPE thin_pool_{name} {kind}\nthin_pool_{name} {value}\n"
             );
         }
+        self.add_thins(&mut text);
         text
+    }
+
+    /// The numbers of each thin device, by its id.
+    fn add_thins(&self, text: &mut String) {
+        type Number = fn(&ThinStats) -> u64;
+        let numbers: [(&str, &str, &str, Number); 7] = [
+            ("gauge", "mapped_blocks", "Data blocks mapped.", |thin| {
+                thin.mapped_blocks
+            }),
+            ("counter", "reads_total", "Requests to read.", |thin| {
+                thin.io.reads
+            }),
+            ("counter", "read_bytes_total", "Bytes read.", |thin| {
+                thin.io.read_bytes
+            }),
+            ("counter", "writes_total", "Requests to write.", |thin| {
+                thin.io.writes
+            }),
+            ("counter", "written_bytes_total", "Bytes written.", |thin| {
+                thin.io.written_bytes
+            }),
+            ("counter", "flushes_total", "Requests to flush.", |thin| {
+                thin.io.flushes
+            }),
+            (
+                "counter",
+                "deferred_total",
+                "Bios left to the worker.",
+                |thin| thin.io.deferred.values().sum(),
+            ),
+        ];
+        for (kind, name, help, number) in numbers {
+            let _ = write!(
+                text,
+                "# HELP thin_{name} {help}\n# TYPE thin_{name} {kind}\n"
+            );
+            for thin in &self.thins {
+                let _ = writeln!(text, "thin_{name}{{thin=\"{}\"}} {}", thin.id, number(thin));
+            }
+        }
     }
 }

@@ -7,5 +7,6 @@ mod metrics;
 mod request;
 mod server;
 
+pub use metrics::{Stats, ThinStats};
 pub use request::Request;
 pub use server::{Control, bind_socket};

@@ -36,6 +36,7 @@ impl File {
         let found = idle().pop();
         let mut connection = found.unwrap_or_else(|| Arc::clone(&self.export).connect());
         connection.submit(request, reply);
+        connection.start();
         idle().push(connection);
     }
 

@@ -3,6 +3,7 @@
 use super::memory::{Memory, SHARE};
 use super::stream::Stream;
 use super::wire::{Head, Style, command};
+use crate::runtime::buffers;
 use crate::runtime::export::{Answer, Extent, MOST_PAYLOAD};
 use rustix::io::Errno;
 use std::collections::VecDeque;
@@ -166,6 +167,15 @@ impl Outbox {
 
     fn out(&self) -> MutexGuard<'_, Out> {
         self.out.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same as [`begin`](Self::begin), if nothing has to be waited for.
+    pub(super) fn try_begin(&self, want: usize) -> Option<usize> {
+        let mut out = self.out();
+        match out.is_broken {
+            true => None,
+            false => out.grant(want, &self.memory),
+        }
     }
 
     /// Waits until one more request may be under way; how many of the `want` bytes of its data it may have.
@@ -350,7 +360,7 @@ impl Outbox {
             drop(out);
             let sent = write_all(&mut &*self.stream, &segments);
             let len = segments.iter().map(Vec::len).sum::<usize>();
-            drop(segments);
+            segments.into_iter().for_each(buffers::give);
             let mut out = self.out();
             out.waits[Wait::Take as usize] = None;
             out.unsent -= len;

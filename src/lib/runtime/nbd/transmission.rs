@@ -5,6 +5,7 @@ use super::memory::Memory;
 use super::outbox::{Outbox, Pieces};
 use super::stream::Stream;
 use super::wire::{Head, Style, command, flag};
+use crate::runtime::buffers;
 use crate::runtime::export::{Connection, Extent, MOST_PAYLOAD, Replier, Request, add_extent};
 use rustix::io::Errno;
 use std::io::{self, BufReader, Read};
@@ -42,6 +43,7 @@ pub(super) fn transmit(
             outbox: &outbox,
         };
         let served = requests.serve(&mut reader);
+        requests.connection.start();
         outbox.end();
         served
     })
@@ -61,6 +63,7 @@ impl Requests<'_> {
         let bytes = &mut bytes[..style.head_len()];
         loop {
             if reader.buffer().len() < bytes.len() {
+                self.connection.start();
                 self.outbox.send()?;
             }
             match reader.read_exact(bytes) {
@@ -84,12 +87,13 @@ impl Requests<'_> {
                 if head.len > MOST_REFUSED {
                     return Err(bad("more data than may come with a request"));
                 }
+                self.connection.start();
                 let drained = io::copy(&mut reader.take(head.len), &mut io::sink())?;
                 if drained < head.len {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
             }
-            self.outbox.begin(0)?;
+            self.begin(0)?;
             self.outbox.reply(head, 0, Err(error));
             return Ok(());
         }
@@ -99,7 +103,7 @@ impl Requests<'_> {
             command::BLOCK_STATUS => return self.block_status(head),
             command::READ => return self.read(head),
             command::WRITE => return self.write(head, fua, reader),
-            _ => self.outbox.begin(0)?,
+            _ => self.begin(0)?,
         };
         let request = match head.command {
             command::FLUSH => Request::Flush,
@@ -136,7 +140,7 @@ impl Requests<'_> {
     fn read(&mut self, head: &Head) -> io::Result<()> {
         let (mut offset, all) = (head.offset, head.len as usize);
         if self.session.style == Style::Simple || head.flags & flag::DF != 0 {
-            let len = self.outbox.begin(all)?;
+            let len = self.begin(all)?;
             if len < all {
                 return self.read_in_order(head, len);
             }
@@ -146,7 +150,7 @@ impl Requests<'_> {
         let mut pieces = None;
         for Extent { len, status } in self.parts(head) {
             if status & ZEROES != 0 {
-                self.outbox.begin(0)?;
+                self.begin(0)?;
                 let pieces = pieces.get_or_insert_with(|| Pieces::of(head));
                 (self.outbox).reply_piece(pieces, (offset, len), 0, Ok(Vec::new()));
                 offset += len;
@@ -154,7 +158,7 @@ impl Requests<'_> {
             }
             let end = offset + len;
             while offset < end {
-                let len = self.outbox.begin((end - offset) as usize)?;
+                let len = self.begin((end - offset) as usize)?;
                 let request = Request::Read { offset, len };
                 if len == all {
                     self.submit(head, len, request);
@@ -184,12 +188,14 @@ impl Requests<'_> {
     /// Reads for a reply that has to come in one, when there is no memory for all of it: one part after the other, nothing in between.
     /// After the first there is no way to tell of an error but to hang up.
     fn read_in_order(&mut self, head: &Head, mut len: usize) -> io::Result<()> {
+        self.connection.start();
         self.outbox.wait_for_answers(1);
         let (mut offset, mut left) = (head.offset, head.len as usize);
         loop {
             let (sender, answers) = mpsc::channel();
             let reply = Replier::new(move |answer| drop(sender.send(answer)));
             self.connection.submit(Request::Read { offset, len }, reply);
+            self.connection.start();
             let is_first = offset == head.offset;
             match answers.recv().unwrap_or(Err(Errno::IO)) {
                 Ok(data) if is_first => self.outbox.begin_reply(head, data),
@@ -207,7 +213,7 @@ impl Requests<'_> {
             if left == 0 {
                 return Ok(());
             }
-            len = self.outbox.begin(left)?;
+            len = self.begin(left)?;
         }
     }
 
@@ -215,8 +221,11 @@ impl Requests<'_> {
         let (mut offset, mut left) = (head.offset, head.len as usize);
         let mut pieces = None;
         while left > 0 {
-            let len = self.outbox.begin(left)?;
-            let mut data = vec![0; len];
+            let len = self.begin(left)?;
+            let mut data = buffers::take(len);
+            if reader.buffer().len() < len {
+                self.connection.start();
+            }
             if let Err(e) = self.outbox.receive(|| reader.read_exact(&mut data)) {
                 self.outbox.forget(len);
                 return Err(e);
@@ -273,7 +282,16 @@ impl Requests<'_> {
         Ok(())
     }
 
-    fn block_status(&self, head: &Head) -> io::Result<()> {
+    /// As [`Outbox::begin`]; what is waited for is started first.
+    fn begin(&mut self, want: usize) -> io::Result<usize> {
+        if let Some(granted) = self.outbox.try_begin(want) {
+            return Ok(granted);
+        }
+        self.connection.start();
+        self.outbox.begin(want)
+    }
+
+    fn block_status(&mut self, head: &Head) -> io::Result<()> {
         let contexts = &self.session.contexts;
         let most = match head.flags & flag::REQ_ONE {
             0 => MOST_EXTENTS / contexts.len(),
@@ -281,9 +299,7 @@ impl Requests<'_> {
         };
         let range = head.offset..head.offset + head.len;
         // As they are found, and as they are sent.
-        let begun = self
-            .outbox
-            .begin(most * contexts.len() * (size_of::<Extent>() + 16))?;
+        let begun = self.begin(most * contexts.len() * (size_of::<Extent>() + 16))?;
         let found: Result<Vec<_>, Errno> = (1..)
             .zip(contexts)
             .map(|(id, context)| {
