@@ -25,7 +25,7 @@ pub enum PoolDevice {
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(
     not(feature = "devtools"),
-    expect(dead_code, reason = "nobody stands here who reads it")
+    expect(dead_code, unreachable_pub, reason = "nobody stands here who reads it")
 )]
 pub enum DeviceRequest<'a> {
     /// Reading `len` bytes from `byte` on.
