@@ -290,7 +290,8 @@ fn cut_power(seed: u64, cuts: usize) {
     }
     let socket = path.join("nbd");
     let listener = UnixListener::bind(&socket).expect("bound");
-    let server = Server::start(vec![Listener::Unix(listener)], runtime.clone()).expect("started");
+    let server =
+        Server::start(vec![Listener::Unix(listener)], runtime.clone(), None).expect("started");
     let start = recorder.now();
     let load = Load {
         socket: &socket,
