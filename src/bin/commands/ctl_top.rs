@@ -72,7 +72,10 @@ impl<'a> Asker<'a> {
         let shown = self.socket.display();
         let hung_up = || format!("the pool at {shown} hung up");
         let request = serde_json::to_string(&Request::Stats)?;
-        writeln!(self.stream.get_mut(), "{request}").with_context(hung_up)?;
+        // It is no pipe of ours that broke, of which nothing would be said.
+        if let Err(e) = writeln!(self.stream.get_mut(), "{request}") {
+            bail!("{}: {e}", hung_up());
+        }
         let mut line = String::new();
         let heard = self.stream.read_line(&mut line).with_context(hung_up)?;
         if heard == 0 {
@@ -206,7 +209,8 @@ fn deferrals(rates: &Rates, old: &BTreeMap<u64, &IoTotals>, thins: &[ThinStats])
             *all.entry(reason).or_default() += rates.of(before.copied().unwrap_or(0), *count);
         }
     }
-    let sum: f64 = all.values().sum();
+    // A sum of nothing would be less than 0.
+    let sum = all.values().fold(0.0, |sum, rate| sum + rate);
     let mut all: Vec<_> = all.into_iter().filter(|(_, rate)| *rate >= 0.5).collect();
     all.sort_by(|a, b| b.1.total_cmp(&a.1));
     let reasons: Vec<_> = (all.iter())
