@@ -303,8 +303,8 @@ impl Driver {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// True for what keeps others from changing the file meanwhile. What a durable write waits for does not; and a discard is not made to
-    /// wait for others: should the process be killed after the commit that unmapped its blocks, they would be leaked until then.
+    /// True for what keeps others from changing the file meanwhile. What a durable write waits for does not; discards are left to whichever
+    /// carrier is free.
     fn is_exclusive(&self, effect: &Effect) -> bool {
         self.data.is_file()
             && match effect {

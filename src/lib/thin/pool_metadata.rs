@@ -135,17 +135,22 @@ impl PoolMetadata {
             superblock.metadata_space_map,
             superblock.data_space_map,
         )?;
-        Ok(Self {
+        Ok(Self::at(txn, *superblock, false))
+    }
+
+    /// Metadata of which nothing was changed yet.
+    fn at(txn: Transaction, superblock: Fields, is_rescue: bool) -> Self {
+        Self {
             txn,
-            committed: *superblock,
-            current: *superblock,
+            committed: superblock,
+            current: superblock,
             thins: BTreeMap::new(),
             is_changed: false,
             is_failed: false,
             is_in_doubt: false,
             must_abort: false,
-            is_rescue: false,
-        })
+            is_rescue,
+        }
     }
 
     /// Opens metadata that may be damaged, to be read only. Neither space maps nor device details need be there; a device whose
@@ -165,21 +170,9 @@ impl PoolMetadata {
                 format!("bad superblock in block {SUPERBLOCK}: the mapping root is block {root}"),
             ));
         }
-        Ok(Self {
-            txn: Transaction::to_read(
-                blocks,
-                superblock.metadata_space_map,
-                superblock.data_space_map,
-            ),
-            committed: *superblock,
-            current: *superblock,
-            thins: BTreeMap::new(),
-            is_changed: false,
-            is_failed: false,
-            is_in_doubt: false,
-            must_abort: false,
-            is_rescue: true,
-        })
+        let (metadata, data) = (superblock.metadata_space_map, superblock.data_space_map);
+        let txn = Transaction::to_read(blocks, metadata, data);
+        Ok(Self::at(txn, *superblock, true))
     }
 
     /// Makes an empty pool with data blocks of `data_block_size` sectors, as the kernel does on a zeroed device. Whatever the device
@@ -210,15 +203,8 @@ impl PoolMetadata {
             ..Fields::fresh(nr_blocks)
         };
         let mut this = Self {
-            txn,
-            committed: current,
-            current,
-            thins: BTreeMap::new(),
             is_changed: true,
-            is_failed: false,
-            is_in_doubt: false,
-            must_abort: false,
-            is_rescue: false,
+            ..Self::at(txn, current, false)
         };
         this.commit()?;
         Ok(this)
