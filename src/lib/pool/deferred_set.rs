@@ -118,19 +118,37 @@ impl<W: Linked> DeferredSet<W> {
             .then(|| self.sweep(&mut lock.unwrap_or_else(|| self.ring())))
     }
 
+    /// Has tickets be taken of the next generation from here on. False if the ring came round: then it goes on with the one it is at.
+    fn advance(&self, ring: &Ring<W>) -> bool {
+        let next = (self.current.load(Ordering::SeqCst) as usize + 1) % GENERATIONS;
+        let has_room = next != ring.sweeper;
+        if has_room {
+            self.current.store(next as u32, Ordering::SeqCst);
+        }
+        // Orders this, and what was written before, with the tickets that are counted now.
+        fence(Ordering::SeqCst);
+        has_room
+    }
+
     /// Takes out the work of all generations up to the oldest that has tickets.
     fn sweep(&self, ring: &mut Ring<W>) -> Taken<W> {
-        let current = self.current.load(Ordering::SeqCst) as usize;
         let mut ready = List::default();
-        while self.tickets[ring.sweeper].load(Ordering::SeqCst) == 0 {
-            for work in ring.work[ring.sweeper].take() {
-                ring.waiting -= 1;
-                ready.push(work);
+        loop {
+            let current = self.current.load(Ordering::SeqCst) as usize;
+            while self.tickets[ring.sweeper].load(Ordering::SeqCst) == 0 {
+                for work in ring.work[ring.sweeper].take() {
+                    ring.waiting -= 1;
+                    ready.push(work);
+                }
+                if ring.sweeper == current {
+                    break;
+                }
+                ring.sweeper = (ring.sweeper + 1) % GENERATIONS;
             }
-            if ring.sweeper == current {
+            // Work that came while the ring was full must not wait for whoever comes from here on: there may always be somebody.
+            if ring.work[current].len() == 0 || !self.advance(ring) {
                 break;
             }
-            ring.sweeper = (ring.sweeper + 1) % GENERATIONS;
         }
         if ring.waiting == 0 {
             self.is_awaited.store(false, Ordering::SeqCst);
@@ -146,13 +164,7 @@ impl<W: Linked> DeferredSet<W> {
         ring.work[current as usize].push(work);
         ring.waiting += 1;
         self.is_awaited.store(true, Ordering::SeqCst);
-        let next = (current as usize + 1) % GENERATIONS;
-        // A ring that came round goes on with the generation it is at.
-        if next != ring.sweeper {
-            self.current.store(next as u32, Ordering::SeqCst);
-        }
-        // Orders all of this, and what was written before, with the tickets that are counted now.
-        fence(Ordering::SeqCst);
+        self.advance(&ring);
         self.sweep(&mut ring)
     }
 
@@ -264,28 +276,54 @@ mod tests {
     }
 
     #[test]
+    fn work_of_a_full_ring_does_not_wait_for_what_comes_later() {
+        for set in sets() {
+            let first = set.enter();
+            for n in 0..2 * GENERATIONS as u32 {
+                assert!(defer(&set, n).is_empty());
+            }
+            let second = set.enter();
+            assert!(numbers(set.leave(first)).len() >= GENERATIONS - 1);
+            // Somebody is always in flight.
+            let mut last = set.enter();
+            let mut ready = numbers(set.leave(second));
+            for _ in 0..3 {
+                let next = set.enter();
+                ready.extend(numbers(set.leave(last)));
+                last = next;
+            }
+            assert_eq!(ready.last(), Some(&(2 * GENERATIONS as u32 - 1)));
+            assert!(numbers(set.leave(last)).is_empty());
+        }
+    }
+
+    #[test]
     fn on_threads_work_waits_for_what_was_in_flight() {
         use std::sync::atomic::{AtomicU64, Ordering};
         // What is in flight adds to the sum of its round and takes it away again when it ends.
         let set = DeferredSet::new(false);
-        let (sums, done) = ([const { AtomicU64::new(0) }; 1000], AtomicU64::new(0));
-        let round = AtomicU64::new(0);
+        let (sums, done) = ([const { AtomicU64::new(0) }; 1001], AtomicU64::new(0));
+        let (round, early) = (AtomicU64::new(0), AtomicU64::new(0));
         let run = |ready: Option<Taken<Work>>| {
             for n in numbers(ready) {
-                assert_eq!(sums[n as usize].load(Ordering::SeqCst), 0, "round {n}");
+                let is_early = sums[n as usize].load(Ordering::SeqCst) != 0;
+                early.fetch_add(is_early.into(), Ordering::SeqCst);
                 done.fetch_add(1, Ordering::SeqCst);
             }
         };
         std::thread::scope(|scope| {
             for _ in 0..3 {
                 scope.spawn(|| {
-                    while done.load(Ordering::SeqCst) < 1000 {
+                    for _ in 0..50_000_000 {
                         let ticket = set.enter();
-                        let at = (round.load(Ordering::SeqCst) as usize).min(999);
+                        let at = round.load(Ordering::SeqCst) as usize;
                         sums[at].fetch_add(1, Ordering::SeqCst);
                         std::hint::spin_loop();
                         sums[at].fetch_sub(1, Ordering::SeqCst);
                         run(set.leave(ticket));
+                        if done.load(Ordering::SeqCst) == 1000 {
+                            break;
+                        }
                     }
                 });
             }
@@ -294,6 +332,11 @@ mod tests {
                 run(Some(set.defer(work(n))));
             }
         });
+        assert_eq!(
+            early.into_inner(),
+            0,
+            "work came before what it waits for had ended"
+        );
         assert_eq!(done.into_inner(), 1000);
     }
 }
