@@ -69,6 +69,7 @@ impl<W: Linked> DeferredSet<W> {
         }
     }
 
+    #[inline(never)]
     fn ring(&self) -> MutexGuard<'_, Ring<W>> {
         let mut ring = self.watch.lock(&self.ring);
         ring.taken += 1;
@@ -87,7 +88,7 @@ impl<W: Linked> DeferredSet<W> {
 
     /// A ticket for something that is in flight from here on. Either work that is added finds it, or whatever is read from here on,
     /// sequentially consistent, is at least as new as what who added the work wrote before.
-    #[inline]
+    #[inline(always)]
     pub(super) fn enter(&self) -> Ticket {
         let _lock = self.is_locked.then(|| self.ring());
         let mut owes_sweep = false;
@@ -108,14 +109,21 @@ impl<W: Linked> DeferredSet<W> {
     }
 
     /// It has ended. Returns the work whose wait is over, where there is work.
-    #[inline]
+    #[inline(always)]
     pub(super) fn leave(&self, ticket: Ticket) -> Option<Taken<W>> {
         let lock = self.is_locked.then(|| self.ring());
         let left = self.tickets[usize::from(ticket.generation)].fetch_sub(1, Ordering::SeqCst);
         keep_order();
         let is_last = left == 1 || ticket.owes_sweep;
-        (is_last && self.is_awaited.load(Ordering::SeqCst))
-            .then(|| self.sweep(&mut lock.unwrap_or_else(|| self.ring())))
+        match is_last && self.is_awaited.load(Ordering::SeqCst) {
+            true => Some(self.take_ready(lock)),
+            false => None,
+        }
+    }
+
+    #[cold]
+    fn take_ready(&self, lock: Option<MutexGuard<'_, Ring<W>>>) -> Taken<W> {
+        self.sweep(&mut lock.unwrap_or_else(|| self.ring()))
     }
 
     /// Has tickets be taken of the next generation from here on. False if the ring came round: then it goes on with the one it is at.

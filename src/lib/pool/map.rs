@@ -183,6 +183,7 @@ impl Mapper {
 
     /// The same; but if it comes to a lookup, that gives up for the reason given. For models of time, in which nothing happens at once
     /// that would happen at once on real processors.
+    #[inline]
     pub fn map_beside(
         &mut self,
         thin: &Thin,
@@ -203,6 +204,7 @@ impl Mapper {
         mapped
     }
 
+    #[inline]
     fn decide(&mut self, thin: &Thin, bio: Box<Bio>, busy: Option<WouldBlock>) -> Mapped {
         let pool = &*self.pool;
         if !bio.is_within_bounds(pool.block_size()) {
@@ -231,6 +233,18 @@ impl Mapper {
             },
             _ => bio,
         };
+        self.detain(thin, key, block, bio, busy)
+    }
+
+    /// Maps a bio while it holds its blocks.
+    fn detain(
+        &mut self,
+        thin: &Thin,
+        key: Key,
+        block: ThinBlock,
+        bio: Box<Bio>,
+        busy: Option<WouldBlock>,
+    ) -> Mapped {
         let pool = &*self.pool;
         let Some((first, second)) = take_cells(pool, &mut self.cells) else {
             pool.submit(bio);
@@ -299,7 +313,7 @@ impl Mapper {
 
 impl Mapper {
     /// Maps a bio without a lock, if its block is mapped for this device alone, or read and not mapped, and nobody works near it.
-    #[inline]
+    #[inline(always)]
     fn pass(
         &mut self,
         thin: &Thin,

@@ -5,7 +5,7 @@ use super::block_size::BlockSize;
 use super::cells::{AllocationOrder, CellPool, Starved};
 use super::contention::LockCounts;
 use super::deferred_set::DeferredSet;
-use super::list::{Linked, List};
+use super::list::{Linked, List, Taken};
 use super::mode::{AtomicMode, PoolMode};
 use super::prison::{Cell, Held, Prison};
 use super::worker::{JobId, Traffic};
@@ -323,28 +323,37 @@ impl Pool {
     }
 
     /// The sector of the data device that has `sector` of a thin device whose block is `block`.
+    #[inline(always)]
     pub(super) fn remap(&self, block: DataBlock, sector: u64) -> u64 {
-        block.0 * self.block_sectors + self.block_size.split(sector).1
+        block.0 * self.block_size.sectors() + self.block_size.split(sector).1
     }
 
     /// Returns the tickets of a bio.
-    #[inline]
+    #[inline(always)]
     pub(super) fn leave(&self, bio: &mut Bio) {
-        let all_io = bio.all_io.take();
-        let ready = all_io.and_then(|ticket| self.all_io.leave(ticket));
-        let shared_read = bio.shared_read.take();
-        let more = shared_read.and_then(|ticket| self.shared_read.leave(ticket));
-        if ready.is_some() || more.is_some() {
-            let mut inbox = self.inbox();
-            let ready = ready.into_iter().chain(more).flatten();
-            ready.for_each(|work| inbox.ready.push(work));
-            drop(inbox);
-            self.wake();
+        if let Some(ticket) = bio.all_io.take()
+            && let Some(ready) = self.all_io.leave(ticket)
+        {
+            self.go_on_with(ready);
         }
+        if let Some(ticket) = bio.shared_read.take()
+            && let Some(ready) = self.shared_read.leave(ticket)
+        {
+            self.go_on_with(ready);
+        }
+    }
+
+    #[cold]
+    fn go_on_with(&self, ready: Taken<Waiting>) {
+        let mut inbox = self.inbox();
+        ready.for_each(|work| inbox.ready.push(work));
+        drop(inbox);
+        self.wake();
     }
 
     /// The I/O of a bio that was issued by either half has ended. It is to be completed to its submitter, unless the worker goes on
     /// with it.
+    #[inline(always)]
     pub fn end_io(&self, mut bio: Box<Bio>, result: BioResult) -> Option<(Box<Bio>, BioResult)> {
         self.leave(&mut bio);
         if bio.fills.is_none() {

@@ -231,7 +231,7 @@ impl Prison {
     }
 
     /// True if somebody may hold a block of `key`. If not, somebody may the moment after: for those who hold a ticket.
-    #[inline]
+    #[inline(always)]
     pub(super) fn may_be_held(&self, key: &Key) -> bool {
         self.shard(key).has_cells.load(Ordering::SeqCst)
     }

@@ -61,6 +61,8 @@ pub(super) struct Ends<T> {
     heap: BinaryHeap<End<T>>,
     /// The first of each lane and of the heap.
     heads: [Key; LANES + 1],
+    /// Which of them have one, by bits.
+    used: u32,
     first: First,
 }
 
@@ -71,6 +73,7 @@ impl<T> Default for Ends<T> {
             takes: [0; LANES],
             heap: BinaryHeap::new(),
             heads: [NEVER; LANES + 1],
+            used: 0,
             first: First {
                 key: NEVER,
                 place: LANES,
@@ -93,6 +96,7 @@ impl<T> Ends<T> {
         }
         if key < self.heads[place] {
             self.heads[place] = key;
+            self.used |= 1 << place;
             if key < self.first.key {
                 self.first = First { key, place };
             }
@@ -105,8 +109,8 @@ impl<T> Ends<T> {
         let of_takes = self.takes.iter().position(|&of| of == takes);
         let place = match of_takes {
             Some(place) => place,
-            None => match self.heads.iter().position(|&head| head == NEVER) {
-                Some(place) if place < LANES => {
+            None => match self.used.trailing_ones() as usize {
+                place if place < LANES => {
                     self.takes[place] = takes;
                     place
                 }
@@ -133,12 +137,20 @@ impl<T> Ends<T> {
             Some(lane) => (lane.pop_front(), lane.front()),
             None => (self.heap.pop(), self.heap.peek()),
         };
-        self.heads[place] = head.map_or(NEVER, |end| end.key);
         let mut first = First { key: NEVER, place };
-        for (place, &key) in self.heads.iter().enumerate() {
+        match head {
+            Some(end) => first.key = end.key,
+            None => self.used &= !(1 << place),
+        }
+        self.heads[place] = first.key;
+        let mut used = self.used;
+        while used != 0 {
+            let place = used.trailing_zeros() as usize;
+            let key = self.heads[place];
             if key < first.key {
                 first = First { key, place };
             }
+            used &= used - 1;
         }
         self.first = first;
         end.map(|end| end.thing)

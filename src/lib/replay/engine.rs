@@ -8,7 +8,7 @@ use super::device::DeviceModel;
 use super::ends::Ends;
 use super::event::{TraceIo, TraceOp};
 use super::player::PlayOptions;
-use super::requests::{Cut, Ended, Request, Requests, SpareBios};
+use super::requests::{About, Cut, Request, Requests, SpareBios};
 use super::verify::Watch;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::txn::{LockScheme, WouldBlock};
@@ -27,10 +27,18 @@ enum Io {
     Job(JobId),
     /// A bio that the worker has ended.
     Ended(Box<Bio>, BioResult),
-    /// A bio whose submitter slept, and its processor.
-    Map(Arc<Thin>, Box<Bio>, u16),
+    /// A bio whose submitter slept.
+    Map(Box<Sleeper>),
     /// The worker has time again.
     Worker,
+}
+
+/// A bio that is to be mapped, and the processor that does it.
+#[derive(Debug)]
+struct Sleeper {
+    thin: Arc<Thin>,
+    bio: Box<Bio>,
+    cpu: u16,
 }
 
 /// A pool, and what is under way.
@@ -49,7 +57,7 @@ pub(super) struct Engine {
     now: u64,
     ends: Ends<Io>,
     requests: Requests,
-    /// What the worker said last; the end of time if it waits for nothing.
+    /// When the worker wants to be told something, and has time; the end of time if it waits for nothing.
     deadline: u64,
     /// The worker is busy until then, with what it was told last.
     free_at: u64,
@@ -61,7 +69,7 @@ pub(super) struct Engine {
     is_awaited: bool,
     spare: SpareBios,
     parts: Vec<(u64, u64)>,
-    next: u64,
+    numbers: u64,
     effects: Vec<Effect>,
     answers: HashMap<u64, Result<()>>,
     /// Bios that ended and that others submitted.
@@ -100,7 +108,7 @@ impl Engine {
             is_awaited: false,
             spare: SpareBios::default(),
             parts: Vec::new(),
-            next: 0,
+            numbers: 0,
             effects: Vec::new(),
             answers: HashMap::new(),
             of_others: Vec::new(),
@@ -135,7 +143,7 @@ impl Engine {
 
     fn note_deadline(&mut self) {
         let deadline = self.worker.deadline();
-        self.deadline = deadline.map_or(u64::MAX, |at| at.as_nanos() as u64);
+        self.deadline = deadline.map_or(u64::MAX, |at| self.free_at.max(at.as_nanos() as u64));
     }
 
     /// Submits a request at this time; a flush in front of it comes first.
@@ -163,21 +171,23 @@ impl Engine {
         });
         let request = self.requests.begin(Request {
             thin: thin.number(),
+            left: 1,
             sector: io.sector,
             sectors: io.sectors,
-            submitted: Some(self.now),
-            left: 1,
-            then,
-            deferred: Some(Reason::Flush),
-            is_zero: false,
+            about: About {
+                submitted: Some(self.now),
+                then,
+                deferred: Some(Reason::Flush),
+                is_zero: false,
+            },
         });
         let bio = self.spare.flush(request.into());
         self.map(thin, bio, io.cpu);
     }
 
     fn number(&mut self) -> u64 {
-        self.next += 1;
-        self.next
+        self.numbers += 1;
+        self.numbers
     }
 
     /// Lets requests end that a discard overlaps. Whoever discards blocks has nothing under way there, but the modelled device may be
@@ -198,7 +208,8 @@ impl Engine {
             if next == u64::MAX {
                 return Ok(());
             }
-            self.happen(next, next);
+            self.now = self.now.max(next);
+            self.one_ends();
         }
         Err(self.restless())
     }
@@ -236,14 +247,15 @@ impl Engine {
         self.books.input.count_bios(io, &cut, size.sectors());
         if cut.len() > 0 {
             let request = self.requests.begin(Request {
-                submitted,
                 thin: thin.number(),
+                left: cut.len() as u32,
                 sector: io.sector,
                 sectors: io.sectors,
-                left: cut.len(),
-                then: None,
-                deferred,
-                is_zero: false,
+                about: About {
+                    submitted,
+                    deferred,
+                    ..About::default()
+                },
             });
             for part in cut.parts() {
                 let bio = self.spare.bio(request.into(), &cut, part);
@@ -271,7 +283,8 @@ impl Engine {
                     self.books.work.root_waits += 1;
                     let sleeps = self.root_until - self.now;
                     self.books.work.root_wait_ns += sleeps;
-                    return self.start(Io::Map(Arc::clone(thin), bio, cpu), sleeps);
+                    let thin = Arc::clone(thin);
+                    return self.start(Io::Map(Box::new(Sleeper { thin, bio, cpu })), sleeps);
                 }
                 LockScheme::V2013 | LockScheme::B => busy = Some(WouldBlock::Root),
                 _ => {}
@@ -322,7 +335,7 @@ impl Engine {
         self.watch.end(&bio, result);
         self.books.count_end(result);
         self.spare.keep(bio);
-        let Ended::All(request) = self.requests.end(number) else {
+        let Some(request) = self.requests.end(number) else {
             return;
         };
         if let Some(then) = request.then
@@ -429,27 +442,31 @@ impl Engine {
     /// Lets everything happen that happens until `time`.
     #[inline]
     pub(super) fn run_until(&mut self, time: u64) {
-        loop {
-            let end = self.ends.first();
-            let deadline = match self.deadline {
-                u64::MAX => u64::MAX,
-                at => at.max(self.free_at),
-            };
-            let next = end.min(deadline);
-            if next > time || next == u64::MAX {
-                break;
-            }
-            self.happen(next, end);
+        // Nothing happens at the end of time.
+        while self.next() <= time.min(u64::MAX - 1) {
+            self.happen();
         }
         self.now = self.now.max(time);
     }
 
+    /// When something happens.
+    #[inline]
+    fn next(&self) -> u64 {
+        self.ends.first().min(self.deadline)
+    }
+
     /// What happens next does: the first end, or a deadline of the worker before it.
-    fn happen(&mut self, next: u64, end: u64) {
-        self.now = self.now.max(next);
-        if end != next {
+    fn happen(&mut self) {
+        self.now = self.now.max(self.next());
+        if self.deadline < self.ends.first() {
             return self.tell(Event::Work);
         }
+        self.one_ends();
+    }
+
+    /// The first end comes, by now at the latest.
+    #[inline]
+    fn one_ends(&mut self) {
         match self.ends.pop() {
             Some(Io::Bio(bio)) => {
                 self.watch.landed(&bio);
@@ -468,7 +485,7 @@ impl Engine {
                 });
             }
             Some(Io::Ended(bio, result)) => self.end(bio, result),
-            Some(Io::Map(thin, bio, cpu)) => self.map_begun(&thin, bio, cpu),
+            Some(Io::Map(one)) => self.map_begun(&one.thin, one.bio, one.cpu),
             Some(Io::Worker) => {
                 self.is_awaited = false;
                 let event = self.told.pop_front().unwrap_or(Event::Work);
@@ -488,7 +505,8 @@ impl Engine {
             if end == u64::MAX {
                 return Ok(());
             }
-            self.happen(end, end);
+            self.now = self.now.max(end);
+            self.one_ends();
         }
         Err(self.restless())
     }

@@ -62,9 +62,16 @@ impl HeatMap {
             self.double_time();
         }
         let column = column(self) as usize;
-        for row in row(self, io.sector)..=row(self, last) {
+        let (first, last) = (row(self, io.sector), row(self, last));
+        // Mostly it is one.
+        let mut row = first;
+        loop {
             let cell = &mut self.cells[at(kind, row as usize, column)];
             *cell = cell.saturating_add(1);
+            if row == last {
+                break;
+            }
+            row += 1;
         }
     }
 

@@ -37,9 +37,10 @@ impl Default for Latencies {
 }
 
 impl Latencies {
-    pub(super) fn record(&mut self, nanos: u64) {
+    /// So many that are equally long.
+    fn record(&mut self, nanos: u64, count: u64) {
         // It grows with what it is told.
-        self.0.record(nanos.min(LONGEST)).ok();
+        self.0.record_n(nanos.min(LONGEST), count).ok();
     }
 
     /// How many.
@@ -140,11 +141,44 @@ impl<'de> Deserialize<'de> for Latencies {
     }
 }
 
+/// Lengths that are counted before they are recorded.
+const COUNTED: usize = 16;
+
+/// Latencies of which many are equally long, as those of a modelled device.
+#[derive(Clone, Debug, Default)]
+struct Repeated {
+    /// By a hash: a length, and how many of it are not among the others.
+    counted: [(u64, u64); COUNTED],
+    others: Latencies,
+}
+
+impl Repeated {
+    #[inline]
+    fn record(&mut self, nanos: u64) {
+        let place = (nanos.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 60) as usize;
+        let (length, count) = &mut self.counted[place];
+        if *length != nanos {
+            self.others.record(*length, *count);
+            (*length, *count) = (nanos, 0);
+        }
+        *count += 1;
+    }
+
+    /// All of them.
+    fn all(&self) -> Latencies {
+        let mut all = self.others.clone();
+        for &(length, count) in &self.counted {
+            all.record(length, count);
+        }
+        all
+    }
+}
+
 /// Latencies by what became of a request: issued at once, or left to the worker for some reason, its first.
 #[derive(Clone, Debug, Default)]
 pub struct LatencyClasses {
-    mapped: Latencies,
-    zero: Latencies,
+    mapped: Repeated,
+    zero: Repeated,
     deferred: [Latencies; Reason::ALL.len()],
 }
 
@@ -154,13 +188,13 @@ impl LatencyClasses {
         match deferred {
             None if is_zero => self.zero.record(nanos),
             None => self.mapped.record(nanos),
-            Some(reason) => self.deferred[reason as usize].record(nanos),
+            Some(reason) => self.deferred[reason as usize].record(nanos, 1),
         }
     }
 
     pub(super) fn add(&mut self, other: &Self) {
-        self.mapped.add(&other.mapped);
-        self.zero.add(&other.zero);
+        self.mapped.others.add(&other.mapped.all());
+        self.zero.others.add(&other.zero.all());
         for (all, more) in self.deferred.iter_mut().zip(&other.deferred) {
             all.add(more);
         }
@@ -169,16 +203,15 @@ impl LatencyClasses {
     /// Those that there are, by name: `mapped`, `zero`, or that of the reason.
     pub fn by_name(&self) -> BTreeMap<String, Latencies> {
         let deferred = Reason::ALL.iter().map(|&reason| {
-            let latencies = &self.deferred[reason as usize];
+            let latencies = self.deferred[reason as usize].clone();
             (reason.to_string(), latencies)
         });
-        let at_once = [(MAPPED, &self.mapped), (ZERO, &self.zero)];
+        let at_once = [(MAPPED, self.mapped.all()), (ZERO, self.zero.all())];
         at_once
             .map(|(name, latencies)| (name.into(), latencies))
             .into_iter()
             .chain(deferred)
             .filter(|(_, latencies)| !latencies.is_empty())
-            .map(|(name, latencies)| (name, latencies.clone()))
             .collect()
     }
 }
@@ -199,8 +232,21 @@ mod tests {
 
     fn of(values: impl IntoIterator<Item = u64>) -> Latencies {
         let mut latencies = Latencies::default();
-        values.into_iter().for_each(|value| latencies.record(value));
+        values
+            .into_iter()
+            .for_each(|value| latencies.record(value, 1));
         latencies
+    }
+
+    #[test]
+    fn what_is_counted_first_is_not_lost() {
+        for different in [1, 3, 1000] {
+            let lengths = || (0..5000).map(move |n| n * n % different * 1000);
+            let mut repeated = Repeated::default();
+            lengths().for_each(|length| repeated.record(length));
+            assert!(repeated.all() == of(lengths()));
+        }
+        assert!(Repeated::default().all().is_empty());
     }
 
     #[test]

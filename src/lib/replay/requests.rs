@@ -4,16 +4,11 @@ use super::event::{TraceIo, TraceOp};
 use crate::pool::{Bio, BlockSize, Op, Reason, Thin, pieces};
 use std::sync::Arc;
 
-/// A request, whose bios have not all ended.
-#[derive(Debug)]
-pub(super) struct Request {
-    /// Number of the open device.
-    pub(super) thin: u32,
-    pub(super) sector: u64,
-    pub(super) sectors: u64,
+/// What is to be known of a request when it ends.
+#[derive(Debug, Default)]
+pub(super) struct About {
     /// When it was submitted, in nanoseconds; none if nobody wants to know.
     pub(super) submitted: Option<u64>,
-    pub(super) left: u32,
     /// The write that its flush is in front of.
     pub(super) then: Option<Box<(Arc<Thin>, TraceIo)>>,
     /// Why the map half left it, or its flush, to the worker first.
@@ -22,67 +17,73 @@ pub(super) struct Request {
     pub(super) is_zero: bool,
 }
 
+/// A request, whose bios have not all ended.
+#[derive(Debug)]
+pub(super) struct Request {
+    /// Number of the open device.
+    pub(super) thin: u32,
+    /// Bios that have not ended.
+    pub(super) left: u32,
+    pub(super) sector: u64,
+    pub(super) sectors: u64,
+    pub(super) about: About,
+}
+
 /// Requests by the number that their bios have.
 #[derive(Debug, Default)]
 pub(super) struct Requests {
-    slots: Vec<Option<Request>>,
+    /// Those of which no bio is left are over.
+    slots: Vec<Request>,
     free: Vec<u32>,
 }
 
-/// What became of a request with the end of one of its bios.
-pub(super) enum Ended {
-    /// Others have not ended.
-    NotYet,
-    /// All have.
-    All(Request),
-    /// There is no such request.
-    Unknown,
-}
-
 impl Requests {
+    #[inline(always)]
     pub(super) fn begin(&mut self, request: Request) -> u32 {
-        let number = self.free.pop().unwrap_or(self.slots.len() as u32);
-        match self.slots.get_mut(number as usize) {
-            Some(slot) => *slot = Some(request),
-            None => self.slots.push(Some(request)),
+        match self.free.pop() {
+            Some(number) => {
+                self.slots[number as usize] = request;
+                number
+            }
+            None => {
+                self.slots.push(request);
+                self.slots.len() as u32 - 1
+            }
         }
-        number
     }
 
     /// The map half left one of its bios to the worker.
     pub(super) fn defer(&mut self, number: u32, reason: Reason) {
-        if let Some(Some(request)) = self.slots.get_mut(number as usize) {
-            request.deferred.get_or_insert(reason);
+        if let Some(request) = self.slots.get_mut(number as usize) {
+            request.about.deferred.get_or_insert(reason);
         }
     }
 
     /// One of its bios was read as zeros at once.
     pub(super) fn note_zero(&mut self, number: u32) {
-        if let Some(Some(request)) = self.slots.get_mut(number as usize) {
-            request.is_zero = true;
+        if let Some(request) = self.slots.get_mut(number as usize) {
+            request.about.is_zero = true;
         }
     }
 
     /// Those under way.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Request> {
-        self.slots.iter().flatten()
+        self.slots.iter().filter(|request| request.left > 0)
     }
 
-    pub(super) fn end(&mut self, number: u32) -> Ended {
-        let Some(slot) = self.slots.get_mut(number as usize) else {
-            return Ended::Unknown;
-        };
-        match slot {
-            Some(request) if request.left > 1 => {
-                request.left -= 1;
-                Ended::NotYet
-            }
-            Some(_) => {
-                self.free.push(number);
-                slot.take().map_or(Ended::Unknown, Ended::All)
-            }
-            None => Ended::Unknown,
+    /// One of its bios has ended. Tells about the request if it was the last one.
+    #[inline(always)]
+    pub(super) fn end(&mut self, number: u32) -> Option<About> {
+        let request = self.slots.get_mut(number as usize)?;
+        request.left = request.left.checked_sub(1)?;
+        if request.left > 0 {
+            return None;
         }
+        self.free.push(number);
+        Some(About {
+            then: request.about.then.take(),
+            ..request.about
+        })
     }
 
     /// How many are under way.
@@ -126,6 +127,8 @@ impl SpareBios {
 pub(super) struct Cut {
     op: Op,
     is_fua: bool,
+    /// How many there are.
+    len: usize,
     /// First sector and sectors of the first.
     first: (u64, u64),
     /// Those of the others.
@@ -134,12 +137,12 @@ pub(super) struct Cut {
 
 impl Cut {
     /// Cuts at what reaches a thin device at once, `max` sectors, and at the edges of blocks. `others` is memory for it.
-    #[inline]
+    #[inline(always)]
     pub(super) fn new(
         io: &TraceIo,
         max: Option<u64>,
         block: BlockSize,
-        mut others: Vec<(u64, u64)>,
+        others: Vec<(u64, u64)>,
     ) -> Self {
         let op = match io.op {
             TraceOp::Read => Op::Read,
@@ -150,40 +153,49 @@ impl Cut {
         let most = sectors.min(max.unwrap_or(sectors));
         let is_one =
             op != Op::Discard && block.split(io.sector).1.saturating_add(io.sectors) <= most;
-        others.clear();
-        let mut first = (io.sector, io.sectors);
-        if !is_one {
-            let mut parts = pieces(op, io.sector, io.sectors, sectors, max);
-            first = parts.next().unwrap_or(first);
-            others.extend(parts);
-        }
-        Self {
+        let mut cut = Self {
             op,
             is_fua: io.is_fua && op == Op::Write,
-            first,
+            len: usize::from(io.sectors > 0),
+            first: (io.sector, io.sectors),
             others,
+        };
+        if !is_one {
+            cut.in_pieces(pieces(op, io.sector, io.sectors, sectors, max));
         }
+        cut
+    }
+
+    #[cold]
+    fn in_pieces(&mut self, mut pieces: impl Iterator<Item = (u64, u64)>) {
+        let first = pieces.next();
+        self.first = first.unwrap_or_default();
+        self.others.clear();
+        self.others.extend(pieces);
+        self.len = usize::from(first.is_some()) + self.others.len();
     }
 
     /// How many there are.
-    pub(super) fn len(&self) -> u32 {
-        match self.first.1 {
-            0 => 0,
-            _ => 1 + self.others.len() as u32,
-        }
+    #[inline]
+    pub(super) fn len(&self) -> usize {
+        self.len
     }
 
     /// First sector and sectors of each.
+    #[inline]
     pub(super) fn parts(&self) -> impl Iterator<Item = (u64, u64)> {
-        let parts = std::iter::once(self.first).chain(self.others.iter().copied());
-        parts.take(self.len() as usize)
+        (0..self.len).map(|at| match at {
+            0 => self.first,
+            _ => self.others[at - 1],
+        })
     }
 
     /// Calls of the kernel's map function that this makes.
+    #[inline]
     pub(super) fn map_calls(&self) -> u64 {
         match self.op {
             Op::Discard => 1,
-            _ => self.len().into(),
+            _ => self.len as u64,
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Each is good as long as nothing has been changed: [`Changes`] says so without a lock.
 
-use crate::sync::atomic::{AtomicU64, Ordering, fence};
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 
 /// How often the metadata was changed.
 #[derive(Debug)]
@@ -52,23 +52,72 @@ struct Entry {
     value: u64,
 }
 
-/// Mappings in a table, one for each hash: 32 KiB.
-const ENTRIES: usize = 1024;
+/// Mappings that a reader has room for at first, one for each hash: 32 KiB; and at most, 512 KiB, which stay in a processor's cache.
+const LEAST: usize = 1 << 10;
+const MOST: usize = 1 << 14;
+
+/// More room, for whichever readers need it: 2 MiB, however many there are.
+#[derive(Debug)]
+pub(super) struct Room(AtomicUsize);
+
+impl Room {
+    pub(super) fn new() -> Self {
+        Self(AtomicUsize::new(4 * MOST))
+    }
+
+    /// True if there is so much, which is taken.
+    fn take(&self, entries: usize) -> bool {
+        let rest = |left: usize| left.checked_sub(entries);
+        let taken = (self.0).fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest);
+        taken.is_ok()
+    }
+}
 
 /// The mappings.
 #[derive(Debug)]
-pub(super) struct RecentMappings(Box<[Entry]>);
+pub(super) struct RecentMappings {
+    entries: Box<[Entry]>,
+    /// Mappings that were good and had to make room, since there was as much room as now.
+    lost: usize,
+}
 
 impl RecentMappings {
     pub(super) fn new() -> Self {
-        Self(vec![Entry::default(); ENTRIES].into())
+        Self {
+            entries: vec![Entry::default(); LEAST].into(),
+            lost: 0,
+        }
     }
 
-    /// Neighbouring blocks are in neighbouring places.
-    #[inline]
+    /// Eight neighbouring blocks are in neighbouring places.
+    #[inline(always)]
     fn entry(&mut self, device: u64, block: u64) -> &mut Entry {
-        let place = device.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32 ^ block;
-        &mut self.0[place as usize % ENTRIES]
+        let place = (block / 8).wrapping_add(device << 40);
+        let place = place.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32 ^ block % 8;
+        let last = self.entries.len() - 1;
+        &mut self.entries[place as usize & last]
+    }
+
+    /// Takes more of `room`, if mappings would be found in it.
+    #[inline]
+    pub(super) fn grow(&mut self, room: &Room) {
+        let len = self.entries.len();
+        if self.lost > 2 * len && len < MOST {
+            self.lost = 0;
+            if room.take(len) {
+                let old = std::mem::take(&mut self.entries);
+                self.entries = vec![Entry::default(); 2 * len].into();
+                for entry in old.into_iter().filter(|entry| entry.time > 0) {
+                    *self.entry(entry.device, entry.block) = entry;
+                }
+            }
+        }
+    }
+
+    /// Gives back what was taken of `room`.
+    pub(super) fn give_back(&self, room: &Room) {
+        let taken = self.entries.len() - LEAST;
+        room.0.fetch_add(taken, Ordering::Relaxed);
     }
 
     /// The mapping of a block as it is at `time`, if it was looked up.
@@ -89,12 +138,14 @@ impl RecentMappings {
         value: u64,
     ) {
         if changes.is_still(time) {
-            *self.entry(device, block) = Entry {
+            let new = Entry {
                 time,
                 device,
                 block,
                 value,
             };
+            let old = std::mem::replace(self.entry(device, block), new);
+            self.lost += usize::from(old.time == time);
         }
     }
 }
@@ -110,7 +161,7 @@ mod tests {
         assert_eq!(recent.get(time, 0, 0), None);
         recent.put(&changes, time, (0, 0), 7);
         recent.put(&changes, time, (1, 0), 8);
-        recent.put(&changes, time, (0, ENTRIES as u64 + 1), 9);
+        recent.put(&changes, time, (0, 1 << 20), 9);
         assert_eq!(recent.get(time, 0, 0), Some(7));
         assert_eq!(recent.get(time, 1, 0), Some(8));
         assert_eq!(recent.get(time, 0, 1), None);
@@ -125,6 +176,31 @@ mod tests {
         recent.put(&changes, time, (0, 5), 7);
         assert_eq!(recent.get(time, 0, 5), None);
         assert!(later > time);
+    }
+
+    #[test]
+    fn who_uses_more_mappings_gets_more_room_while_there_is_some() {
+        let (changes, room) = (Changes::new(), Room::new());
+        let time = changes.time().expect("nothing is being changed");
+        let mut readers: Vec<_> = (0..16).map(|_| RecentMappings::new()).collect();
+        let blocks = MOST as u64 / 2;
+        for recent in &mut readers {
+            // Also where only every hundredth is used.
+            let used = || (0..blocks).map(|n| n * 100);
+            for block in used().cycle().take(16 * MOST) {
+                if recent.get(time, 3, block).is_none() {
+                    recent.put(&changes, time, (3, block), block + 1);
+                    recent.grow(&room);
+                }
+            }
+            let found = used().filter(|&block| recent.get(time, 3, block) == Some(block + 1));
+            let found = found.count();
+            assert!(found > recent.entries.len() / 3, "{found}");
+        }
+        let sizes: Vec<_> = readers.iter().map(|recent| recent.entries.len()).collect();
+        assert_eq!((sizes[0], sizes[15]), (MOST, LEAST));
+        readers.iter().for_each(|recent| recent.give_back(&room));
+        assert_eq!(room.0.into_inner(), 4 * MOST);
     }
 }
 

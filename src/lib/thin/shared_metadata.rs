@@ -6,7 +6,7 @@
 
 use super::BlockTime;
 use super::pool_metadata::{Lookup, PoolMetadata};
-use super::recent_mappings::{Changes, RecentMappings};
+use super::recent_mappings::{Changes, RecentMappings, Room};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::txn::{
     A, B, BlockIo, BlockManager, Found, Kernel, LockScheme, LookupCounts, NoTally, Optimistic,
@@ -59,6 +59,7 @@ pub struct SharedMetadata {
     blocks: Arc<BlockManager>,
     roots: Roots,
     changes: Changes,
+    room: Room,
     writer: Mutex<Writer>,
     commits: AtomicU64,
     barrier_stalls: AtomicU64,
@@ -78,6 +79,9 @@ pub struct Reader<P: Deref<Target = SharedMetadata>> {
 impl<P: Deref<Target = SharedMetadata>> Drop for Reader<P> {
     fn drop(&mut self) {
         self.shared.roots.epochs.leave(&self.place);
+        if let Some(recent) = &self.recent {
+            recent.give_back(&self.shared.room);
+        }
     }
 }
 
@@ -89,6 +93,7 @@ impl SharedMetadata {
             blocks: Arc::clone(pool.blocks()),
             roots: Roots::new(pool.mapping_root()),
             changes: Changes::new(),
+            room: Room::new(),
             commits: AtomicU64::new(0),
             barrier_stalls: AtomicU64::new(0),
             barrier_wait_ns: AtomicU64::new(0),
@@ -349,6 +354,7 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
             Found::Value(value) => {
                 if let (Some(recent), Some(time)) = (&mut self.recent, time) {
                     recent.put(&self.shared.changes, time, key, value);
+                    recent.grow(&self.shared.room);
                 }
                 TryLookup::Mapped(lookup_of(thin, value))
             }

@@ -5,7 +5,7 @@ use crate::pool::{Bio, BioResult, MapCounts, Mapped, Mapper, Pool, Reason, Thin}
 use crate::replay::books::Books;
 use crate::replay::devices::Seen;
 use crate::replay::event::{TraceIo, TraceOp};
-use crate::replay::requests::{Cut, Ended, Request, Requests, SpareBios};
+use crate::replay::requests::{About, Cut, Request, Requests, SpareBios};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -183,13 +183,15 @@ impl Submitter {
         });
         let request = self.requests.begin(Request {
             thin: thin.number(),
+            left: 1,
             sector: 0,
             sectors: 0,
-            submitted,
-            left: 1,
-            then,
-            deferred: Some(Reason::Flush),
-            is_zero: false,
+            about: About {
+                submitted,
+                then,
+                deferred: Some(Reason::Flush),
+                is_zero: false,
+            },
         });
         let bio = self.spare.flush(self.id(request));
         self.map(mapper, pool, thin, bio);
@@ -253,13 +255,14 @@ impl Submitter {
         if cut.len() > 0 {
             let request = self.requests.begin(Request {
                 thin: thin.number(),
+                left: cut.len() as u32,
                 sector: io.sector,
                 sectors: io.sectors,
-                submitted,
-                left: cut.len(),
-                then: None,
-                deferred,
-                is_zero: false,
+                about: About {
+                    submitted,
+                    deferred,
+                    ..About::default()
+                },
             });
             for part in cut.parts() {
                 let bio = self.spare.bio(self.id(request), &cut, part);
@@ -300,7 +303,7 @@ impl Submitter {
         self.books.count_end(result);
         let ended = self.requests.end(bio.id as u32);
         self.spare.keep(bio);
-        let Ended::All(request) = ended else {
+        let Some(request) = ended else {
             return;
         };
         if let Some(then) = request.then
