@@ -1,9 +1,9 @@
 //! Binary blktrace: one file for each processor, read side by side, or a dump that blkparse made of them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use super::input::Input;
-use super::lines::{Fault, Fill, Sink, control};
+use super::lines::{Fault, Fill, Sink, control, plain};
 use super::next::Next;
 use super::record::{self, Record};
 use crate::error::{Error, ErrorKind, Result};
@@ -13,6 +13,8 @@ use crate::replay::event::{Batch, ControlEvent, TraceIo, TraceOp};
 const MAX_REMEMBERED: usize = 4096;
 /// Pairs of device and processor whose numbers are followed.
 const SEQUENCES: usize = 1024;
+/// Records of a file that are understood before they are merged with those of others.
+const AHEAD: usize = 256;
 
 /// Files of one or more devices and their processors.
 pub(super) struct Blktrace {
@@ -22,33 +24,57 @@ pub(super) struct Blktrace {
     shared: Shared,
 }
 
-/// Where a record belongs, for [`Next`].
-#[inline]
-fn key(io: &TraceIo, sequence: u32) -> u128 {
-    u128::from(io.time_ns) << 64 | u128::from(io.cpu) << 48 | u128::from(sequence) << 16
-}
 
 /// What the streams find out together.
 struct Shared {
     sink: Sink,
     sequences: Box<[(u64, u32)]>,
+    /// The device of the last request, by its number in the trace and by ours.
+    device: Option<(u32, u32)>,
     dump: Option<Dump>,
+    /// Those of the control event that was judged.
+    words: Option<String>,
     has_remap: bool,
     is_lenient: bool,
 }
 
-/// One file, and its next record that matters.
+/// One file, and what comes next of it.
 struct Stream {
     input: Input,
     is_big: bool,
-    io: TraceIo,
-    control: Option<String>,
+    found: Vec<Found>,
+    /// Those of `found` that were taken.
+    taken: usize,
+    /// The words of the control events among them.
+    controls: VecDeque<String>,
 }
 
-/// What is found.
-enum Found {
-    Io(u32),
-    Control(u32),
+/// A request, or the time and processor of a control event.
+struct Found {
+    io: TraceIo,
+    sequence: u32,
+    is_control: bool,
+}
+
+impl Found {
+    fn control(record: &Record) -> Self {
+        let at = plain(record.time, 0, TraceOp::Flush, 0, 0);
+        Self {
+            io: TraceIo {
+                cpu: record.cpu as u16,
+                ..at
+            },
+            sequence: record.sequence,
+            is_control: true,
+        }
+    }
+
+    /// Where it belongs, for [`Next`].
+    #[inline]
+    fn key(&self) -> u128 {
+        let io = &self.io;
+        u128::from(io.time_ns) << 64 | u128::from(io.cpu) << 48 | u128::from(self.sequence) << 16
+    }
 }
 
 impl Blktrace {
@@ -69,7 +95,9 @@ impl Blktrace {
             shared: Shared {
                 sink: Sink::new(),
                 sequences: vec![(u64::MAX, 0); SEQUENCES].into(),
+                device: None,
                 dump,
+                words: None,
                 has_remap: false,
                 is_lenient,
             },
@@ -87,7 +115,7 @@ impl Blktrace {
             if stream.input.want(4)? {
                 stream.is_big = record::is_big_endian(stream.input.data()).unwrap_or(false);
             }
-            keys.push(stream.advance(&mut self.shared)?);
+            keys.push(stream.key(&mut self.shared)?);
         }
         Next::of(&keys)
     }
@@ -120,15 +148,8 @@ impl Fill for Blktrace {
             };
             last = Some(index);
             loop {
-                let batch = &mut self.shared.sink.batch;
-                match stream.control.take() {
-                    None => batch.ios.push(stream.io),
-                    Some(text) => {
-                        let time_ns = stream.io.time_ns;
-                        batch.controls.push(ControlEvent { time_ns, text });
-                    }
-                }
-                let key = stream.advance(&mut self.shared)?;
+                stream.take(&mut self.shared.sink.batch);
+                let key = stream.key(&mut self.shared)?;
                 let stays = key.is_some_and(|key| next.stays_first(key, second));
                 if !stays || self.shared.sink.is_full() {
                     next.replace_first(key);
@@ -149,52 +170,102 @@ impl Stream {
         Self {
             input,
             is_big: false,
-            io: super::lines::flush(0, 0),
-            control: None,
+            found: Vec::with_capacity(AHEAD),
+            taken: 0,
+            controls: VecDeque::new(),
         }
     }
 
+    /// Where what comes next belongs; none at the end.
     #[inline]
-    fn advance(&mut self, shared: &mut Shared) -> Result<Option<u128>> {
-        if self.is_big {
-            self.next::<true>(shared)
-        } else {
-            self.next::<false>(shared)
+    fn key(&mut self, shared: &mut Shared) -> Result<Option<u128>> {
+        if self.taken == self.found.len() {
+            self.find(shared)?;
+        }
+        Ok(self.found.get(self.taken).map(Found::key))
+    }
+
+    /// Takes what comes next.
+    #[inline]
+    fn take(&mut self, batch: &mut Batch) {
+        let Some(next) = self.found.get(self.taken) else {
+            return;
+        };
+        self.taken += 1;
+        if !next.is_control {
+            return batch.ios.push(next.io);
+        }
+        if let Some(text) = self.controls.pop_front() {
+            let time_ns = next.io.time_ns;
+            batch.controls.push(ControlEvent { time_ns, text });
         }
     }
 
-    /// Finds the next record that matters and tells where it belongs.
-    #[inline]
-    fn next<const BIG: bool>(&mut self, shared: &mut Shared) -> Result<Option<u128>> {
-        loop {
-            let data = self.input.data();
-            let Some(record) = Record::parse::<BIG>(data) else {
-                if data.len() >= record::V8 {
-                    self.bad("no record of a blktrace", shared)?;
-                } else if !self.input.fill()? && !self.last_bytes(shared)? {
-                    return Ok(None);
-                }
-                continue;
-            };
-            if data.len() < record.len() {
-                if !self.input.want(record.len())? {
-                    shared.sink.notes.is_truncated = true;
-                    return Ok(None);
-                }
-                continue;
+    /// Finds the next records that matter; none at the end.
+    fn find(&mut self, shared: &mut Shared) -> Result<()> {
+        self.found.clear();
+        self.taken = 0;
+        let mut has_more = true;
+        while self.found.is_empty() && has_more {
+            match self.is_big {
+                true => self.find_here::<true>(shared)?,
+                false => self.find_here::<false>(shared)?,
             }
-            let found = shared.judge(&record, data, &mut self.io, &mut self.control);
-            self.input.consume(record.len());
-            match found {
-                Ok(None) => shared.sink.notes.skipped += 1,
-                Ok(Some(Found::Io(sequence) | Found::Control(sequence))) => {
-                    return Ok(Some(key(&self.io, sequence)));
-                }
-                Err(fault) => {
-                    let at = self.input.offset() - record.len() as u64;
-                    shared.malformed(self.input.name(), at, fault)?;
-                }
+            has_more = !self.found.is_empty() || self.want_more(shared)?;
+        }
+        Ok(())
+    }
+
+    /// Finds those of the whole records that were read.
+    fn find_here<const BIG: bool>(&mut self, shared: &mut Shared) -> Result<()> {
+        let data = self.input.data();
+        let (mut at, mut fault) = (0, None);
+        while self.found.len() < AHEAD
+            && fault.is_none()
+            && let Some(record) = Record::parse::<BIG>(&data[at..])
+            && let Some(whole) = data[at..].get(..record.len())
+        {
+            match shared.judge(&record, whole) {
+                Ok(Some(found)) => self.found.push(found),
+                Ok(None) => match shared.words.take() {
+                    Some(text) => {
+                        self.found.push(Found::control(&record));
+                        self.controls.push_back(text);
+                    }
+                    None => shared.sink.notes.skipped += 1,
+                },
+                Err(found) => fault = Some((at, found)),
             }
+            at += record.len();
+        }
+        if let Some((at, fault)) = fault {
+            let at = self.input.offset() + at as u64;
+            shared.malformed(self.input.name(), at, fault)?;
+        }
+        self.input.consume(at);
+        Ok(())
+    }
+
+    /// Reads on, where no whole record was read. False at the end.
+    fn want_more(&mut self, shared: &mut Shared) -> Result<bool> {
+        let data = self.input.data();
+        let record = match self.is_big {
+            true => Record::parse::<true>(data),
+            false => Record::parse::<false>(data),
+        };
+        match record {
+            // All of those that were read were of no interest.
+            Some(record) if data.len() >= record.len() => Ok(true),
+            Some(record) => {
+                let is_whole = self.input.want(record.len())?;
+                shared.sink.notes.is_truncated |= !is_whole;
+                Ok(is_whole)
+            }
+            None if data.len() >= record::V8 => {
+                self.bad("no record of a blktrace", shared)?;
+                Ok(true)
+            }
+            None => Ok(self.input.fill()? || self.last_bytes(shared)?),
         }
     }
 
@@ -232,20 +303,19 @@ impl Shared {
         Err(Error::new(ErrorKind::InvalidDescription, message))
     }
 
-    /// What a record means, left in `io` or `control`.
-    #[inline]
+    /// What a record means. The words of a control event are left in `words`.
+    #[inline(always)]
     fn judge(
         &mut self,
         record: &Record,
         data: &[u8],
-        io: &mut TraceIo,
-        text: &mut Option<String>,
     ) -> std::result::Result<Option<Found>, Fault> {
         let Ok(cpu) = u16::try_from(record.cpu) else {
             return Err("a processor above 65535");
         };
         if record.has(record::NOTIFY) {
-            return Ok(self.notification(record, data, io, text));
+            self.notification(record, data);
+            return Ok(None);
         }
         self.follow(record);
         if let Some(dump) = &mut self.dump {
@@ -259,56 +329,60 @@ impl Shared {
         }
         let sectors = u64::from(record.bytes).div_ceil(512);
         let is_preflush = record.has(record::FLUSH);
-        let op = match () {
-            () if sectors == 0 && is_preflush => TraceOp::Flush,
-            () if sectors == 0 => return Ok(None),
-            () if record.has(record::DISCARD) => TraceOp::Discard,
-            () if record.has(record::WRITE) => TraceOp::Write,
-            () => TraceOp::Read,
+        let mut sector = record.sector;
+        // Reads and writes take turns at random, so there is no branch between them.
+        let mut op = match record.has(record::WRITE) {
+            true => TraceOp::Write,
+            false => TraceOp::Read,
         };
-        if record.sector > u64::MAX / 512 - sectors {
+        if sectors == 0 {
+            if !is_preflush {
+                return Ok(None);
+            }
+            (op, sector) = (TraceOp::Flush, 0);
+        } else if record.has(record::DISCARD) {
+            op = TraceOp::Discard;
+        }
+        if sector > u64::MAX / 512 - sectors {
             return Err("it ends beyond what a device can have");
         }
-        let key = record.device.to_le_bytes();
-        *io = TraceIo {
-            time_ns: record.time,
-            sector: if op == TraceOp::Flush {
-                0
-            } else {
-                record.sector
-            },
-            sectors,
-            device: self
-                .sink
-                .devices
-                .index(&key, || record::device_name(record.device))?,
-            cpu,
-            op,
-            is_preflush,
-            is_fua: record.has(record::FUA),
+        let device = match self.device {
+            Some((device, index)) if device == record.device => index,
+            _ => self.index(record.device)?,
         };
-        Ok(Some(Found::Io(record.sequence)))
+        Ok(Some(Found {
+            io: TraceIo {
+                time_ns: record.time,
+                sector,
+                sectors,
+                device,
+                cpu,
+                op,
+                is_preflush,
+                is_fua: record.has(record::FUA),
+            },
+            sequence: record.sequence,
+            is_control: false,
+        }))
+    }
+
+    /// Our number of a device.
+    fn index(&mut self, device: u32) -> std::result::Result<u32, Fault> {
+        let key = device.to_le_bytes();
+        let index = self.sink.devices.index(&key, || record::device_name(device))?;
+        self.device = Some((device, index));
+        Ok(index)
     }
 
     #[cold]
-    fn notification(
-        &mut self,
-        record: &Record,
-        data: &[u8],
-        io: &mut TraceIo,
-        text: &mut Option<String>,
-    ) -> Option<Found> {
+    fn notification(&mut self, record: &Record, data: &[u8]) {
         let words = (record.event == record::MESSAGE)
             .then(|| control(record.payload(data)))
             .flatten();
-        if let Some(dump) = &mut self.dump {
-            dump.notice(record, words);
-            return None;
+        match &mut self.dump {
+            Some(dump) => dump.notice(record, words),
+            None => self.words = words,
         }
-        *text = Some(words?);
-        io.time_ns = record.time;
-        io.cpu = record.cpu as u16;
-        Some(Found::Control(record.sequence))
     }
 
     /// Counts what is missing between two records of a processor.
