@@ -24,7 +24,6 @@ pub(super) struct Blktrace {
     shared: Shared,
 }
 
-
 /// What the streams find out together.
 struct Shared {
     sink: Sink,
@@ -57,7 +56,7 @@ struct Found {
 }
 
 impl Found {
-    fn control(record: &Record) -> Self {
+    fn control(record: Record) -> Self {
         let at = plain(record.time, 0, TraceOp::Flush, 0, 0);
         Self {
             io: TraceIo {
@@ -135,27 +134,12 @@ impl Fill for Blktrace {
             Some(next) => next,
             None => self.prime()?,
         };
-        let mut last = None;
         while let Some(index) = next.first()
             && !self.shared.sink.is_full()
         {
             let stream = &mut self.streams[index];
-            // Requests of a processor often come one after the other; while they come before those of the others the tree can wait.
-            let second = if last == Some(index) {
-                next.second()
-            } else {
-                0
-            };
-            last = Some(index);
-            loop {
-                stream.take(&mut self.shared.sink.batch);
-                let key = stream.key(&mut self.shared)?;
-                let stays = key.is_some_and(|key| next.stays_first(key, second));
-                if !stays || self.shared.sink.is_full() {
-                    next.replace_first(key);
-                    break;
-                }
-            }
+            stream.take(&mut self.shared.sink.batch);
+            next.replace_first(stream.key(&mut self.shared)?);
         }
         if let Some(dump) = &mut self.shared.dump {
             dump.place(&mut self.shared.sink.batch, next.first().is_none());
@@ -202,6 +186,7 @@ impl Stream {
     }
 
     /// Finds the next records that matter; none at the end.
+    #[inline(never)]
     fn find(&mut self, shared: &mut Shared) -> Result<()> {
         self.found.clear();
         self.taken = 0;
@@ -225,11 +210,11 @@ impl Stream {
             && let Some(record) = Record::parse::<BIG>(&data[at..])
             && let Some(whole) = data[at..].get(..record.len())
         {
-            match shared.judge(&record, whole) {
+            match shared.judge(record, whole) {
                 Ok(Some(found)) => self.found.push(found),
                 Ok(None) => match shared.words.take() {
                     Some(text) => {
-                        self.found.push(Found::control(&record));
+                        self.found.push(Found::control(record));
                         self.controls.push_back(text);
                     }
                     None => shared.sink.notes.skipped += 1,
@@ -303,13 +288,9 @@ impl Shared {
         Err(Error::new(ErrorKind::InvalidDescription, message))
     }
 
-    /// What a record means. The words of a control event are left in `words`.
+    /// What a record means. The words of a control event are left in `words`. A record that is passed on as it is stays in registers.
     #[inline(always)]
-    fn judge(
-        &mut self,
-        record: &Record,
-        data: &[u8],
-    ) -> std::result::Result<Option<Found>, Fault> {
+    fn judge(&mut self, record: Record, data: &[u8]) -> std::result::Result<Option<Found>, Fault> {
         let Ok(cpu) = u16::try_from(record.cpu) else {
             return Err("a processor above 65535");
         };
@@ -369,13 +350,16 @@ impl Shared {
     /// Our number of a device.
     fn index(&mut self, device: u32) -> std::result::Result<u32, Fault> {
         let key = device.to_le_bytes();
-        let index = self.sink.devices.index(&key, || record::device_name(device))?;
+        let index = self
+            .sink
+            .devices
+            .index(&key, || record::device_name(device))?;
         self.device = Some((device, index));
         Ok(index)
     }
 
     #[cold]
-    fn notification(&mut self, record: &Record, data: &[u8]) {
+    fn notification(&mut self, record: Record, data: &[u8]) {
         let words = (record.event == record::MESSAGE)
             .then(|| control(record.payload(data)))
             .flatten();
@@ -386,8 +370,8 @@ impl Shared {
     }
 
     /// Counts what is missing between two records of a processor.
-    #[inline]
-    fn follow(&mut self, record: &Record) {
+    #[inline(always)]
+    fn follow(&mut self, record: Record) {
         let key = u64::from(record.device) << 32 | u64::from(record.cpu);
         let slot = (record.device ^ record.cpu) as usize % SEQUENCES;
         let (known, last) = &mut self.sequences[slot];
@@ -400,7 +384,7 @@ impl Shared {
 
     /// A request that came from another device: what was traced may be below the one of interest.
     #[cold]
-    fn remap(&mut self, record: &Record, data: &[u8]) {
+    fn remap(&mut self, record: Record, data: &[u8]) {
         self.has_remap = true;
         let from = record.payload(data).first_chunk::<4>();
         let from = from.map_or(0, |from| u32::from_be_bytes(*from));
@@ -431,7 +415,7 @@ struct Dump {
 }
 
 impl Dump {
-    fn notice(&mut self, record: &Record, words: Option<String>) {
+    fn notice(&mut self, record: Record, words: Option<String>) {
         self.first_notice.get_or_insert(record.time);
         if let Some(text) = words {
             let time_ns = record.time;
@@ -441,11 +425,15 @@ impl Dump {
         }
     }
 
-    #[inline]
-    fn see(&mut self, record: &Record) {
-        if self.processes.is_empty() && (self.start.is_some() || self.first_notice.is_none()) {
-            return;
+    #[inline(always)]
+    fn see(&mut self, record: Record) {
+        if !self.processes.is_empty() || (self.start.is_none() && self.first_notice.is_some()) {
+            self.look_for_start(record);
         }
+    }
+
+    #[inline(never)]
+    fn look_for_start(&mut self, record: Record) {
         let noticed = self.processes.remove(&record.pid);
         let noticed = noticed.or(self.first_notice.filter(|_| self.start.is_none()));
         if let Some(noticed) = noticed {

@@ -211,7 +211,7 @@ impl LineFormat for Csv {
         let len = text.len() - row.rest.len();
         let end = match row.rest {
             // The last column is not to end in the first half of what DOS ends lines with.
-            [b'\n', ..] if !text[..len].ends_with(b"\r") => 1,
+            [b'\n', ..] if text[..len].last() != Some(&b'\r') => 1,
             [b'\r', b'\n', ..] => 2,
             [b',', ..] => memchr(b'\n', row.rest)? + 1,
             _ => return None,

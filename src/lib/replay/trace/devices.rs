@@ -7,13 +7,13 @@ use super::scan::eight;
 /// More than any known trace has; a file of nonsense must not fill the memory.
 const MAX_DEVICES: usize = 1 << 16;
 const MAX_NAME: usize = 255;
-const SLOTS: usize = 4096;
+const SLOTS: usize = 1 << 13;
 
 /// A table that only grows.
 pub(super) struct Devices {
     names: Vec<String>,
     by_key: HashMap<Box<[u8]>, u32>,
-    /// Short keys that were met last, by a cheap hash, and their indexes.
+    /// Short keys that were met last, by a cheap hash or beside it, and their indexes.
     slots: Vec<(u64, u32)>,
 }
 
@@ -40,13 +40,15 @@ impl Devices {
         let Some(short) = short(key) else {
             return self.find(key, name);
         };
-        let slot = (short.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52) as usize;
-        let (known, index) = self.slots[slot];
-        if known == short {
-            return Ok(index);
+        let slot = (short.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SLOTS.ilog2())) as usize;
+        for slot in [slot, slot ^ 1] {
+            let (known, index) = self.slots[slot];
+            if known == short {
+                return Ok(index);
+            }
         }
         let index = self.find(key, name)?;
-        self.slots[slot] = (short, index);
+        self.slots[slot ^ 1] = std::mem::replace(&mut self.slots[slot], (short, index));
         Ok(index)
     }
 

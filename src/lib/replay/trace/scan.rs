@@ -14,10 +14,14 @@ pub(super) fn eight(text: &[u8]) -> u64 {
             let last = u64::from(u32::from_le_bytes(*last));
             u64::from(u32::from_le_bytes(*first)) | last << (8 * (text.len() - 4))
         }
-        _ => text
-            .iter()
-            .rev()
-            .fold(0, |word, &byte| word << 8 | u64::from(byte)),
+        // The first, the middle and the last of three are all; of fewer they are the same.
+        _ => match (text.first(), text.get(text.len() / 2), text.last()) {
+            (Some(&first), Some(&middle), Some(&last)) => {
+                let last = u64::from(last) << (8 * (text.len() - 1));
+                u64::from(first) | u64::from(middle) << (8 * (text.len() / 2)) | last
+            }
+            _ => 0,
+        },
     }
 }
 
