@@ -1,10 +1,9 @@
 //! Binary blktrace: one file for each processor, read side by side, or a dump that blkparse made of them.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 
 use super::input::Input;
-use super::lines::{Fault, Fill, Sink, control, plain};
-use super::next::Next;
+use super::lines::{CONTROLS, Fault, Fill, Sink, control};
 use super::record::{self, Record};
 use crate::error::{Error, ErrorKind, Result};
 use crate::replay::event::{Batch, ControlEvent, TraceIo, TraceOp};
@@ -13,14 +12,22 @@ use crate::replay::event::{Batch, ControlEvent, TraceIo, TraceOp};
 const MAX_REMEMBERED: usize = 4096;
 /// Pairs of device and processor whose numbers are followed.
 const SEQUENCES: usize = 1024;
-/// Records of a file that are understood before they are merged with those of others.
-const AHEAD: usize = 256;
+/// Requests that are found in all files together before they are merged, and in one of them at least and at most.
+const AHEAD: usize = 4096;
+const LEAST_AHEAD: usize = 16;
+const MOST_AHEAD: usize = 1024;
+
+/// Where an event belongs: time, processor, number on that processor, and the file.
+type Key = u128;
+
+/// The low bits of a key, which the number of the file takes.
+const STREAM: Key = 0xffff;
 
 /// Files of one or more devices and their processors.
 pub(super) struct Blktrace {
     streams: Vec<Stream>,
-    /// Which stream is next, by time, processor and number on that processor.
-    next: Option<Next>,
+    /// Those of the requests that are merged.
+    keys: Vec<Key>,
     shared: Shared,
 }
 
@@ -31,55 +38,48 @@ struct Shared {
     /// The device of the last request, by its number in the trace and by ours.
     device: Option<(u32, u32)>,
     dump: Option<Dump>,
-    /// Those of the control event that was judged.
-    words: Option<String>,
+    /// Control events that were found.
+    controls: Vec<(Key, ControlEvent)>,
     has_remap: bool,
     is_lenient: bool,
 }
 
-/// One file, and what comes next of it.
+/// What a record is.
+enum Found {
+    Io(TraceIo),
+    Control,
+    /// Nothing that a replay needs.
+    Nothing,
+}
+
+/// One file, and the requests that were found in it.
 struct Stream {
     input: Input,
     is_big: bool,
-    found: Vec<Found>,
-    /// Those of `found` that were taken.
+    number: u16,
+    /// How many are found at once.
+    ahead: usize,
+    ios: Vec<TraceIo>,
+    /// Theirs; those of a file never go back.
+    keys: Vec<Key>,
+    /// Those of `ios` that were taken.
     taken: usize,
-    /// The words of the control events among them.
-    controls: VecDeque<String>,
-}
-
-/// A request, or the time and processor of a control event.
-struct Found {
-    io: TraceIo,
-    sequence: u32,
-    is_control: bool,
-}
-
-impl Found {
-    fn control(record: Record) -> Self {
-        let at = plain(record.time, 0, TraceOp::Flush, 0, 0);
-        Self {
-            io: TraceIo {
-                cpu: record.cpu as u16,
-                ..at
-            },
-            sequence: record.sequence,
-            is_control: true,
-        }
-    }
-
-    /// Where it belongs, for [`Next`].
-    #[inline]
-    fn key(&self) -> u128 {
-        let io = &self.io;
-        u128::from(io.time_ns) << 64 | u128::from(io.cpu) << 48 | u128::from(self.sequence) << 16
-    }
+    /// The key of what was found last.
+    last: Key,
+    is_ended: bool,
 }
 
 impl Blktrace {
     /// Reads files of single processors, each in order of time.
-    pub(super) fn new(inputs: Vec<Input>, is_lenient: bool) -> Self {
-        Self::with(inputs, None, is_lenient)
+    ///
+    /// # Errors
+    /// `Unsuitable` with more files than can be told apart.
+    pub(super) fn new(inputs: Vec<Input>, is_lenient: bool) -> Result<Self> {
+        if inputs.len() > STREAM as usize {
+            let message = format!("{} files of a blktrace are more than 65535", inputs.len());
+            return Err(Error::new(ErrorKind::Unsuitable, message));
+        }
+        Ok(Self::with(inputs, None, is_lenient))
     }
 
     /// Reads a dump, in which messages are out of place.
@@ -88,15 +88,19 @@ impl Blktrace {
     }
 
     fn with(inputs: Vec<Input>, dump: Option<Dump>, is_lenient: bool) -> Self {
+        let ahead = (AHEAD / inputs.len().max(1)).clamp(LEAST_AHEAD, MOST_AHEAD);
+        let streams = inputs.into_iter().enumerate();
         Self {
-            streams: inputs.into_iter().map(Stream::new).collect(),
-            next: None,
+            streams: streams
+                .map(|(number, input)| Stream::new(input, number as u16, ahead))
+                .collect(),
+            keys: Vec::new(),
             shared: Shared {
                 sink: Sink::new(),
                 sequences: vec![(u64::MAX, 0); SEQUENCES].into(),
                 device: None,
                 dump,
-                words: None,
+                controls: Vec::new(),
                 has_remap: false,
                 is_lenient,
             },
@@ -108,15 +112,28 @@ impl Blktrace {
         self.shared.sink.warn(warning);
     }
 
-    fn prime(&mut self) -> Result<Next> {
-        let mut keys = Vec::new();
+    /// Takes what is found up to where no file can have anything that comes before. False at the end of all.
+    fn merge(&mut self) -> Result<bool> {
+        let mut end = Key::MAX;
         for stream in &mut self.streams {
-            if stream.input.want(4)? {
-                stream.is_big = record::is_big_endian(stream.input.data()).unwrap_or(false);
+            stream.find_if_needed(&mut self.shared)?;
+            if !stream.is_ended {
+                end = end.min(stream.last);
             }
-            keys.push(stream.key(&mut self.shared)?);
         }
-        Next::of(&keys)
+        let ios = &mut self.shared.sink.batch.ios;
+        self.keys.clear();
+        for stream in &self.streams {
+            self.keys.extend_from_slice(stream.keys_until(end));
+        }
+        self.keys.sort();
+        for key in &self.keys {
+            let stream = &mut self.streams[(key & STREAM) as usize];
+            ios.push(stream.ios[stream.taken]);
+            stream.taken += 1;
+        }
+        self.shared.take_controls(end);
+        Ok(end != Key::MAX)
     }
 }
 
@@ -130,95 +147,85 @@ impl Fill for Blktrace {
     }
 
     fn fill(&mut self) -> Result<()> {
-        let mut next = match self.next.take() {
-            Some(next) => next,
-            None => self.prime()?,
-        };
-        while let Some(index) = next.first()
-            && !self.shared.sink.is_full()
-        {
-            let stream = &mut self.streams[index];
-            stream.take(&mut self.shared.sink.batch);
-            next.replace_first(stream.key(&mut self.shared)?);
+        let mut has_more = true;
+        while has_more && !self.shared.sink.is_full() {
+            has_more = self.merge()?;
         }
         if let Some(dump) = &mut self.shared.dump {
-            dump.place(&mut self.shared.sink.batch, next.first().is_none());
+            dump.place(&mut self.shared.sink.batch, !has_more);
         }
-        self.next = Some(next);
         Ok(())
     }
 }
 
 impl Stream {
-    fn new(input: Input) -> Self {
+    fn new(input: Input, number: u16, ahead: usize) -> Self {
         Self {
             input,
             is_big: false,
-            found: Vec::with_capacity(AHEAD),
+            number,
+            ahead,
+            ios: Vec::with_capacity(ahead),
+            keys: Vec::with_capacity(ahead),
             taken: 0,
-            controls: VecDeque::new(),
+            last: 0,
+            is_ended: false,
         }
     }
 
-    /// Where what comes next belongs; none at the end.
-    #[inline]
-    fn key(&mut self, shared: &mut Shared) -> Result<Option<u128>> {
-        if self.taken == self.found.len() {
-            self.find(shared)?;
-        }
-        Ok(self.found.get(self.taken).map(Found::key))
+    /// Keys of the requests that were found and not taken, up to and with `end`.
+    fn keys_until(&self, end: Key) -> &[Key] {
+        let keys = &self.keys[self.taken..];
+        &keys[..keys.partition_point(|&key| key <= end)]
     }
 
-    /// Takes what comes next.
-    #[inline]
-    fn take(&mut self, batch: &mut Batch) {
-        let Some(next) = self.found.get(self.taken) else {
-            return;
-        };
-        self.taken += 1;
-        if !next.is_control {
-            return batch.ios.push(next.io);
+    /// Finds the next events, if all those that were found are taken.
+    fn find_if_needed(&mut self, shared: &mut Shared) -> Result<()> {
+        if self.taken < self.ios.len() || self.is_ended {
+            return Ok(());
         }
-        if let Some(text) = self.controls.pop_front() {
-            let time_ns = next.io.time_ns;
-            batch.controls.push(ControlEvent { time_ns, text });
-        }
-    }
-
-    /// Finds the next records that matter; none at the end.
-    #[inline(never)]
-    fn find(&mut self, shared: &mut Shared) -> Result<()> {
-        self.found.clear();
+        self.ios.clear();
+        self.keys.clear();
         self.taken = 0;
-        let mut has_more = true;
-        while self.found.is_empty() && has_more {
+        if self.input.offset() == 0 && self.input.want(4)? {
+            self.is_big = record::is_big_endian(self.input.data()).unwrap_or(false);
+        }
+        let controls = shared.controls.len();
+        while self.ios.is_empty() && shared.controls.len() == controls && !self.is_ended {
             match self.is_big {
-                true => self.find_here::<true>(shared)?,
-                false => self.find_here::<false>(shared)?,
+                true => self.find::<true>(shared)?,
+                false => self.find::<false>(shared)?,
             }
-            has_more = !self.found.is_empty() || self.want_more(shared)?;
+            if self.ios.is_empty() && shared.controls.len() == controls {
+                self.is_ended = !self.want_more(shared)?;
+            }
         }
         Ok(())
     }
 
     /// Finds those of the whole records that were read.
-    fn find_here<const BIG: bool>(&mut self, shared: &mut Shared) -> Result<()> {
+    fn find<const BIG: bool>(&mut self, shared: &mut Shared) -> Result<()> {
         let data = self.input.data();
         let (mut at, mut fault) = (0, None);
-        while self.found.len() < AHEAD
+        // One may be found however many of other files wait.
+        let most_controls = CONTROLS.max(shared.controls.len() + 1);
+        while self.ios.len() < self.ahead
+            && shared.controls.len() < most_controls
             && fault.is_none()
             && let Some(record) = Record::parse::<BIG>(&data[at..])
             && let Some(whole) = data[at..].get(..record.len())
         {
-            match shared.judge(record, whole) {
-                Ok(Some(found)) => self.found.push(found),
-                Ok(None) => match shared.words.take() {
-                    Some(text) => {
-                        self.found.push(Found::control(record));
-                        self.controls.push_back(text);
-                    }
-                    None => shared.sink.notes.skipped += 1,
-                },
+            let own = Key::from(record.sequence) << 16 | Key::from(self.number);
+            let key = Key::from(record.time) << 64 | Key::from(record.cpu as u16) << 48 | own;
+            let key = key.max(self.last);
+            match shared.judge(record, whole, key) {
+                Ok(Found::Io(io)) => {
+                    self.ios.push(io);
+                    self.keys.push(key);
+                    self.last = key;
+                }
+                Ok(Found::Control) => self.last = key,
+                Ok(Found::Nothing) => shared.sink.notes.skipped += 1,
                 Err(found) => fault = Some((at, found)),
             }
             at += record.len();
@@ -288,15 +295,19 @@ impl Shared {
         Err(Error::new(ErrorKind::InvalidDescription, message))
     }
 
-    /// What a record means. The words of a control event are left in `words`. A record that is passed on as it is stays in registers.
+    /// What a record means. A control event is left in `controls`. A record that is passed on as it is stays in registers.
     #[inline(always)]
-    fn judge(&mut self, record: Record, data: &[u8]) -> std::result::Result<Option<Found>, Fault> {
+    fn judge(
+        &mut self,
+        record: Record,
+        data: &[u8],
+        key: Key,
+    ) -> std::result::Result<Found, Fault> {
         let Ok(cpu) = u16::try_from(record.cpu) else {
             return Err("a processor above 65535");
         };
         if record.has(record::NOTIFY) {
-            self.notification(record, data);
-            return Ok(None);
+            return Ok(self.notification(record, data, key));
         }
         self.follow(record);
         if let Some(dump) = &mut self.dump {
@@ -306,7 +317,7 @@ impl Shared {
             if record.event == record::REMAP && !self.has_remap {
                 self.remap(record, data);
             }
-            return Ok(None);
+            return Ok(Found::Nothing);
         }
         let sectors = u64::from(record.bytes).div_ceil(512);
         let is_preflush = record.has(record::FLUSH);
@@ -318,7 +329,7 @@ impl Shared {
         };
         if sectors == 0 {
             if !is_preflush {
-                return Ok(None);
+                return Ok(Found::Nothing);
             }
             (op, sector) = (TraceOp::Flush, 0);
         } else if record.has(record::DISCARD) {
@@ -331,19 +342,15 @@ impl Shared {
             Some((device, index)) if device == record.device => index,
             _ => self.index(record.device)?,
         };
-        Ok(Some(Found {
-            io: TraceIo {
-                time_ns: record.time,
-                sector,
-                sectors,
-                device,
-                cpu,
-                op,
-                is_preflush,
-                is_fua: record.has(record::FUA),
-            },
-            sequence: record.sequence,
-            is_control: false,
+        Ok(Found::Io(TraceIo {
+            time_ns: record.time,
+            sector,
+            sectors,
+            device,
+            cpu,
+            op,
+            is_preflush,
+            is_fua: record.has(record::FUA),
         }))
     }
 
@@ -359,14 +366,28 @@ impl Shared {
     }
 
     #[cold]
-    fn notification(&mut self, record: Record, data: &[u8]) {
+    fn notification(&mut self, record: Record, data: &[u8], key: Key) -> Found {
         let words = (record.event == record::MESSAGE)
             .then(|| control(record.payload(data)))
             .flatten();
-        match &mut self.dump {
-            Some(dump) => dump.notice(record, words),
-            None => self.words = words,
+        if let Some(dump) = &mut self.dump {
+            dump.notice(record, words);
+            return Found::Nothing;
         }
+        let Some(text) = words else {
+            return Found::Nothing;
+        };
+        let time_ns = record.time;
+        self.controls.push((key, ControlEvent { time_ns, text }));
+        Found::Control
+    }
+
+    /// Takes the control events up to and with `end`.
+    fn take_controls(&mut self, end: Key) {
+        self.controls.sort_by_key(|&(key, _)| key);
+        let taken = self.controls.partition_point(|&(key, _)| key <= end);
+        let taken = self.controls.drain(..taken).map(|(_, control)| control);
+        self.sink.batch.controls.extend(taken);
     }
 
     /// Counts what is missing between two records of a processor.

@@ -19,7 +19,6 @@ mod lines;
 mod load;
 mod log_writes;
 mod merge;
-mod next;
 mod open;
 mod record;
 mod records;

@@ -79,7 +79,7 @@ pub fn open(
         missing.extend(group.missing);
     }
     if !processors.is_empty() {
-        let mut reader = Blktrace::new(processors, lenient);
+        let mut reader = Blktrace::new(processors, lenient)?;
         missing.into_iter().for_each(|warning| reader.warn(warning));
         readers.push(Box::new(reader));
     }
