@@ -9,6 +9,7 @@
 //! | ends of messages | [`a_control_event_may_end_in_anything_and_begin_with_the_name_of_the_program`] |
 //! | messages of a dump out of order | [`messages_out_of_order_in_a_dump_are_put_in_order`] |
 //! | equal times | [`equal_times_are_ordered_by_processor_and_number`] |
+//! | many processors, times that go back | [`any_number_of_processors_is_merged_as_one_by_one`] |
 //! | stamps of whole seconds | [`whole_seconds_are_spread_the_same_way_every_time`] |
 //! | times since 1601 | [`filetimes_count_from_1601`] |
 //! | SPC: blocks and bytes | [`spc_has_addresses_in_blocks_and_sizes_in_bytes`] |
@@ -290,6 +291,62 @@ fn messages_out_of_order_in_a_dump_are_put_in_order() {
         (vec![1600, 2600], vec![0, 1000, 2000, 3000])
     );
     assert_eq!(trace.notes.regressed, 0);
+}
+
+/// Against a merge that takes the least of the next records again and again.
+#[test]
+fn any_number_of_processors_is_merged_as_one_by_one() {
+    for processors in [1, 2, 7, 40] {
+        let folder = folder();
+        let (mut paths, mut files) = (Vec::new(), Vec::new());
+        for cpu in 0..processors {
+            let mut records = Vec::new();
+            let mut time: u64 = 1000;
+            for sequence in 1..2000u32 {
+                let random =
+                    (u64::from(sequence) * 0x9e37_79b9 + u64::from(cpu) * 0x85eb_ca6b) >> 7;
+                // Steps of different lengths, mostly forward; and a rest in which others go on.
+                time = (time + random % 50).saturating_sub(random / 64 % 3 * 8);
+                time += u64::from(sequence % 700 == 0) * 40_000;
+                let record = match random % 37 {
+                    0 => Rec::message(time, &format!("ctl phase-end {cpu}-{sequence}")),
+                    1 => Rec::new(time, 8),
+                    _ => Rec::new(time, Q | WRITE),
+                };
+                let sector = u64::from(sequence) << 8 | u64::from(cpu);
+                records.push(Rec {
+                    sequence,
+                    cpu,
+                    sector,
+                    ..record
+                });
+            }
+            let path = folder.path().join(format!("t.blktrace.{cpu}"));
+            fs::write(&path, trace(&records)).expect("there is room");
+            paths.push(path);
+            records.retain(|record| record.action != 8);
+            files.push(records.into_iter().peekable());
+        }
+        let (mut sectors, mut texts) = (Vec::new(), Vec::new());
+        let next = |files: &mut Vec<std::iter::Peekable<std::vec::IntoIter<Rec>>>| {
+            let heads = files.iter_mut().enumerate();
+            let heads = heads.filter_map(|(file, records)| Some((records.peek()?.time, file)));
+            heads.min()
+        };
+        while let Some((_, file)) = next(&mut files) {
+            let record = files[file].next().expect("it was looked at");
+            if record.action & NOTIFY == 0 {
+                sectors.push(record.sector);
+            } else {
+                texts.push(String::from_utf8(record.payload[4..].to_vec()).expect("a text"));
+            }
+        }
+        let read = read_all(&paths, None, false).expect("sound");
+        let found: Vec<u64> = read.ios.iter().map(|io| io.sector).collect();
+        assert!(found == sectors, "{processors} processors");
+        assert_eq!(read.texts(), texts, "{processors} processors");
+        assert!(read.notes.regressed > 0 && read.notes.skipped > 0);
+    }
 }
 
 #[test]
