@@ -112,7 +112,7 @@ fn play_made_up(features: Features, waits: bool, seed: u64) -> (Sets, String) {
             is_preflush: below(20) == 0 && op != TraceOp::Discard,
             is_fua: below(20) == 0,
         };
-        player.io(&format!("d{device}"), io).expect("played");
+        player.io(&format!("d{device}"), &io).expect("played");
         // Of a discard and a write at once either may be last; whoever discards waits for it.
         if waits && op == TraceOp::Discard {
             player.settle().expect("at rest");

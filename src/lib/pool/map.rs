@@ -11,6 +11,7 @@
 use super::PoolMode;
 use super::bio::{Bio, BioError, Op};
 use super::cells::{AllocationOrder, Starved};
+use super::deferred_set::Ticket;
 use super::pool::Pool;
 use super::prison::{Cell, Detained, Key};
 use super::thin::Thin;
@@ -102,6 +103,27 @@ pub enum Mapped {
     Failed(Box<Bio>, BioError),
 }
 
+/// What becomes of a read or write that has no bio yet.
+#[derive(Debug)]
+pub enum Passed {
+    /// Issue it at `sector` of the data device, then [`Pool::end_passage`].
+    Remapped {
+        /// Sector of the data device.
+        sector: u64,
+        /// To be returned.
+        passage: Passage,
+    },
+    /// A read of what was never written: zeros, and it is done.
+    Zero,
+    /// It needs a bio: [`Mapper::map_left`].
+    Left,
+}
+
+/// Something is in flight that has no bio.
+#[derive(Debug)]
+#[must_use]
+pub struct Passage(pub(super) Ticket);
+
 /// What the map half did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct MapCounts {
@@ -183,17 +205,48 @@ impl Mapper {
 
     /// The same; but if it comes to a lookup, that gives up for the reason given. For models of time, in which nothing happens at once
     /// that would happen at once on real processors.
-    #[inline]
-    pub fn map_beside(
+    pub fn map_beside(&mut self, thin: &Thin, bio: Box<Bio>, busy: Option<WouldBlock>) -> Mapped {
+        let may_pass = self.is_optimistic && busy.is_none();
+        self.map_with(thin, bio, busy, may_pass)
+    }
+
+    /// Decides where a read or write goes that lies within a block and need not be durable when it completes, if it may be issued without
+    /// holding anything. Nobody but its submitter would look at its bio, so it has none. Only under [`LockScheme::Optimistic`].
+    #[inline(always)]
+    pub fn pass(&mut self, thin: &Thin, op: Op, sector: u64) -> Passed {
+        let pool = &*self.pool;
+        if !self.is_optimistic || pool.mode() == PoolMode::Fail || is_held_back(pool, thin) {
+            return Passed::Left;
+        }
+        pool.traffic.begin();
+        let passed = self.find_way(thin, op, sector);
+        self.pool.traffic.end(false);
+        match passed {
+            Passed::Remapped { .. } => self.counts.remapped += 1,
+            Passed::Zero => self.counts.zero += 1,
+            Passed::Left => return passed,
+        }
+        self.counts.bios += 1;
+        passed
+    }
+
+    /// Decides where the bio of what was [left](Passed::Left) goes.
+    pub fn map_left(&mut self, thin: &Thin, bio: Box<Bio>) -> Mapped {
+        self.map_with(thin, bio, None, false)
+    }
+
+    /// With `may_pass` it is tried whether it can go without holding anything.
+    fn map_with(
         &mut self,
         thin: &Thin,
         mut bio: Box<Bio>,
         busy: Option<WouldBlock>,
+        may_pass: bool,
     ) -> Mapped {
         bio.thin = thin.number;
         self.counts.bios += 1;
         self.pool.traffic.begin();
-        let mapped = self.decide(thin, bio, busy);
+        let mapped = self.decide(thin, bio, busy, may_pass);
         self.pool.traffic.end(matches!(mapped, Mapped::Deferred(_)));
         match &mapped {
             Mapped::Remapped { .. } => self.counts.remapped += 1,
@@ -205,7 +258,13 @@ impl Mapper {
     }
 
     #[inline]
-    fn decide(&mut self, thin: &Thin, bio: Box<Bio>, busy: Option<WouldBlock>) -> Mapped {
+    fn decide(
+        &mut self,
+        thin: &Thin,
+        mut bio: Box<Bio>,
+        busy: Option<WouldBlock>,
+        may_pass: bool,
+    ) -> Mapped {
         let pool = &*self.pool;
         if !bio.is_within_bounds(pool.block_size()) {
             return Mapped::Failed(bio, BioError::Invalid);
@@ -217,35 +276,31 @@ impl Mapper {
             Op::Flush => Some(Reason::Flush),
             Op::Discard => Some(Reason::Discard),
             _ if bio.is_fua => Some(Reason::Fua),
-            _ if thin.is_gated() || pool.is_suspended() => Some(Reason::Suspended),
+            _ if is_held_back(pool, thin) => Some(Reason::Suspended),
             _ => None,
         };
         if let Some(reason) = for_worker {
             pool.submit(bio);
             return Mapped::Deferred(reason);
         }
-        let block = bio.block(pool.block_size());
-        let key = Key::of_virtual(thin.id(), block, ThinBlock(block.0 + 1));
-        let bio = match (self.is_optimistic, busy) {
-            (true, None) => match self.pass(thin, key, block, bio) {
-                Ok(mapped) => return mapped,
-                Err(bio) => bio,
-            },
-            _ => bio,
-        };
-        self.detain(thin, key, block, bio, busy)
+        if may_pass {
+            match self.find_way(thin, bio.op, bio.sector) {
+                Passed::Remapped { sector, passage } => {
+                    bio.all_io = Some(passage.0);
+                    return Mapped::Remapped { bio, sector };
+                }
+                Passed::Zero => return Mapped::Zero(bio),
+                Passed::Left => {}
+            }
+        }
+        self.detain(thin, bio, busy)
     }
 
     /// Maps a bio while it holds its blocks.
-    fn detain(
-        &mut self,
-        thin: &Thin,
-        key: Key,
-        block: ThinBlock,
-        bio: Box<Bio>,
-        busy: Option<WouldBlock>,
-    ) -> Mapped {
+    fn detain(&mut self, thin: &Thin, bio: Box<Bio>, busy: Option<WouldBlock>) -> Mapped {
         let pool = &*self.pool;
+        let block = bio.block(pool.block_size());
+        let key = Key::of_virtual(thin.id(), block, ThinBlock(block.0 + 1));
         let Some((first, second)) = take_cells(pool, &mut self.cells) else {
             pool.submit(bio);
             return Mapped::Deferred(Reason::NoCells);
@@ -281,7 +336,7 @@ impl Mapper {
                 bio.all_io = Some(pool.all_io.enter());
                 let second = pool.release(held);
                 keep_cells(pool, &mut self.cells, first, Some(second));
-                if thin.is_gated() || pool.is_suspended() {
+                if is_held_back(pool, thin) {
                     pool.leave(&mut bio);
                     pool.submit(bio);
                     return Mapped::Deferred(Reason::Suspended);
@@ -312,36 +367,38 @@ impl Mapper {
 }
 
 impl Mapper {
-    /// Maps a bio without a lock, if its block is mapped for this device alone, or read and not mapped, and nobody works near it.
+    /// Where a read or write goes without a lock, if its block is mapped for this device alone, or read and not mapped, and nobody works
+    /// near it.
     #[inline(always)]
-    fn pass(
-        &mut self,
-        thin: &Thin,
-        key: Key,
-        block: ThinBlock,
-        mut bio: Box<Bio>,
-    ) -> Result<Mapped, Box<Bio>> {
+    fn find_way(&mut self, thin: &Thin, op: Op, sector: u64) -> Passed {
         let pool = &*self.pool;
+        let block = ThinBlock(pool.block_size().split(sector).0);
+        let key = Key::of_virtual(thin.id(), block, ThinBlock(block.0 + 1));
         let ticket = pool.all_io.enter();
-        bio.all_io = Some(ticket);
-        let is_free = !(pool.prison.may_be_held(&key) || thin.is_gated() || pool.is_suspended());
+        let is_free = !(pool.prison.may_be_held(&key) || is_held_back(pool, thin));
         let found = is_free.then(|| self.reader.try_find_block(&thin.metadata, block));
-        match found {
+        let is_zero = match found {
             Some(Ok(TryLookup::Mapped(found))) if !found.is_shared => {
-                let sector = pool.remap(found.block, bio.sector);
-                return Ok(Mapped::Remapped { bio, sector });
+                return Passed::Remapped {
+                    sector: pool.remap(found.block, sector),
+                    passage: Passage(ticket),
+                };
             }
-            Some(Ok(TryLookup::Unmapped))
-                if bio.op == Op::Read && thin.origin_sectors.is_none() =>
-            {
-                pool.leave(&mut bio);
-                return Ok(Mapped::Zero(bio));
-            }
-            _ => {}
+            Some(Ok(TryLookup::Unmapped)) => op == Op::Read && thin.origin_sectors.is_none(),
+            _ => false,
+        };
+        pool.end_passage(Passage(ticket));
+        match is_zero {
+            true => Passed::Zero,
+            false => Passed::Left,
         }
-        pool.leave(&mut bio);
-        Err(bio)
     }
+}
+
+/// Reads and writes wait: the device is being snapshotted, or the pool is suspended.
+#[inline(always)]
+fn is_held_back(pool: &Pool, thin: &Thin) -> bool {
+    thin.is_gated() || pool.is_suspended()
 }
 
 /// The cells that a bio needs, or the first of them where they are taken one by one.

@@ -6,6 +6,7 @@ use super::cells::{AllocationOrder, CellPool, Starved};
 use super::contention::LockCounts;
 use super::deferred_set::DeferredSet;
 use super::list::{Linked, List, Taken};
+use super::map::Passage;
 use super::mode::{AtomicMode, PoolMode};
 use super::prison::{Cell, Held, Prison};
 use super::worker::{JobId, Traffic};
@@ -339,6 +340,14 @@ impl Pool {
         if let Some(ticket) = bio.shared_read.take()
             && let Some(ready) = self.shared_read.leave(ticket)
         {
+            self.go_on_with(ready);
+        }
+    }
+
+    /// What was issued without a bio has ended.
+    #[inline(always)]
+    pub fn end_passage(&self, passage: Passage) {
+        if let Some(ready) = self.all_io.leave(passage.0) {
             self.go_on_with(ready);
         }
     }

@@ -154,6 +154,13 @@ impl Books {
         }
     }
 
+    /// Counts a request without a bio that ended after so many nanoseconds.
+    #[inline]
+    pub(super) fn count_plain(&mut self, is_zero: bool, nanos: u64) {
+        self.work.completed += 1;
+        self.latencies.record(None, is_zero, nanos);
+    }
+
     /// Counts what is about to be done on the data device, whose blocks have so many sectors.
     pub(super) fn count_effect(&mut self, effect: &Effect, block_sectors: u64) {
         let work = &mut self.work;

@@ -130,6 +130,12 @@ impl<T> Ends<T> {
         (self.first.key >> 64) as u64
     }
 
+    /// All of them, in no order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
+        let queued = self.lanes.iter().flatten();
+        queued.chain(&self.heap).map(|end| &end.thing)
+    }
+
     #[inline]
     pub(super) fn pop(&mut self) -> Option<T> {
         let place = self.first.place;
@@ -188,6 +194,10 @@ mod tests {
                 }
                 now += below(5);
             }
+            let mut left: Vec<_> = ends.iter().copied().collect();
+            left.sort_unstable();
+            expected.sort_unstable();
+            assert_eq!(left, expected);
             assert!(most > 20);
             expected.sort_unstable();
             let rest: Vec<_> = std::iter::from_fn(|| ends.pop()).collect();

@@ -8,12 +8,13 @@ use super::device::DeviceModel;
 use super::ends::Ends;
 use super::event::{TraceIo, TraceOp};
 use super::player::PlayOptions;
-use super::requests::{About, Cut, Request, Requests, SpareBios};
+use super::requests::{About, Cut, Request, Requests, SpareBios, plain_op};
 use super::verify::Watch;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::txn::{LockScheme, WouldBlock};
 use crate::pool::{
-    Bio, BioResult, Effect, Event, JobId, MapCounts, Mapped, Mapper, Op, Pool, Reason, Thin, Worker,
+    Bio, BioResult, Effect, Event, JobId, MapCounts, Mapped, Mapper, Op, Passage, Passed, Pool,
+    Reason, Thin, Worker,
 };
 use crate::thin::PoolMetadata;
 use std::collections::{HashMap, VecDeque};
@@ -24,6 +25,7 @@ use std::time::Duration;
 #[derive(Debug)]
 enum Io {
     Bio(Box<Bio>),
+    Plain(Plain),
     Job(JobId),
     /// A bio that the worker has ended.
     Ended(Box<Bio>, BioResult),
@@ -31,6 +33,17 @@ enum Io {
     Map(Box<Sleeper>),
     /// The worker has time again.
     Worker,
+}
+
+/// A request that is one read or write of a mapped block, and has no bio.
+#[derive(Debug)]
+struct Plain {
+    passage: Passage,
+    /// Number of the open device.
+    thin: u32,
+    sector: u64,
+    sectors: u64,
+    submitted: u64,
 }
 
 /// A bio that is to be mapped, and the processor that does it.
@@ -154,10 +167,41 @@ impl Engine {
         }
         if io.op == TraceOp::Flush || io.is_preflush {
             self.flush(thin, io);
+        } else if let Some(op) = plain_op(io, self.max_sectors, self.pool.block_size())
+            && self.scheme == LockScheme::Optimistic
+            && !self.watch.is_on()
+        {
+            self.submit_plain(thin, io, op);
         } else {
-            self.submit(thin, io, Some(self.now), None);
+            self.submit(thin, io, Some(self.now), None, false);
         }
         Ok(())
+    }
+
+    /// Submits a request that is one read or write of a block.
+    #[inline]
+    fn submit_plain(&mut self, thin: &Arc<Thin>, io: &TraceIo, op: Op) {
+        let mapper = self.mapper(io.cpu);
+        match self.mappers[mapper].pass(thin, op, io.sector) {
+            Passed::Remapped { passage, .. } => {
+                let takes = self.device.bio(op, io.sectors, false);
+                let plain = Plain {
+                    passage,
+                    thin: thin.number(),
+                    sector: io.sector,
+                    sectors: io.sectors,
+                    submitted: self.now,
+                };
+                self.start(Io::Plain(plain), takes);
+            }
+            Passed::Zero => self.books.count_plain(true, 0),
+            // Its bio is not tried again.
+            Passed::Left => return self.submit(thin, io, Some(self.now), None, true),
+        }
+        self.books.input.map_calls += 1;
+        if self.pool.has_work() {
+            self.tell(Event::Work);
+        }
     }
 
     fn flush(&mut self, thin: &Arc<Thin>, io: &TraceIo) {
@@ -182,6 +226,7 @@ impl Engine {
             },
         });
         let bio = self.spare.flush(request.into());
+        self.watch.begin(thin.id(), &bio);
         self.map(thin, bio, io.cpu);
     }
 
@@ -195,12 +240,15 @@ impl Engine {
     fn let_end(&mut self, thin: &Thin, io: &TraceIo) -> Result<()> {
         let end = io.sector.saturating_add(io.sectors);
         for _ in 0..MOST_ROUNDS {
-            let overlaps = |request: &Request| {
-                request.thin == thin.number()
-                    && request.sector < end
-                    && io.sector < request.sector.saturating_add(request.sectors)
+            let overlaps = |of: u32, sector: u64, sectors: u64| {
+                of == thin.number() && sector < end && io.sector < sector.saturating_add(sectors)
             };
-            if !self.requests.iter().any(overlaps) {
+            let is_plain = |thing: &Io| match thing {
+                Io::Plain(plain) => overlaps(plain.thin, plain.sector, plain.sectors),
+                _ => false,
+            };
+            let is_other = |other: &Request| overlaps(other.thin, other.sector, other.sectors);
+            if !self.requests.iter().any(is_other) && !self.ends.iter().any(is_plain) {
                 return Ok(());
             }
             // What waits for space has no end.
@@ -233,13 +281,14 @@ impl Engine {
         self.books.sample(self.now, &self.pool, &counts, worker);
     }
 
-    /// Submits a request without its flush, cut into bios.
+    /// Submits a request without its flush, cut into bios. If it `was_left`, it was tried without one.
     fn submit(
         &mut self,
         thin: &Arc<Thin>,
         io: &TraceIo,
         submitted: Option<u64>,
         deferred: Option<Reason>,
+        was_left: bool,
     ) {
         let size = self.pool.block_size();
         let parts = std::mem::take(&mut self.parts);
@@ -259,21 +308,32 @@ impl Engine {
             });
             for part in cut.parts() {
                 let bio = self.spare.bio(request.into(), &cut, part);
-                self.map(thin, bio, io.cpu);
+                self.watch.begin(thin.id(), &bio);
+                match was_left {
+                    true => {
+                        let mapper = self.mapper(io.cpu);
+                        let mapped = self.mappers[mapper].map_left(thin, bio);
+                        self.go_on(request, mapped);
+                    }
+                    false => self.map(thin, bio, io.cpu),
+                }
             }
         }
         self.parts = cut.into_memory();
     }
 
+    /// The number of the mapper of a processor.
     #[inline]
-    fn map(&mut self, thin: &Arc<Thin>, bio: Box<Bio>, cpu: u16) {
-        self.watch.begin(thin.id(), &bio);
-        self.map_begun(thin, bio, cpu);
+    fn mapper(&self, cpu: u16) -> usize {
+        match self.mappers.len() {
+            1 => 0,
+            n => usize::from(cpu) % n,
+        }
     }
 
-    fn map_begun(&mut self, thin: &Arc<Thin>, bio: Box<Bio>, cpu: u16) {
-        let id = bio.id;
-        let mapper = usize::from(cpu) % self.mappers.len();
+    fn map(&mut self, thin: &Arc<Thin>, bio: Box<Bio>, cpu: u16) {
+        let request = bio.id as u32;
+        let mapper = self.mapper(cpu);
         let mut busy = None;
         if self.now < self.root_until {
             // What else there is goes to the worker in any case.
@@ -291,30 +351,33 @@ impl Engine {
             }
         }
         let mapped = self.mappers[mapper].map_beside(thin, bio, busy);
+        self.go_on(request, mapped);
+    }
+
+    /// Goes on with what was decided about a bio of a request.
+    fn go_on(&mut self, request: u32, mapped: Mapped) {
         self.watch.mapped(&mapped);
         match mapped {
-            Mapped::Remapped { bio, .. } => self.issue(bio),
+            Mapped::Remapped { bio, .. } => {
+                let takes = self.device.bio(bio.op, bio.sectors, bio.is_fua);
+                self.start(Io::Bio(bio), takes);
+            }
             Mapped::Zero(bio) => {
-                self.requests.note_zero(id as u32);
+                self.requests.note_zero(request);
                 self.end(bio, Ok(()));
             }
             Mapped::Failed(bio, error) => self.end(bio, Err(error)),
-            Mapped::Deferred(reason) => self.requests.defer(id as u32, reason),
+            Mapped::Deferred(reason) => self.requests.defer(request, reason),
         }
         if self.pool.has_work() {
             self.tell(Event::Work);
         }
     }
 
-    fn issue(&mut self, bio: Box<Bio>) {
-        let takes = self.device.bio(bio.op, bio.sectors, bio.is_fua);
-        self.start(Io::Bio(bio), takes);
-    }
-
     fn start(&mut self, io: Io, takes: u64) {
         let number = self.number();
         let varies = match io {
-            Io::Bio(_) | Io::Job(_) => self.device.variation(self.seed, number),
+            Io::Bio(_) | Io::Plain(_) | Io::Job(_) => self.device.variation(self.seed, number),
             Io::Ended(..) | Io::Map(..) | Io::Worker => 0,
         };
         self.ends
@@ -341,7 +404,8 @@ impl Engine {
         if let Some(then) = request.then
             && result.is_ok()
         {
-            return self.submit(&then.0, &then.1, request.submitted, request.deferred);
+            let (thin, io) = &*then;
+            return self.submit(thin, io, request.submitted, request.deferred, false);
         }
         if let Some(submitted) = request.submitted {
             let nanos = self.now - submitted;
@@ -477,6 +541,13 @@ impl Engine {
                     self.tell(Event::Work);
                 }
             }
+            Some(Io::Plain(plain)) => {
+                self.pool.end_passage(plain.passage);
+                self.books.count_plain(false, self.now - plain.submitted);
+                if self.pool.has_work() {
+                    self.tell(Event::Work);
+                }
+            }
             Some(Io::Job(job)) => {
                 self.watch.done(job);
                 self.tell(Event::Done {
@@ -485,7 +556,7 @@ impl Engine {
                 });
             }
             Some(Io::Ended(bio, result)) => self.end(bio, result),
-            Some(Io::Map(one)) => self.map_begun(&one.thin, one.bio, one.cpu),
+            Some(Io::Map(one)) => self.map(&one.thin, one.bio, one.cpu),
             Some(Io::Worker) => {
                 self.is_awaited = false;
                 let event = self.told.pop_front().unwrap_or(Event::Work);

@@ -181,19 +181,19 @@ impl Player {
     ///
     /// # Errors
     /// `Io`, `Damaged`: the pool cannot be used.
-    pub fn io(&mut self, device: &str, io: TraceIo) -> Result<()> {
+    pub fn io(&mut self, device: &str, io: &TraceIo) -> Result<()> {
         self.engine.run_until(io.time_ns);
         self.engine.sample(false);
-        self.engine.books.input.count(&io);
+        self.engine.books.input.count(io);
         if self.devices.is_unknown(io.device) {
             self.resolve(device, io.device)?;
         }
-        let Some(thin) = self.devices.target(&io) else {
+        let Some(thin) = self.devices.target(io) else {
             self.engine.books.input.out_of_range += 1;
             return Ok(());
         };
-        self.engine.books.heat.record(&io);
-        self.engine.play(thin, &io)
+        self.engine.books.heat.record(io);
+        self.engine.play(thin, io)
     }
 
     /// Lets everything end that is under way, but for what waits for space.

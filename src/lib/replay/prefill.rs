@@ -134,7 +134,7 @@ impl Prefill {
             needed: BTreeMap::new(),
         };
         let is_complete = follow(reader, beside, observer, |happening| match happening {
-            Happening::Io(device, io) => prefill.io(device, &io),
+            Happening::Io(device, io) => prefill.io(device, io),
             Happening::Control(event) => prefill.control(event),
         })?;
         match is_complete {

@@ -122,6 +122,34 @@ impl SpareBios {
     }
 }
 
+/// What a request with sectors asks of a thin device.
+#[inline(always)]
+fn op(io: &TraceIo) -> Op {
+    match io.op {
+        TraceOp::Read => Op::Read,
+        TraceOp::Discard => Op::Discard,
+        _ => Op::Write,
+    }
+}
+
+/// True if nothing cuts a read or write.
+#[inline(always)]
+fn is_one_piece(io: &TraceIo, max: Option<u64>, block: BlockSize) -> bool {
+    let sectors = block.sectors();
+    let most = sectors.min(max.unwrap_or(sectors));
+    block.split(io.sector).1.saturating_add(io.sectors) <= most
+}
+
+/// What a request asks for that is one read or write of a block, and no more than that.
+#[inline(always)]
+pub(super) fn plain_op(io: &TraceIo, max: Option<u64>, block: BlockSize) -> Option<Op> {
+    let is_plain = !(matches!(io.op, TraceOp::Discard | TraceOp::Flush)
+        || io.is_preflush
+        || io.is_fua
+        || io.sectors == 0);
+    (is_plain && is_one_piece(io, max, block)).then(|| op(io))
+}
+
 /// The bios that a request is, without its flush.
 #[derive(Debug)]
 pub(super) struct Cut {
@@ -144,15 +172,9 @@ impl Cut {
         block: BlockSize,
         others: Vec<(u64, u64)>,
     ) -> Self {
-        let op = match io.op {
-            TraceOp::Read => Op::Read,
-            TraceOp::Discard => Op::Discard,
-            _ => Op::Write,
-        };
+        let op = op(io);
         let sectors = block.sectors();
-        let most = sectors.min(max.unwrap_or(sectors));
-        let is_one =
-            op != Op::Discard && block.split(io.sector).1.saturating_add(io.sectors) <= most;
+        let is_one = op != Op::Discard && is_one_piece(io, max, block);
         let mut cut = Self {
             op,
             is_fua: io.is_fua && op == Op::Write,

@@ -105,7 +105,7 @@ impl Snapshots {
 /// What comes next.
 pub(super) enum Happening<'a> {
     /// A request, to the trace's device of this name.
-    Io(&'a str, TraceIo),
+    Io(&'a str, &'a TraceIo),
     /// A control event, of the trace or beside it.
     Control(&'a ControlEvent),
 }
@@ -136,7 +136,7 @@ pub(super) fn follow(
                 }
             }
             let device = devices.get(io.device as usize);
-            each(Happening::Io(device.map_or("", |name| name), *io))?;
+            each(Happening::Io(device.map_or("", |name| name), io))?;
         }
         for event in controls {
             each(Happening::Control(&event))?;

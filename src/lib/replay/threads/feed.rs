@@ -40,7 +40,7 @@ pub(super) fn read(
                 if !std::mem::replace(&mut is_named[number], true) {
                     parcel.names.push((io.device, name.into()));
                 }
-                parcel.ios.push(io);
+                parcel.ios.push(*io);
                 if parcel.ios.len() < BATCH {
                     return Ok(());
                 }

@@ -78,6 +78,12 @@ impl Watch {
         }
     }
 
+    /// True if there is a model, which wants to see every bio.
+    #[inline]
+    pub(in crate::replay) fn is_on(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// What came of it so far; none without a model.
     pub(in crate::replay) fn found(&self) -> Option<&Verified> {
         self.0.as_ref().map(|verify| &verify.found)
