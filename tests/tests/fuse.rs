@@ -265,6 +265,45 @@ fn files_and_nbd_see_each_others_writes_at_once() {
     served.stop();
 }
 
+/// What df tells of the folder, in these columns.
+fn df(folder: &Path, columns: &str) -> Vec<u64> {
+    let done = on("df", ["-B", "1", &format!("--output={columns}")], folder).out();
+    let last = done.lines().last().expect("a line");
+    let numbers = last.split_whitespace().map(str::parse);
+    numbers.map(|number| number.expect("a number")).collect()
+}
+
+#[test]
+fn df_tells_the_data_blocks_of_the_pool_and_how_many_devices_there_can_be() {
+    if !can(&[FUSE]) {
+        return;
+    }
+    let mut served = Served::new(256);
+    served.serve(&["--create", "--thin", "0:1t", "--thin", "7:1m"]);
+    let (all, block) = (256 * BLOCK as u64, BLOCK as u64);
+    let space = |served: &Served| df(&served.folder(), "size,used,avail");
+    assert_eq!(space(&served), [all, 0, all]);
+    assert_eq!(
+        df(&served.folder(), "itotal,iused,iavail"),
+        [1 << 24, 2, (1 << 24) - 2]
+    );
+    assert_eq!(
+        on("stat", ["-f", "-c", "%s %S %b %f"], &served.file("0")).out(),
+        "65536 65536 256 256\n"
+    );
+    let file = served.open("0", OFlags::empty());
+    file.write_all_at(&[1; 3 * BLOCK], 5 << 30)
+        .expect("written");
+    assert_eq!(space(&served), [all, 3 * block, all - 3 * block]);
+    served.0.asked(&["message", "create_snap", "1", "0"]);
+    file.write_all_at(&[2; 512], 5 << 30).expect("written");
+    assert_eq!(space(&served), [all, 4 * block, all - 4 * block]);
+    served.0.asked(&["resize", "--data", "512"]);
+    assert_eq!(space(&served), [2 * all, 4 * block, 2 * all - 4 * block]);
+    drop(file);
+    served.stop();
+}
+
 #[test]
 fn a_file_is_as_long_as_its_device_and_comes_and_goes_with_it() {
     if !can(&[FUSE]) {

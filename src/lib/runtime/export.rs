@@ -144,10 +144,31 @@ pub trait Connection: Send {
     fn start(&mut self) {}
 }
 
+/// The space that exports share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes of a block, up to 2^30.
+    pub block_bytes: u32,
+    /// Blocks.
+    pub blocks: u64,
+    /// Blocks that no export has.
+    pub free: u64,
+    /// As many exports as there can be.
+    pub most_exports: u64,
+}
+
 /// The exports that a server offers. They may come and go.
 pub trait Exports: Send + Sync {
     /// The export of this name; the empty name means the default one.
     fn find(&self, name: &str) -> Option<Arc<dyn Export>>;
+
+    /// The space that they share; 0 where nothing is known of it.
+    fn space(&self) -> Space {
+        Space {
+            block_bytes: 512,
+            ..Space::default()
+        }
+    }
 
     /// The names with their descriptions.
     fn list(&self) -> Vec<(String, String)>;

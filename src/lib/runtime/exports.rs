@@ -1,13 +1,14 @@
 //! The pool's thin devices as what servers serve.
 
 use super::data_device::SECTOR;
-use super::export::{Connection, Export, Exports, Extent, Replier, Request};
+use super::export::{Connection, Export, Exports, Extent, Replier, Request, Space};
 use super::runtime::Runtime;
 use super::submitter::{Submitter, errno};
 use super::thin_contexts;
 use super::thin_export::ThinExport;
 use super::transfer::Told;
-use crate::units::ThinId;
+use crate::thin::PoolMetadata;
+use crate::units::{MAX_THIN_ID, ThinId};
 use rustix::io::Errno;
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,6 +32,19 @@ impl Exports for Runtime {
             ),
         };
         Some(self.export(id).ok()? as _)
+    }
+
+    fn space(&self) -> Space {
+        let pool = &self.driver.pool;
+        let look = |pool: &PoolMetadata| (pool.used_blocks().0, pool.nr_free_data_blocks());
+        let (used, free) = pool.inspect(look);
+        Space {
+            // A block has 1 GiB at most.
+            block_bytes: (pool.block_sectors() * SECTOR) as u32,
+            blocks: used + free,
+            free,
+            most_exports: MAX_THIN_ID + 1,
+        }
     }
 
     fn list(&self) -> Vec<(String, String)> {

@@ -101,6 +101,8 @@ pub(crate) const PAGE: Page = Page {
                  and SEEK_HOLE, and the blocks that stat(2) counts, tell what is mapped. Files can be mapped privately only \
                  (MAP_PRIVATE). Writing past the end, or when the pool is full, fails with ENOSPC; with --read-only opening to \
                  write fails with EROFS. A device whose file is open is in use.",
+                "df shows the pool: its data blocks, of which all files have theirs, and as inodes the ids that thin devices can \
+                 have.",
                 "When the server stops, files that are still open have a few seconds; then their I/O fails. So unmount file \
                  systems and detach loop devices first. What a server that was killed has left mounted on the folder is \
                  unmounted by the next one. Without --nbd the server ends when the folder is unmounted.",
