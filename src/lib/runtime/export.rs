@@ -114,6 +114,11 @@ pub trait Export: Send + Sync {
     /// The size of requests that suits it best: a power of two from 512 to [`MOST_PAYLOAD`].
     fn preferred_block(&self) -> u32;
 
+    /// Zeros can give space back. If not, they may even take as much as other data.
+    fn punches_holes(&self) -> bool {
+        true
+    }
+
     /// The contexts in which it knows the status of its bytes, `base:allocation` for example.
     fn contexts(&self) -> Vec<String>;
 

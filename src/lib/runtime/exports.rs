@@ -71,6 +71,10 @@ impl Export for ThinExport {
         (1 << bytes.trailing_zeros()).min(MOST_PREFERRED) as u32
     }
 
+    fn punches_holes(&self) -> bool {
+        self.frees_zeros()
+    }
+
     fn contexts(&self) -> Vec<String> {
         let id = self.thin.id();
         self.driver
@@ -148,7 +152,7 @@ impl ThinExport {
         let size = self.block_sectors() * SECTOR;
         let head = range.start..range.start.next_multiple_of(size).min(range.end);
         let tail = (range.end - range.end % size).max(head.end)..range.end;
-        self.is_unmapped_zero()
+        self.frees_zeros()
             && [head, tail]
                 .into_iter()
                 .all(|edge| self.mapped(edge).next().is_none())
