@@ -292,9 +292,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "CMD")]
     run: Option<String>,
 
-    /// Have something go wrong with the devices. May be given several times.
+    /// Have something go wrong: DEVICE:REQUEST:ACTION[:CONDITION,...]. DEVICE: data, metadata or any. REQUEST: read, write, zero, discard,
+    /// flush or any. ACTION: eio, enospc, delay=MS, off (no power) or kill. CONDITION: nth=N, from=N, at=BYTE+LEN, while=PATH, chance=PERCENT,
+    /// seed=N; README.md explains them. May be given several times.
     #[cfg(feature = "devtools")]
-    #[arg(long, value_name = "FAULT", hide = true)]
+    #[arg(long, value_name = "FAULT", help_heading = crate::commands::DEVTOOLS)]
     fault: Vec<thintools::runtime::Fault>,
 
     /// Print nothing but errors.
