@@ -83,7 +83,8 @@ pub(crate) const PAGE: Page = Page {
              (V2, compressed, base64) beside their percentiles, so that reports merge without loss. CSV has a row for \
              each sample of the timeline, counts being those since the start. JSON lines have the \
              field kind: sample, mark, notice, or summary for all the rest. The HTML page needs nothing \
-             else, no script and no network.",
+             else, no script and no network. If there are several devices, JSON and HTML have heat maps of each: of the \
+             8 with most requests among the first 16, or, merged, among all.",
                 "compare sets reports of the same trace side by side. merge-reports makes one report of those of \
              parts, each of which had a pool of its own: counts add up, timelines are laid over each other, \
              and the forecast is that of the first pool to fill.",

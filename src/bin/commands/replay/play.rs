@@ -600,6 +600,7 @@ fn replay(
         observer,
     )?;
     let mut report = Report::new(&player, &options, reader.notes(), is_complete)?;
+    report.device_heat = player.heat_by_device(reader.devices());
     report.prefilled = prefilled;
     report.expected = expectations.map(expect::Expectations::end);
     drop(player);

@@ -17,6 +17,7 @@ use super::books::{Mark, Sample};
 use super::clock::Clock;
 use super::counts::{ByReason, InputCounts, WorkCounts};
 use super::device::DeviceModel;
+use super::device_heat::DeviceHeat;
 use super::event::TraceNotes;
 use super::expect::Compared;
 use super::heat::HeatMap;
@@ -87,6 +88,9 @@ pub struct Report {
     pub timeline: Vec<Sample>,
     /// Where requests went, and when.
     pub heat: HeatMap,
+    /// The same of those devices alone that have most requests, if there are several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub device_heat: Vec<DeviceHeat>,
     /// How things were at the marks.
     pub marks: Vec<Mark>,
     /// What came of comparing with the kernel at the marks; none unless that was asked for.
