@@ -131,7 +131,7 @@ pub(crate) static COMMANDS: &[Spec] = &[
         hidden: false,
         page: Some(&replay::PAGE),
         build: replay::build,
-        run: |m| parsed(m, replay::run),
+        run: replay::run,
     },
     Spec {
         name: restore::NAME,

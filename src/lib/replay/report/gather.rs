@@ -59,6 +59,7 @@ impl Report {
             is_complete,
             is_checked: false,
             sources: Vec::new(),
+            options: None,
             verdicts: Vec::new(),
             setup: Setup {
                 clock: player.clock(),

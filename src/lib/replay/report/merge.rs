@@ -122,6 +122,8 @@ fn unless_alike(name: &str, first: &Report, report: &Report) -> Result<()> {
 fn add(all: &mut Report, report: &Report) -> Result<()> {
     all.is_complete &= report.is_complete;
     all.is_checked &= report.is_checked;
+    all.options
+        .take_if(|options| report.options.as_ref() != Some(options));
     all.trace_ns = all.trace_ns.max(report.trace_ns);
     all.setup.data_blocks = all
         .setup

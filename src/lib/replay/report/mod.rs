@@ -51,6 +51,9 @@ pub struct Report {
     pub is_checked: bool,
     /// Names of the reports that it was merged from; none for that of one replay.
     pub sources: Vec<String>,
+    /// The options that it was made with, as they were given; none if that is not known, or if those of its parts differ.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub options: Option<Vec<String>>,
     /// The answers, a sentence each.
     #[serde(skip_deserializing)]
     pub verdicts: Vec<Verdict>,
