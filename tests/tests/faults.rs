@@ -9,7 +9,7 @@ use rand::{RngExt, SeedableRng};
 
 use crate::serve::client::{Client, FUA, Reply, TRIM, WRITE, ZEROES};
 use crate::serve::{BLOCK, Scene};
-use crate::support::check;
+use crate::support::{check, thintools};
 
 const B: u64 = BLOCK as u64;
 const ENOSPC: Reply = Err(Some(28));
@@ -86,6 +86,28 @@ fn holds(client: &mut Client, block: u64, byte: u8) {
         "block {block}: {} instead of {byte}",
         found[0]
     );
+}
+
+#[test]
+fn the_help_of_a_build_for_developers_has_the_words_of_faults() {
+    let help = thintools(["thin_serve", "--help"]).run().expect(0).out();
+    let (_, fault) = help.split_once("--fault <FAULT>").expect("there");
+    for word in [
+        "DEVICE:REQUEST:ACTION",
+        "metadata",
+        "zero",
+        "enospc",
+        "delay=MS",
+        "off",
+        "kill",
+        "from=N",
+        "at=BYTE+LEN",
+        "while=PATH",
+        "chance=PERCENT",
+        "seed=N",
+    ] {
+        assert!(fault.contains(word), "no {word} in {fault}");
+    }
 }
 
 #[test]

@@ -12,6 +12,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, seek};
 
+use crate::serve::client::{FUA, TRIM};
 use crate::serve::{BLOCK, Scene};
 use crate::support::{BINARY, Finished, folder, peer, program};
 
@@ -263,6 +264,127 @@ fn files_and_nbd_see_each_others_writes_at_once() {
     assert_eq!(at, 8 << 20);
     drop((file, client));
     served.stop();
+}
+
+/// What df tells of the folder, in these columns.
+fn df(folder: &Path, columns: &str) -> Vec<u64> {
+    let done = on("df", ["-B", "1", &format!("--output={columns}")], folder).out();
+    let last = done.lines().last().expect("a line");
+    let numbers = last.split_whitespace().map(str::parse);
+    numbers.map(|number| number.expect("a number")).collect()
+}
+
+#[test]
+fn df_tells_the_data_blocks_of_the_pool_and_how_many_devices_there_can_be() {
+    if !can(&[FUSE]) {
+        return;
+    }
+    let mut served = Served::new(256);
+    served.serve(&["--create", "--thin", "0:1t", "--thin", "7:1m"]);
+    let (all, block) = (256 * BLOCK as u64, BLOCK as u64);
+    let space = |served: &Served| df(&served.folder(), "size,used,avail");
+    assert_eq!(space(&served), [all, 0, all]);
+    assert_eq!(
+        df(&served.folder(), "itotal,iused,iavail"),
+        [1 << 24, 2, (1 << 24) - 2]
+    );
+    assert_eq!(
+        on("stat", ["-f", "-c", "%s %S %b %f"], &served.file("0")).out(),
+        "65536 65536 256 256\n"
+    );
+    let file = served.open("0", OFlags::empty());
+    file.write_all_at(&[1; 3 * BLOCK], 5 << 30)
+        .expect("written");
+    assert_eq!(space(&served), [all, 3 * block, all - 3 * block]);
+    served.0.asked(&["message", "create_snap", "1", "0"]);
+    file.write_all_at(&[2; 512], 5 << 30).expect("written");
+    assert_eq!(space(&served), [all, 4 * block, all - 4 * block]);
+    served.0.asked(&["resize", "--data", "512"]);
+    assert_eq!(space(&served), [2 * all, 4 * block, 2 * all - 4 * block]);
+    drop(file);
+    served.stop();
+}
+
+#[test]
+fn space_that_is_asked_for_beforehand_is_had_by_writing() {
+    if !can(&[FUSE]) {
+        return;
+    }
+    let mut served = Served::new(16);
+    served.serve(&["--create", "--thin", "0:2m"]);
+    let file = served.open("0", OFlags::empty());
+    file.write_all_at(&[7; 100], 70_000).expect("written");
+    for mode in [FallocateFlags::empty(), FallocateFlags::KEEP_SIZE] {
+        let refused = fallocate(&file, mode, 0, 1 << 20);
+        assert_eq!(refused, Err(rustix::io::Errno::OPNOTSUPP));
+    }
+    assert_eq!(served.used_blocks(), 1);
+    on("fallocate", ["--posix", "-l", "1m"], &served.file("0"));
+    assert_eq!(served.used_blocks(), 16);
+    assert_eq!(read(&file, 70_000, 101), [&[7; 100][..], &[0]].concat());
+    drop(file);
+    served.stop();
+}
+
+/// Where zeros would fill the pool a hole is refused, and zeros are zeros all the same, whatever is written beside them.
+#[test]
+fn holes_are_refused_where_they_would_take_space() {
+    if !can(&[FUSE, LOOP]) {
+        return;
+    }
+    let block = BLOCK as u64;
+    let place = folder();
+    let origin = place.path().join("origin");
+    fs::write(&origin, vec![9; 16 * BLOCK]).expect("written");
+    let origin = format!("0={}", origin.display());
+    for feature in [
+        ["--feature", "skip_block_zeroing"],
+        ["--feature", "ignore_discard"],
+        ["--origin", &origin],
+    ] {
+        let mut served = Served::new(64);
+        let devices = ["--create", "--thin", "0:1m", "--thin", "1:4m"];
+        served.serve(&[&devices[..], &feature].concat());
+        if feature[1] == "skip_block_zeroing" {
+            // What new blocks are going to have.
+            let mut client = served.0.connect("1");
+            let blocks = 64 * BLOCK;
+            client.write(0, &vec![5; blocks]).expect("written");
+            client
+                .ask(TRIM, FUA, 0, blocks as u32, &[])
+                .expect("trimmed");
+        }
+        let file = served.open("0", OFlags::empty());
+        file.write_all_at(&[7; BLOCK], block).expect("written");
+        let attached = Loop::on(&served.file("0"));
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let refused = fallocate(&file, punch, 0, 1 << 20);
+        assert_eq!(refused, Err(rustix::io::Errno::OPNOTSUPP), "{feature:?}");
+        quietly("blkdiscard", &["-f".as_ref(), attached.0.as_os_str()]);
+        assert_eq!(served.used_blocks(), 1, "{feature:?}: a discard allocates");
+        assert_eq!(read(&file, block, BLOCK), [7; BLOCK], "{feature:?}");
+        // Both ways to zeros, and then something in the middle of them.
+        fallocate(&file, FallocateFlags::ZERO_RANGE, 0, 4 * block).expect("zeroed");
+        on(
+            "blkdiscard",
+            ["-f", "-z", "-o", "256k", "-l", "256k"],
+            &attached.0,
+        );
+        for n in 0..8 {
+            file.write_all_at(&[3; 512], n * block + 4096)
+                .expect("written");
+        }
+        for n in 0..8 {
+            let found = read(&file, n * block, BLOCK);
+            let is_right = (0..).zip(&found).all(|(at, byte)| {
+                let is_written = (4096..4608).contains(&at);
+                *byte == if is_written { 3 } else { 0 }
+            });
+            assert!(is_right, "{feature:?}: block {n}");
+        }
+        drop((file, attached));
+        served.stop();
+    }
 }
 
 #[test]

@@ -11,6 +11,8 @@ mod devtools;
 mod failures;
 #[cfg(feature = "devtools")]
 mod faults;
+#[cfg(feature = "devtools")]
+mod faults_by_chance;
 mod fixtures;
 mod fuse;
 mod fuzzed;

@@ -289,6 +289,23 @@ fn a_replay_is_resumed_and_never_overwrites() {
     assert!(before == after, "a finished report was written again");
     let told = play(&fleet, &reports, &["--resume"]).expect(0).out();
     assert!(told.contains("0 played, 20 had a report"), "{told}");
+    // Other options have other reports, however they are run.
+    let other = ["--resume", "--block-size", "128k", "--cache=1m,2m"];
+    play(&fleet, &reports, &other).expect(1).expect_stderr(&[
+        "other options (--data-size=1g --metadata-size=1m)",
+        "remove it",
+    ]);
+    let elsewhere = place.path().join("elsewhere");
+    play(&fleet, &elsewhere, &other[1..]).expect(0);
+    let told = play(
+        &fleet,
+        &elsewhere,
+        &[&other[..], &["--jobs=1", "-q"]].concat(),
+    );
+    assert!(told.expect(0).out().contains("0 played, 20 had a report"));
+    play(&fleet, &elsewhere, &["--resume"])
+        .expect(1)
+        .expect_stderr(&["--block-size=128k --cache=1m --cache=2m --data-size=1g"]);
     // What is no report is not taken for one.
     let first = reports.join(kept.first().expect("one"));
     write(&first, "[]");

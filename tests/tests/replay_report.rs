@@ -9,7 +9,7 @@ use std::time::Duration;
 use quick_xml::Reader;
 use quick_xml::events::Event;
 use serde_json::Value;
-use thintools::replay::{Report, merge};
+use thintools::replay::{Report, html, merge};
 
 use crate::support::{BINARY, Finished, folder, testdata, thintools};
 
@@ -134,6 +134,28 @@ fn halves_merge_to_the_whole() {
         );
     }
     assert_eq!(merged.heat.cell_sectors(), whole.heat.cell_sectors());
+    // A report of one device has the map of all; those of several have one for each.
+    assert!(halves.iter().all(|(_, half)| half.device_heat.is_empty()));
+    let maps = |report: &Report| -> Vec<(String, u64)> {
+        let maps = report.device_heat.iter();
+        maps.map(|map| (map.device.clone(), map.requests)).collect()
+    };
+    assert_eq!(maps(&merged).len(), 2);
+    assert!(
+        merged
+            .device_heat
+            .iter()
+            .all(|map| map.device.starts_with("half "))
+    );
+    let requests = |report: &Report| maps(report).iter().map(|(_, n)| n).sum::<u64>();
+    assert_eq!(requests(&merged), whole.input.requests);
+    assert_eq!(requests(&whole), whole.input.requests);
+    let mut page = Vec::new();
+    html(std::slice::from_ref(&whole), &mut page).expect("written");
+    let page = String::from_utf8(page).expect("text");
+    for (device, _) in maps(&whole) {
+        assert!(page.contains(&format!("writes of {device} went, and when")));
+    }
     assert_eq!(merged.sources, ["half 0", "half 1"]);
     let last = merged.timeline.last().expect("a sample");
     assert_eq!(last.used_data_blocks, whole.space.used_data_blocks);
@@ -143,6 +165,7 @@ fn halves_merge_to_the_whole() {
     // In whatever steps it is done.
     let twice = merge(&[("a".into(), merged.clone()), halves[0].clone()]).expect("alike");
     assert_eq!(twice.sources, ["half 0", "half 1", "half 0"]);
+    assert_eq!(maps(&twice).len(), 3);
 }
 
 #[test]
@@ -306,7 +329,7 @@ fn what_is_no_report_is_an_error() {
     let good = replay(&["--json", "-"]).out();
     let place = folder();
     let path = place.path().join("report");
-    let cases: [(String, &str); 12] = [
+    let cases: [(String, &str); 13] = [
         (String::new(), "no report"),
         ("[]".into(), "no report"),
         ("{}".into(), "no report of thin_replay"),
@@ -336,6 +359,13 @@ fn what_is_no_report_is_an_error() {
         (
             good.replace("\"block_sectors\": 128", "\"block_sectors\": 0"),
             "data blocks of 0 sectors",
+        ),
+        (
+            good.replace(
+                "\"marks\":",
+                "\"device_heat\": [0,1,2,3,4,5,6,7,8], \"marks\":",
+            ),
+            "heat maps of more than 8 devices",
         ),
     ];
     for (text, said) in cases {

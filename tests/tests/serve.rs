@@ -683,8 +683,10 @@ fn fio(scene: &Scene, number: u64) -> Child {
         )
     };
     let both = ["--ioengine=nbd", "--bs=4k", "--size=16m", "--loops=1000"];
-    let mut command = Command::new("fio");
+    // Should this process be killed, fio must not go on for ever, nor those that it would make if its jobs were no threads.
+    let mut command = Command::new("setpriv");
     command
+        .args(["--pdeathsig", "KILL", "fio", "--thread"])
         .args(both)
         .args(["--name=order", "--rw=write", &uri(1)]);
     command.args([

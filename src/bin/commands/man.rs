@@ -10,7 +10,7 @@ use clap_mangen::roff::{Roff, bold, roman};
 
 use thintools::tools::check::Code;
 
-use super::{COMMANDS, PROGRAM, Page, TITLE as PROGRAM_TITLE, VERSION};
+use super::{COMMANDS, DEVTOOLS, PROGRAM, Page, TITLE as PROGRAM_TITLE, VERSION};
 use crate::exit::{self, Exit};
 use crate::output;
 
@@ -114,6 +114,10 @@ fn render(
     let usage = cmd.render_usage().to_string();
     let usage = usage.strip_prefix("Usage: ").unwrap_or(&usage).to_owned();
     let cmd = cmd.override_usage(usage).about(lower_first(title));
+    let cmd = cmd.mut_args(|arg| match arg.get_help_heading() {
+        Some(DEVTOOLS) => arg.hide(true),
+        _ => arg,
+    });
     let subcommands: Vec<Command> = match with_commands {
         true => Vec::new(),
         false => cmd.get_subcommands().cloned().collect(),

@@ -32,6 +32,9 @@ pub(crate) const PROGRAM: &str = "thintools";
 /// The version number, alone.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 
+/// The heading of options for developers, which are in builds with the feature `devtools`; the manual is that of the others.
+pub(crate) const DEVTOOLS: &str = "Options for developers";
+
 /// What `thintools` is, in one line.
 pub(crate) const TITLE: &str = "Tools for the metadata of device-mapper thin pools";
 
@@ -128,7 +131,7 @@ pub(crate) static COMMANDS: &[Spec] = &[
         hidden: false,
         page: Some(&replay::PAGE),
         build: replay::build,
-        run: |m| parsed(m, replay::run),
+        run: replay::run,
     },
     Spec {
         name: restore::NAME,

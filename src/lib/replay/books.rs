@@ -1,7 +1,7 @@
 //! What is kept of a replay: counters, latencies, notices, marks and a timeline.
 
 use super::counts::{ByReason, InputCounts, Moments, WorkCounts};
-use super::heat::HeatMap;
+use super::device_heat::HeatByDevice;
 use super::latencies::LatencyClasses;
 use crate::pool::{
     BioError, BioResult, Effect, MapCounts, Notice, Pool, PoolMode, Source, WorkerCounts,
@@ -69,7 +69,7 @@ pub(super) struct Books {
     pub(super) work: WorkCounts,
     pub(super) latencies: LatencyClasses,
     pub(super) moments: Moments,
-    pub(super) heat: HeatMap,
+    pub(super) heat: HeatByDevice,
     pub(super) notices: Vec<(Duration, String)>,
     pub(super) marks: Vec<Mark>,
     pub(super) timeline: Vec<Sample>,
@@ -85,7 +85,7 @@ impl Default for Books {
             work: WorkCounts::default(),
             latencies: LatencyClasses::default(),
             moments: Moments::default(),
-            heat: HeatMap::default(),
+            heat: HeatByDevice::default(),
             notices: Vec::new(),
             marks: Vec::new(),
             timeline: Vec::new(),

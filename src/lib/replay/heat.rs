@@ -15,7 +15,7 @@ pub(super) const KINDS: [&str; 3] = ["reads", "writes", "discards"];
 const LEAST_SECTORS: u64 = 8;
 const LEAST_NS: u64 = 1 << 20;
 
-/// How many requests touched each cell. Devices lie on top of each other.
+/// How many requests touched each cell.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "Text", try_from = "Text")]
 pub struct HeatMap {

@@ -5,6 +5,7 @@ mod clock;
 mod control;
 mod counts;
 mod device;
+mod device_heat;
 mod devices;
 mod ends;
 mod engine;
@@ -29,6 +30,7 @@ pub use clock::Clock;
 pub use control::Control;
 pub use counts::{ByReason, InputCounts, Moments, WorkCounts};
 pub use device::DeviceModel;
+pub use device_heat::DeviceHeat;
 pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
 pub use expect::{
     Compared, Difference, METADATA_TOLERANCE, MappedRun, Mappings, compare_mappings, compare_status,

@@ -8,6 +8,7 @@ use super::clock::Clock;
 use super::control::Control;
 use super::counts::{InputCounts, Moments, WorkCounts};
 use super::device::DeviceModel;
+use super::device_heat::DeviceHeat;
 use super::devices::{Active, Devices};
 use super::engine::Engine;
 use super::event::{ControlEvent, TraceIo};
@@ -95,8 +96,13 @@ impl Player {
     }
 
     /// Where requests went, and when.
-    pub fn heat(&self) -> &HeatMap {
-        &self.engine.books.heat
+    pub fn heat(&self) -> HeatMap {
+        self.engine.books.heat.sum()
+    }
+
+    /// The same of each of up to 8 devices, of the first 16 that the trace names; none unless there are several.
+    pub fn heat_by_device(&self, names: &[String]) -> Vec<DeviceHeat> {
+        self.engine.books.heat.busiest(names)
     }
 
     /// What the worker did.

@@ -114,6 +114,11 @@ pub trait Export: Send + Sync {
     /// The size of requests that suits it best: a power of two from 512 to [`MOST_PAYLOAD`].
     fn preferred_block(&self) -> u32;
 
+    /// Zeros can give space back. If not, they may even take as much as other data.
+    fn punches_holes(&self) -> bool {
+        true
+    }
+
     /// The contexts in which it knows the status of its bytes, `base:allocation` for example.
     fn contexts(&self) -> Vec<String>;
 
@@ -144,10 +149,31 @@ pub trait Connection: Send {
     fn start(&mut self) {}
 }
 
+/// The space that exports share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes of a block, up to 2^30.
+    pub block_bytes: u32,
+    /// Blocks.
+    pub blocks: u64,
+    /// Blocks that no export has.
+    pub free: u64,
+    /// As many exports as there can be.
+    pub most_exports: u64,
+}
+
 /// The exports that a server offers. They may come and go.
 pub trait Exports: Send + Sync {
     /// The export of this name; the empty name means the default one.
     fn find(&self, name: &str) -> Option<Arc<dyn Export>>;
+
+    /// The space that they share; 0 where nothing is known of it.
+    fn space(&self) -> Space {
+        Space {
+            block_bytes: 512,
+            ..Space::default()
+        }
+    }
 
     /// The names with their descriptions.
     fn list(&self) -> Vec<(String, String)>;

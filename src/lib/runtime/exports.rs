@@ -1,13 +1,14 @@
 //! The pool's thin devices as what servers serve.
 
 use super::data_device::SECTOR;
-use super::export::{Connection, Export, Exports, Extent, Replier, Request};
+use super::export::{Connection, Export, Exports, Extent, Replier, Request, Space};
 use super::runtime::Runtime;
 use super::submitter::{Submitter, errno};
 use super::thin_contexts;
 use super::thin_export::ThinExport;
 use super::transfer::Told;
-use crate::units::ThinId;
+use crate::thin::PoolMetadata;
+use crate::units::{MAX_THIN_ID, ThinId};
 use rustix::io::Errno;
 use std::ops::Range;
 use std::sync::Arc;
@@ -33,6 +34,19 @@ impl Exports for Runtime {
         Some(self.export(id).ok()? as _)
     }
 
+    fn space(&self) -> Space {
+        let pool = &self.driver.pool;
+        let look = |pool: &PoolMetadata| (pool.used_blocks().0, pool.nr_free_data_blocks());
+        let (used, free) = pool.inspect(look);
+        Space {
+            // A block has 1 GiB at most.
+            block_bytes: (pool.block_sectors() * SECTOR) as u32,
+            blocks: used + free,
+            free,
+            most_exports: MAX_THIN_ID + 1,
+        }
+    }
+
     fn list(&self) -> Vec<(String, String)> {
         // A client that asks while the metadata cannot be read finds nothing.
         let ids = self.exported().unwrap_or_default();
@@ -55,6 +69,10 @@ impl Export for ThinExport {
         let bytes = self.block_sectors() * SECTOR;
         // Blocks are multiples of 64 KiB, but need not be powers of two.
         (1 << bytes.trailing_zeros()).min(MOST_PREFERRED) as u32
+    }
+
+    fn punches_holes(&self) -> bool {
+        self.frees_zeros()
     }
 
     fn contexts(&self) -> Vec<String> {
@@ -134,7 +152,7 @@ impl ThinExport {
         let size = self.block_sectors() * SECTOR;
         let head = range.start..range.start.next_multiple_of(size).min(range.end);
         let tail = (range.end - range.end % size).max(head.end)..range.end;
-        self.is_unmapped_zero()
+        self.frees_zeros()
             && [head, tail]
                 .into_iter()
                 .all(|edge| self.mapped(edge).next().is_none())

@@ -210,7 +210,8 @@ impl Submitter {
         request.submitted();
     }
 
-    /// Makes a range read as zeros. Whole blocks are unmapped unless `keeps_blocks`; what is not mapped reads as zeros already.
+    /// Makes a range read as zeros, also after other parts of its blocks are written. Whole blocks are unmapped unless `keeps_blocks`, and
+    /// what is not mapped is left alone, as far as the pool's features and the device's origin allow.
     pub(super) fn write_zeroes(
         &mut self,
         byte: u64,
@@ -219,35 +220,38 @@ impl Submitter {
         told: Told,
     ) {
         let told = self.durably(is_fua, told);
-        if keeps_blocks || !self.thin.is_unmapped_zero() {
-            return self.zero_ranges(std::iter::once(byte..byte + len).collect(), told);
-        }
-        let thin = Arc::clone(&self.thin);
-        let size = thin.block_sectors() * SECTOR;
         let end = byte + len;
+        let thin = Arc::clone(&self.thin);
+        if keeps_blocks || !thin.is_unmapped_zero() {
+            return self.zero_ranges(std::iter::once(byte..end), told);
+        }
+        if !thin.frees_zeros() {
+            return self.zero_ranges(thin.mapped(byte..end), told);
+        }
+        let size = thin.block_sectors() * SECTOR;
         let (head, tail) = (byte.next_multiple_of(size).min(end), end - end % size);
         let tail = tail.max(head);
         // What is mapped of the partial blocks is zeroed in place.
-        let edges = [byte..head, tail..end]
+        let edges: Vec<_> = [byte..head, tail..end]
             .into_iter()
             .flat_map(|edge| thin.mapped(edge))
             .collect();
         if thin.mapped(head..tail).next().is_none() {
-            return self.zero_ranges(edges, told);
+            return self.zero_ranges(edges.into_iter(), told);
         }
         // A discard is a hint: what is still mapped afterwards is zeroed in place, too.
         let told: Told = Box::new(move |unmapped| match unmapped {
             Err(e) => told(Err(e)),
             Ok(_) => thin.clone().driver.run(move || {
-                let left = edges.into_iter().chain(thin.mapped(head..tail)).collect();
-                Submitter::of_carrier(thin).zero_ranges(left, told);
+                let left = edges.into_iter().chain(thin.mapped(head..tail));
+                Submitter::of_carrier(Arc::clone(&thin)).zero_ranges(left, told);
             }),
         });
         self.discard(head / SECTOR..tail / SECTOR, told);
     }
 
     /// Writes zeros to ranges of bytes.
-    fn zero_ranges(&mut self, ranges: Vec<Range<u64>>, told: Told) {
+    fn zero_ranges(&mut self, ranges: impl Iterator<Item = Range<u64>>, told: Told) {
         let mut request = Request::new(Vec::new(), Vec::new(), told);
         for range in ranges {
             for cut in cut(
@@ -560,6 +564,22 @@ mod tests {
         );
         drop(thin);
         scene.restart();
+    }
+
+    #[test]
+    fn what_reads_as_zeros_takes_no_space_though_discards_are_ignored() {
+        let Scene { folder, runtime } = Scene::new(32);
+        runtime.stop().unwrap();
+        drop(runtime);
+        let mut options = options(&folder);
+        options.features.ignore_discard = true;
+        let runtime = Arc::new(Runtime::open(&options).unwrap());
+        let scene = Scene { folder, runtime };
+        let mut thin = scene.open(0);
+        thin.write_now(BLOCK as u64, &vec![7; 3 * BLOCK]).unwrap();
+        thin.zero_now(0, 64 * BLOCK as u64 - 5, false);
+        assert_eq!(thin.mapped_blocks(), 3);
+        assert_eq!(thin.read_now(0, 5 * BLOCK), vec![0; 5 * BLOCK]);
     }
 
     #[test]

@@ -119,8 +119,12 @@ impl ThinExport {
 
     /// True if what is not mapped reads as zeros, and stays so when a part of the block is written.
     pub(super) fn is_unmapped_zero(&self) -> bool {
-        let features = self.features();
-        self.origin.is_none() && !features.skip_block_zeroing && !features.ignore_discard
+        self.origin.is_none() && !self.features().skip_block_zeroing
+    }
+
+    /// True if blocks that shall read as zeros can be unmapped.
+    pub(super) fn frees_zeros(&self) -> bool {
+        self.is_unmapped_zero() && !self.features().ignore_discard
     }
 
     /// What of a range of bytes is mapped, block by block.

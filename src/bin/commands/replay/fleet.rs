@@ -76,8 +76,8 @@ impl FromStr for Shard {
     }
 }
 
-/// True if there is a report of this name.
-fn is_finished(path: &Path) -> anyhow::Result<bool> {
+/// True if there is a report of this name, which was made with these options.
+fn is_finished(path: &Path, options: &[String]) -> anyhow::Result<bool> {
     if fs::symlink_metadata(path).is_err() {
         return Ok(false);
     }
@@ -85,6 +85,16 @@ fn is_finished(path: &Path) -> anyhow::Result<bool> {
     let reports = saved::read(&[path.to_owned()]).context(advice)?;
     if let Some((name, _)) = reports.iter().find(|(_, report)| !report.is_complete) {
         bail!("{name} is of a replay that was interrupted; {advice}");
+    }
+    let others = reports.iter().find_map(|(name, report)| {
+        let made_with = report.options.as_ref()?;
+        (made_with != options).then_some((name, made_with))
+    });
+    if let Some((name, made_with)) = others {
+        bail!(
+            "{name} was made with other options ({}); give the same, or another folder for reports, or {advice}",
+            made_with.join(" ")
+        );
     }
     Ok(true)
 }
@@ -112,7 +122,7 @@ pub(super) fn run(args: &Args, manifest: &Path, play: &play::Args) -> anyhow::Re
     let mut left = Vec::new();
     for pool in all {
         let path = folder.join(format!("{}.json", pool.stem));
-        let is_finished = is_finished(&path)?;
+        let is_finished = is_finished(&path, &play.given)?;
         if is_finished && !args.resume {
             bail!(
                 "{} exists, and is not overwritten; --resume leaves out what has a report",

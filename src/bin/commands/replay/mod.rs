@@ -11,6 +11,9 @@ mod saved;
 mod split;
 mod trace;
 
+use clap::parser::ValueSource;
+use clap::{ArgMatches, FromArgMatches};
+
 use super::Page;
 use crate::exit::Exit;
 
@@ -83,7 +86,8 @@ pub(crate) const PAGE: Page = Page {
              (V2, compressed, base64) beside their percentiles, so that reports merge without loss. CSV has a row for \
              each sample of the timeline, counts being those since the start. JSON lines have the \
              field kind: sample, mark, notice, or summary for all the rest. The HTML page needs nothing \
-             else, no script and no network.",
+             else, no script and no network. If there are several devices, JSON and HTML have heat maps of each: of the \
+             8 with most requests among the first 16, or, merged, among all.",
                 "compare sets reports of the same trace side by side. merge-reports makes one report of those of \
              parts, each of which had a pool of its own: counts add up, timelines are laid over each other, \
              and the forecast is that of the first pool to fill.",
@@ -101,7 +105,7 @@ pub(crate) const PAGE: Page = Page {
                 "With --manifest each volume is played in a pool of its own, with the other options \
                  given, and has a report of its own in the folder of --reports; those of --pools share \
                  pools. A report is there when it is complete, so that --resume goes on \
-                 wherever the replay was interrupted. --shard I/N plays a part; all N parts are the whole fleet, \
+                 wherever the replay was interrupted, unless there is a report that was made with other options. --shard I/N plays a part; all N parts are the whole fleet, \
                  on as many machines. Each of the pools that are played at once, --jobs of them, takes memory as large as \
                  --metadata-size says. A volume that cannot be read spares the others; the exit status tells. \
                  The folder recipes of the sources has ways to do this with GNU parallel, SLURM, \
@@ -202,8 +206,48 @@ enum Beside {
     Split(split::Args),
 }
 
+/// Options that no report depends on.
+const BESIDE_THE_POINT: [&str; 13] = [
+    "manifest",
+    "jobs",
+    "reports",
+    "resume",
+    "shard",
+    "dry_run",
+    "output",
+    "dump_at_marks",
+    "json",
+    "jsonl",
+    "csv",
+    "html",
+    "quiet",
+];
+
+/// All other options that were given.
+fn given(matches: &ArgMatches) -> Vec<String> {
+    let mut words = Vec::new();
+    for option in build().get_opts() {
+        let id = option.get_id().as_str();
+        let is_given = matches.value_source(id) == Some(ValueSource::CommandLine);
+        if !is_given || BESIDE_THE_POINT.contains(&id) {
+            continue;
+        }
+        let name = option.get_long().unwrap_or(id);
+        match option.get_action().takes_values() {
+            true => words.extend(
+                (matches.get_raw(id).into_iter().flatten())
+                    .map(|value| format!("--{name}={}", value.display())),
+            ),
+            false => words.push(format!("--{name}")),
+        }
+    }
+    words
+}
+
 /// Plays a trace, or does what was asked for beside.
-pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
+pub(crate) fn run(matches: &ArgMatches) -> anyhow::Result<Exit> {
+    let mut args = Args::from_arg_matches(matches)?;
+    args.play.given = given(matches);
     match &args.beside {
         Some(Beside::Compare(args)) => compare::run(args),
         Some(Beside::MergeReports(args)) => merge_reports::run(args),

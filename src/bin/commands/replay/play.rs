@@ -149,6 +149,10 @@ pub(crate) struct Args {
     /// Print no progress and no warnings; errors and the report are printed.
     #[arg(short, long)]
     pub(super) quiet: bool,
+
+    /// What of all this was given that a report depends on.
+    #[arg(skip)]
+    pub(super) given: Vec<String>,
 }
 
 /// What is mapped before a trace begins.
@@ -600,11 +604,13 @@ fn replay(
         observer,
     )?;
     let mut report = Report::new(&player, &options, reader.notes(), is_complete)?;
+    report.device_heat = player.heat_by_device(reader.devices());
     report.prefilled = prefilled;
     report.expected = expectations.map(expect::Expectations::end);
     drop(player);
     let snapshots = way.snapshots.map(|s| (s.every.as_secs(), s.keep as u64));
     report.setup.snapshots = snapshots;
+    report.options = Some(args.given.clone());
     // Whoever wishes to stop does not wish to wait for it.
     if is_complete {
         judge(&*engine)?;

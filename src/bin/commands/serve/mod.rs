@@ -97,10 +97,15 @@ pub(crate) const PAGE: Page = Page {
                  server may use the files, and root may if that is the user; who is not root needs fusermount3.",
                 "A file has the size of its device, and cannot be truncated; to open it with O_TRUNC changes nothing, as with a \
                  block device. fsync, and writing with O_SYNC or O_DSYNC, make durable; closing does not. Punching a hole makes \
-                 it read as zeros, and frees its whole blocks if the pool zeroes new ones; zeroing a range keeps them. SEEK_DATA \
+                 it read as zeros, and frees its whole blocks; zeroing a range keeps them. SEEK_DATA \
                  and SEEK_HOLE, and the blocks that stat(2) counts, tell what is mapped. Files can be mapped privately only \
                  (MAP_PRIVATE). Writing past the end, or when the pool is full, fails with ENOSPC; with --read-only opening to \
                  write fails with EROFS. A device whose file is open is in use.",
+                "With skip_block_zeroing, ignore_discard or --origin zeros give no space back: punching a hole fails with EOPNOTSUPP, and \
+                 with it fstrim over a loop device, but zeroing a range works. fallocate(2) without a mode fails in the same way: a \
+                 thin device has no space for what is not written. posix_fallocate(3) writes to each block then, which gives it space.",
+                "df shows the pool: its data blocks, of which all files have theirs, and as inodes the ids that thin devices can \
+                 have.",
                 "When the server stops, files that are still open have a few seconds; then their I/O fails. So unmount file \
                  systems and detach loop devices first. What a server that was killed has left mounted on the folder is \
                  unmounted by the next one. Without --nbd the server ends when the folder is unmounted.",
@@ -287,9 +292,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "CMD")]
     run: Option<String>,
 
-    /// Have something go wrong with the devices. May be given several times.
+    /// Have something go wrong: DEVICE:REQUEST:ACTION[:CONDITION,...]. DEVICE: data, metadata or any. REQUEST: read, write, zero, discard,
+    /// flush or any. ACTION: eio, enospc, delay=MS, off (no power) or kill. CONDITION: nth=N, from=N, at=BYTE+LEN, while=PATH, chance=PERCENT,
+    /// seed=N; README.md explains them. May be given several times.
     #[cfg(feature = "devtools")]
-    #[arg(long, value_name = "FAULT", hide = true)]
+    #[arg(long, value_name = "FAULT", help_heading = crate::commands::DEVTOOLS)]
     fault: Vec<thintools::runtime::Fault>,
 
     /// Print nothing but errors.

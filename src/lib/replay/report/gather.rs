@@ -59,6 +59,7 @@ impl Report {
             is_complete,
             is_checked: false,
             sources: Vec::new(),
+            options: None,
             verdicts: Vec::new(),
             setup: Setup {
                 clock: player.clock(),
@@ -108,7 +109,8 @@ impl Report {
             space,
             latency: player.latencies().by_name(),
             timeline: player.timeline().to_vec(),
-            heat: player.heat().clone(),
+            heat: player.heat(),
+            device_heat: Vec::new(),
             marks: player.marks().to_vec(),
             expected: None,
             verify: player.verified().cloned(),

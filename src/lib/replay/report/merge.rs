@@ -6,7 +6,9 @@
 use super::{Map, Metadata, Report, Space};
 use crate::error::{Error, ErrorKind, Result};
 use crate::replay::books::Sample;
+use crate::replay::device_heat::busiest;
 use crate::replay::expect::Compared;
+use crate::replay::heat::HeatMap;
 use crate::replay::prefill::Prefilled;
 use crate::replay::verify::Verified;
 use serde::Serialize;
@@ -74,9 +76,24 @@ pub fn merge(reports: &[(String, Report)]) -> Result<Report> {
         .reduce(Verified::with);
     all.marks.sort_by_key(|mark| mark.time_ns);
     all.notices.sort_by_key(|notice| notice.time_ns);
+    all.device_heat = busiest(reports.iter().flat_map(|(name, report)| heat(name, report)));
     all.timeline = timeline(reports.iter().map(|(_, report)| &report.timeline[..]))?;
     all.judge();
     Ok(all)
+}
+
+/// Heat maps by device. A report of one device has one map, which goes by the report's name.
+fn heat<'a>(name: &'a str, report: &'a Report) -> impl Iterator<Item = (String, u64, &'a HeatMap)> {
+    let is_one = report.device_heat.is_empty();
+    let one = is_one.then(|| (name.to_owned(), report.input.requests, &report.heat));
+    one.into_iter()
+        .chain(report.device_heat.iter().map(move |map| {
+            let device = match report.sources.is_empty() {
+                true => format!("{name}: {}", map.device),
+                false => map.device.clone(),
+            };
+            (device, map.requests, &map.heat)
+        }))
 }
 
 /// Numbers of different kinds have no sum.
@@ -105,6 +122,8 @@ fn unless_alike(name: &str, first: &Report, report: &Report) -> Result<()> {
 fn add(all: &mut Report, report: &Report) -> Result<()> {
     all.is_complete &= report.is_complete;
     all.is_checked &= report.is_checked;
+    all.options
+        .take_if(|options| report.options.as_ref() != Some(options));
     all.trace_ns = all.trace_ns.max(report.trace_ns);
     all.setup.data_blocks = all
         .setup

@@ -17,6 +17,7 @@ use super::books::{Mark, Sample};
 use super::clock::Clock;
 use super::counts::{ByReason, InputCounts, WorkCounts};
 use super::device::DeviceModel;
+use super::device_heat::DeviceHeat;
 use super::event::TraceNotes;
 use super::expect::Compared;
 use super::heat::HeatMap;
@@ -50,6 +51,9 @@ pub struct Report {
     pub is_checked: bool,
     /// Names of the reports that it was merged from; none for that of one replay.
     pub sources: Vec<String>,
+    /// The options that it was made with, as they were given; none if that is not known, or if those of its parts differ.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub options: Option<Vec<String>>,
     /// The answers, a sentence each.
     #[serde(skip_deserializing)]
     pub verdicts: Vec<Verdict>,
@@ -87,6 +91,9 @@ pub struct Report {
     pub timeline: Vec<Sample>,
     /// Where requests went, and when.
     pub heat: HeatMap,
+    /// The same of those devices alone that have most requests, if there are several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub device_heat: Vec<DeviceHeat>,
     /// How things were at the marks.
     pub marks: Vec<Mark>,
     /// What came of comparing with the kernel at the marks; none unless that was asked for.

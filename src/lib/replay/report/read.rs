@@ -3,6 +3,7 @@
 use super::{Report, SCHEMA};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::Reason;
+use crate::replay::device_heat::MOST_SHOWN;
 use crate::replay::latencies::is_fast;
 use serde_json::{Deserializer, Value};
 use std::io::Read;
@@ -69,6 +70,13 @@ fn report(value: Value) -> Result<Report> {
         }
     }
     look_at_numbers(&value)?;
+    // Each takes far more memory than its text.
+    let maps = value.get("device_heat").and_then(Value::as_array);
+    if maps.is_some_and(|maps| maps.len() > MOST_SHOWN) {
+        return Err(wrong(format!(
+            "it has heat maps of more than {MOST_SHOWN} devices"
+        )));
+    }
     let mut report: Report =
         serde_json::from_value(value).map_err(|e| wrong(format!("the report is wrong: {e}")))?;
     let size = report.setup.block_sectors;

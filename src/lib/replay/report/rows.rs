@@ -73,8 +73,9 @@ pub fn jsonl(reports: &[Report], out: &mut dyn Write) -> Result<()> {
         let Value::Object(mut rest) = serde_json::to_value(report).map_err(cannot)? else {
             continue;
         };
-        // It is too large for a line, and an own form in --json.
+        // They are too large for a line, and have a form of their own in --json.
         rest.remove("heat");
+        rest.remove("device_heat");
         let clock = report.setup.clock.to_string();
         let mut line = |kind: &str, fields: Value| -> Result<()> {
             let mut line = json!({ "kind": kind, "report": number, "clock": &clock });

@@ -60,7 +60,8 @@ impl File {
     /// What a fallocate comes to; none if there is nothing to be done.
     ///
     /// # Errors
-    /// `OPNOTSUPP` for a mode that would move or share data, or allocate without writing; `NOSPC` past the end; `ROFS`.
+    /// `OPNOTSUPP` for a mode that would move or share data, or allocate without writing, and for a hole where zeros give no space back:
+    /// whoever needs them writes them then, and whoever wanted to give space back does not fill the pool. `NOSPC` past the end; `ROFS`.
     pub(super) fn fallocate(
         &self,
         offset: u64,
@@ -69,7 +70,7 @@ impl File {
     ) -> Result<Request, Errno> {
         self.check_change(offset, len)?;
         let no_hole = match mode - FallocateFlags::KEEP_SIZE {
-            FallocateFlags::PUNCH_HOLE => false,
+            FallocateFlags::PUNCH_HOLE if self.export.punches_holes() => false,
             FallocateFlags::ZERO_RANGE => true,
             _ => return Err(Errno::OPNOTSUPP),
         };

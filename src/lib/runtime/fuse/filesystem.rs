@@ -6,7 +6,7 @@ use crate::runtime::export::{Answer, Export, Exports, Replier, Request};
 use fuser::{
     FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
     KernelConfig, LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory,
-    ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyWrite, TimeOrNow, WriteFlags,
+    ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, TimeOrNow, WriteFlags,
 };
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
@@ -23,6 +23,8 @@ const MOST_WRITE: u32 = 1 << 20;
 const MOST_BACKGROUND: u16 = 128;
 /// Names and attributes are asked for each time: devices come and go, and are written on other ways.
 const NO_TIME: Duration = Duration::ZERO;
+/// Characters of a name, as everywhere; a thin id has 8.
+const MOST_NAME: u32 = 255;
 const ROOT: INodeNo = INodeNo(1);
 
 /// The folder of the files.
@@ -365,6 +367,19 @@ impl Filesystem for Folder {
             i64::try_from(found).map_err(|_| Errno::OVERFLOW)
         });
         answer!(reply, found, |reply: ReplyLseek, at| reply.offset(at));
+    }
+
+    /// The pool's data blocks. A file is a thin device, so there can be as many as there are ids.
+    fn statfs(&self, _: &fuser::Request, _: INodeNo, reply: ReplyStatfs) {
+        let found = self.while_running(|| Ok((self.exports.space(), self.exports.list().len())));
+        let (space, files) = match found {
+            Ok(found) => found,
+            Err(error) => return reply.error(code(error)),
+        };
+        let (size, most) = (space.block_bytes, space.most_exports);
+        let ids_left = most.saturating_sub(files as u64);
+        let (blocks, free) = (space.blocks, space.free);
+        reply.statfs(blocks, free, free, most, ids_left, size, MOST_NAME, size);
     }
 
     fn readdir(

@@ -1,7 +1,9 @@
 //! Where requests went, and when.
 
 use super::chart::{Chart, Ticks, figure, table, time_ticks};
-use crate::replay::heat::{COLUMNS, KINDS, ROWS};
+use crate::replay::clock::Clock;
+use crate::replay::device_heat::{MOST_MAPS, MOST_SHOWN};
+use crate::replay::heat::{COLUMNS, HeatMap, KINDS, ROWS};
 use crate::replay::report::Report;
 use crate::replay::report::text::{bytes, seconds};
 use std::fmt::Write;
@@ -9,15 +11,39 @@ use std::fmt::Write;
 /// Shades that there are.
 const SHADES: u32 = 6;
 
-/// A map for each kind of requests that there are.
+/// A map for each kind of requests that there are, of all devices, and of each if there are several.
 pub(super) fn figures(report: &Report, number: usize) -> String {
-    (0..KINDS.len())
-        .map(|kind| map(report, number, kind))
-        .collect()
+    let maps = |of: &str, heat: &HeatMap, id: &str| -> String {
+        (0..KINDS.len())
+            .map(|kind| {
+                map(
+                    (of, heat),
+                    report.setup.clock,
+                    &format!("{id}-{number}"),
+                    kind,
+                )
+            })
+            .collect()
+    };
+    let mut figures = maps("", &report.heat, "heat");
+    if !report.device_heat.is_empty() {
+        let _ = writeln!(
+            figures,
+            "<details><summary>Each device: the {MOST_SHOWN} with most requests, of the first {MOST_MAPS} or of reports that were merged</summary>"
+        );
+        for (device, map) in report.device_heat.iter().enumerate() {
+            figures.push_str(&maps(
+                &format!(" of {}", map.device),
+                &map.heat,
+                &format!("heat{device}"),
+            ));
+        }
+        figures.push_str("</details>\n");
+    }
+    figures
 }
 
-fn map(report: &Report, number: usize, kind: usize) -> String {
-    let heat = &report.heat;
+fn map((of, heat): (&str, &HeatMap), clock: Clock, id: &str, kind: usize) -> String {
     let most = (0..ROWS)
         .flat_map(|row| heat.row(kind, row))
         .copied()
@@ -42,7 +68,6 @@ fn map(report: &Report, number: usize, kind: usize) -> String {
         .map(|n| y_high * f64::from(n) / 4.0)
         .map(|value| (value, bytes(value as u64)))
         .collect();
-    let clock = report.setup.clock;
     let x_label = format!("time, {unit} ({clock})");
     let mut chart = Chart::new(
         200.0,
@@ -82,7 +107,7 @@ fn map(report: &Report, number: usize, kind: usize) -> String {
         chart.add(format_args!("<path class=\"h h{shade}\" d=\"{d}\"/>"));
     }
     let description = format!(
-        "The stronger the colour, the more; {most} in a cell at most, of {} and {}. Devices, if there are several, lie on top of each other.",
+        "The stronger the colour, the more; {most} in a cell at most, of {} and {}.",
         bytes(heat.cell_sectors().saturating_mul(512)),
         seconds(heat.cell_ns())
     );
@@ -92,14 +117,10 @@ fn map(report: &Report, number: usize, kind: usize) -> String {
         vec![bytes(size.saturating_mul(row as u64)), all.to_string()]
     });
     let numbers = table(&["from address", KINDS[kind]], &[0, 1], numbers);
-    let title = format!("Where {} went, and when", KINDS[kind]);
+    let title = format!("Where {}{of} went, and when", KINDS[kind]);
     figure(
         chart,
-        (
-            &format!("heat-{}-{number}", KINDS[kind]),
-            &title,
-            &description,
-        ),
+        (&format!("{id}-{}", KINDS[kind]), &title, &description),
         &[],
         &numbers,
     )
