@@ -184,6 +184,7 @@ impl Runtime {
         let settings = Settings {
             // Lookups go on while a commit waits for the disk.
             scheme: LockScheme::Optimistic,
+            in_one_go: true,
             no_space_timeout: options.no_space_timeout,
             ..Settings::new(table.clone())
         };
