@@ -271,7 +271,14 @@ impl Driver {
                         call(&mut worker);
                     }
                     Err(RecvTimeoutError::Timeout) => events.push(Event::Work),
-                    Ok(Told::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                    Ok(Told::Stop) | Err(RecvTimeoutError::Disconnected) => {
+                        return self.apply(
+                            &mut worker,
+                            (start, events),
+                            &mut effects,
+                            &mut answers,
+                        );
+                    }
                 }
                 match inbox.try_recv() {
                     Ok(next) => told = Ok(next),

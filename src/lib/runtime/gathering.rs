@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 /// Sleeps until there is something for it to do.
 pub(super) trait Sleeper: Send + Sync {
-    /// It has something to do.
+    /// It has something to do. Told more often than is needed, it does no harm.
     fn wake(&self);
 }
 
@@ -14,7 +14,7 @@ thread_local! {
     static PUT_OFF: RefCell<Option<Vec<Arc<dyn Sleeper>>>> = const { RefCell::new(None) };
 }
 
-/// Puts off the wakes of this thread until `end_all` has returned. It must not wait for anybody.
+/// Puts off the wakes of this thread until `end_all` has returned.
 pub(super) fn gather<T>(end_all: impl FnOnce() -> T) -> T {
     let outer = PUT_OFF.replace(Some(Vec::new()));
     let ended = end_all();
@@ -23,16 +23,19 @@ pub(super) fn gather<T>(end_all: impl FnOnce() -> T) -> T {
     ended
 }
 
-/// Wakes a sleeper, now or when this thread has gathered. It is told once: whoever asks sees to that.
-pub(super) fn wake(sleeper: Arc<dyn Sleeper>) {
-    let now = PUT_OFF.with_borrow_mut(|put_off| match put_off {
-        Some(sleepers) => {
-            sleepers.push(sleeper);
-            None
+/// Wakes a sleeper: now, or once when this thread has gathered.
+pub(super) fn wake<S: Sleeper + 'static>(sleeper: &Arc<S>) {
+    let is_put_off = PUT_OFF.with_borrow_mut(|put_off| {
+        let Some(sleepers) = put_off else {
+            return false;
+        };
+        let own = Arc::as_ptr(sleeper).cast::<()>();
+        if !sleepers.iter().any(|s| Arc::as_ptr(s).cast::<()>() == own) {
+            sleepers.push(Arc::clone(sleeper) as Arc<dyn Sleeper>);
         }
-        None => Some(sleeper),
+        true
     });
-    if let Some(sleeper) = now {
+    if !is_put_off {
         sleeper.wake();
     }
 }
@@ -52,13 +55,13 @@ mod tests {
     fn sleepers_are_woken_at_once_or_when_all_is_gathered() {
         let woken = Arc::new(AtomicUsize::new(0));
         let times = || woken.load(Ordering::Relaxed);
-        wake(woken.clone());
+        wake(&woken);
         assert_eq!(times(), 1);
         gather(|| {
-            wake(woken.clone());
-            gather(|| wake(woken.clone()));
+            (0..3).for_each(|_| wake(&woken));
+            gather(|| wake(&woken));
             assert_eq!(times(), 2, "the inner one is over");
         });
-        assert_eq!(times(), 3);
+        assert_eq!(times(), 3, "once for all");
     }
 }

@@ -25,14 +25,12 @@ const SMALL: usize = 16384;
 const MOST_SEGMENTS: usize = 256;
 /// Bytes that small replies are gathered in.
 const SEGMENT: usize = SMALL * 4;
-/// Segments whose memory is kept: one is sent, one is filled.
-const MOST_SPARE: usize = 2;
 
 #[derive(Debug, Default)]
 struct Out {
     segments: VecDeque<Vec<u8>>,
-    /// Memory of segments that were sent, for the next ones.
-    spare: Vec<Vec<u8>>,
+    /// Memory of a segment that was sent, for the next one.
+    spare: Vec<u8>,
     pending: usize,
     /// Bytes of requests under way.
     begun: usize,
@@ -73,7 +71,7 @@ impl Out {
                 last.extend(data);
             }
             _ if data.len() <= SMALL => {
-                let mut segment = self.spare.pop().unwrap_or_default();
+                let mut segment = std::mem::take(&mut self.spare);
                 segment.extend(head);
                 segment.extend(data);
                 self.segments.push_back(segment);
@@ -164,9 +162,16 @@ impl Drop for Outbox {
     }
 }
 
+/// The writer.
 impl Sleeper for Outbox {
     fn wake(&self) {
-        self.is_due.notify_one();
+        let mut out = self.out();
+        let is_asleep = out.is_asleep && !out.is_due;
+        out.is_due = true;
+        drop(out);
+        if is_asleep {
+            self.is_due.notify_one();
+        }
     }
 }
 
@@ -343,16 +348,12 @@ impl Outbox {
         if std::thread::current().id() == self.reader {
             return;
         }
-        let (is_first, is_asleep) = (!out.is_due, out.is_asleep);
         let is_awaited = out.is_awaited;
-        out.is_due = true;
         drop(out);
         if is_awaited {
             self.changed.notify_all();
         }
-        if is_first && is_asleep {
-            gathering::wake(Arc::clone(self) as Arc<dyn Sleeper>);
-        }
+        gathering::wake(self);
     }
 
     /// Reads what the client has to send; how long that takes is looked at.
@@ -403,11 +404,10 @@ impl Outbox {
             let len = segments.iter().map(Vec::len).sum::<usize>();
             let mut out = self.out();
             for mut segment in segments {
-                let is_spare = segment.capacity() <= SEGMENT && out.spare.len() < MOST_SPARE;
                 segment.clear();
-                match is_spare {
-                    true => out.spare.push(segment),
-                    false => buffers::give(segment),
+                match segment.capacity() {
+                    n if n <= SEGMENT && n > out.spare.capacity() => out.spare = segment,
+                    _ => buffers::give(segment),
                 }
             }
             out.waits[Wait::Take as usize] = None;
