@@ -132,9 +132,9 @@ impl Bio {
         self.fills.is_some()
     }
 
-    /// First sector and sectors of the data device that are to be zeroed before it is written there, see [`Settings::in_one_go`].
+    /// First sector and sectors of the data device that are to be zeroed before it is written there, see [`Settings::zeroes_with_write`].
     ///
-    /// [`Settings::in_one_go`]: super::Settings::in_one_go
+    /// [`Settings::zeroes_with_write`]: super::Settings::zeroes_with_write
     pub fn zeroes_before(&self) -> Option<(u64, u64)> {
         self.zeroes
     }

@@ -400,7 +400,8 @@ fn t01_threads_that_write_and_discard_the_same_blocks_find_the_last_write_or_zer
     for scheme in [LockScheme::Kernel, LockScheme::Optimistic] {
         let settings = Settings {
             scheme,
-            in_one_go: scheme == LockScheme::Optimistic,
+            joins_discards: scheme == LockScheme::Optimistic,
+            zeroes_with_write: scheme == LockScheme::Optimistic,
             ..settings()
         };
         let submit = |machine: &Machine, mapper: &mut Mapper, rng: &mut SmallRng| {
@@ -434,7 +435,8 @@ fn random_histories_on_threads_find_what_they_may_find() {
             scheme,
             // Now and then there is no cell to spare.
             cells: if seed % 4 == 0 { 0 } else { 64 },
-            in_one_go: seed % 3 > 0,
+            joins_discards: seed % 3 > 0,
+            zeroes_with_write: seed % 3 < 2,
             ..settings()
         };
         let next = AtomicUsize::new(0);

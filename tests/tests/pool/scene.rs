@@ -54,7 +54,8 @@ pub(crate) fn with(features: Features) -> Settings {
 /// With the kernel's steps joined.
 pub(crate) fn in_one_go() -> Settings {
     Settings {
-        in_one_go: true,
+        joins_discards: true,
+        zeroes_with_write: true,
         ..settings()
     }
 }

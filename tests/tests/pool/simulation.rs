@@ -235,7 +235,8 @@ fn settings(setup: &Setup) -> Settings {
         scheme: setup.scheme,
         cells: setup.cells,
         jobs: setup.jobs,
-        in_one_go: setup.in_one_go,
+        joins_discards: setup.in_one_go,
+        zeroes_with_write: setup.in_one_go,
         ..Settings::new(table(setup.features))
     }
 }

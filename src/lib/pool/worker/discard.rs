@@ -97,7 +97,7 @@ impl Worker {
             return self.todo.put_back(bio);
         };
         let mut bios = Vec::new();
-        while self.settings.in_one_go
+        while self.settings.joins_discards
             && let Some(next) = self.todo.pop_if(|next| {
                 let (from, to) = next.whole_blocks(self.pool.block_sectors);
                 let is_near = begin / DISCARD_BLOCKS == to.saturating_sub(1) / DISCARD_BLOCKS;

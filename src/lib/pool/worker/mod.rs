@@ -67,9 +67,11 @@ pub struct Settings {
     pub no_space_timeout: Option<Duration>,
     /// The data device supports discards.
     pub can_discard_data: bool,
-    /// What the kernel does step by step is done in one go where it comes to the same: discards of neighbouring blocks that wait for
-    /// the worker, and a write to a new block with the zeros around it ([`Bio::zeroes_before`]).
-    pub in_one_go: bool,
+    /// Discards of neighbouring blocks that wait for the worker are done as one; the kernel does one after the other.
+    pub joins_discards: bool,
+    /// A write to a part of a new block is issued with the zeros around it ([`Bio::zeroes_before`]), and the mapping follows; the kernel
+    /// zeroes the block, maps it and then writes.
+    pub zeroes_with_write: bool,
 }
 
 impl Settings {
@@ -83,7 +85,8 @@ impl Settings {
             jobs: 1024,
             no_space_timeout: Some(Duration::from_secs(60)),
             can_discard_data: true,
-            in_one_go: false,
+            joins_discards: false,
+            zeroes_with_write: false,
         }
     }
 }

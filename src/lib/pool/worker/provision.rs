@@ -194,7 +194,8 @@ impl Worker {
         let zeroes = !self.features.skip_block_zeroing;
         let mut waits = 0;
         let is_whole = bio.sectors == size && (zeroes || source.is_some());
-        let is_in_zeros = self.settings.in_one_go && zeroes && source.is_none() && !is_whole;
+        let is_in_zeros =
+            self.settings.zeroes_with_write && zeroes && source.is_none() && !is_whole;
         if is_whole || is_in_zeros {
             bio.fills = Some(job);
             bio.zeroes = is_in_zeros.then_some((sector, size));
