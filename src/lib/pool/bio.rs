@@ -62,6 +62,8 @@ pub struct Bio {
     pub(super) shared_read: Option<Ticket>,
     /// The new mapping whose block this write fills, which completes it.
     pub(super) fills: Option<JobId>,
+    /// Of that block: where it begins and its sectors, if it is to be zeros but for the write.
+    pub(super) zeroes: Option<(u64, u64)>,
     /// The virtual cell that the map half took for it, and one to spare.
     pub(super) reserved: Option<(Held, Option<Box<Cell>>)>,
     next: Option<Box<Bio>>,
@@ -89,6 +91,7 @@ impl Bio {
             all_io: None,
             shared_read: None,
             fills: None,
+            zeroes: None,
             reserved: None,
             next: None,
         }
@@ -102,7 +105,7 @@ impl Bio {
         );
         (self.id, self.op, self.sector, self.sectors) = (id, op, sector, sectors);
         self.is_fua = is_fua;
-        self.fills = None;
+        (self.fills, self.zeroes) = (None, None);
     }
 
     /// A flush.
@@ -127,6 +130,13 @@ impl Bio {
     /// True if it is the write that fills a new block, rather than zeros or a copy.
     pub fn fills_a_new_block(&self) -> bool {
         self.fills.is_some()
+    }
+
+    /// First sector and sectors of the data device that are to be zeroed before it is written there, see [`Settings::zeroes_with_write`].
+    ///
+    /// [`Settings::zeroes_with_write`]: super::Settings::zeroes_with_write
+    pub fn zeroes_before(&self) -> Option<(u64, u64)> {
+        self.zeroes
     }
 
     #[inline]

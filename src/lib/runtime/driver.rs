@@ -3,11 +3,15 @@
 //! Whatever waits for the disk on behalf of the data device is done by the latter, but for the flush that begins a commit: the worker
 //! would do nothing meanwhile. The metadata is read and written by the worker itself.
 //!
-//! Writes and zeros of a regular file exclude each other in the kernel: more threads would only wait for each other there. So one
-//! carrier at a time does them, all that wait in one go, while the others read, copy and discard.
+//! Writes, zeros and discards of a regular file exclude each other in the kernel: more threads would only wait for each other there. So
+//! one carrier at a time does them, all that wait in one go, while the others read and copy.
+//!
+//! To wake a thread costs as much as what it then does. So the worker is told of many effects at once, takes all that it was told
+//! before it looks around, and whoever ends requests wakes those who send replies when it has ended all of them.
 
 use super::data_device::DataDevice;
 use super::event_log::EventLog;
+use super::gathering::gather;
 use super::io_counts::{IoCounts, IoTotals};
 use super::ring::Flight;
 use super::transfer::{Parts, bio_error};
@@ -29,12 +33,16 @@ const CARRIERS: usize = 8;
 const CARRIERS_OF_ALL: usize = 32;
 /// The worker looks around no more often than this while nothing happens.
 const SHORTEST_WAIT: Duration = Duration::from_millis(1);
+/// For so long a carrier goes on before it tells of what it has done.
+const UNTOLD: Duration = Duration::from_micros(200);
 
 type Answer = Sender<Result<()>>;
 
 /// What the worker's thread is told.
 enum Told {
     Event(Event),
+    /// Effects were carried out.
+    Done(Vec<Event>),
     /// An event that is answered.
     Ask(Box<dyn FnOnce(u64) -> Event + Send>, Answer),
     /// Something to be done with the worker itself.
@@ -56,6 +64,8 @@ struct Queue {
     exclusive: VecDeque<Effect>,
     /// A carrier does what was exclusive, and will look again.
     has_excluder: bool,
+    /// Carriers that wait for a task.
+    idle: usize,
     is_over: bool,
 }
 
@@ -79,6 +89,11 @@ pub(super) struct Driver {
 pub(super) struct Threads {
     worker: Option<JoinHandle<()>>,
     carriers: Vec<JoinHandle<()>>,
+}
+
+fn done(job: JobId, result: std::io::Result<()>) -> Event {
+    let result = result.map_err(|e| bio_error(&e));
+    Event::Done { job, result }
 }
 
 fn gone() -> Error {
@@ -231,43 +246,60 @@ impl Driver {
         let mut effects = Vec::new();
         let mut answers: HashMap<u64, Answer> = HashMap::new();
         let mut next_tag = 0;
+        let mut events = Vec::new();
         loop {
-            let told = match worker.deadline() {
+            let mut told = match worker.deadline() {
                 None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(at) => {
                     let wait = at.saturating_sub(start.elapsed()).max(SHORTEST_WAIT);
                     inbox.recv_timeout(wait)
                 }
             };
-            let event = match told {
-                Ok(Told::Event(event)) => event,
-                Ok(Told::Ask(event, answer)) => {
-                    next_tag += 1;
-                    answers.insert(next_tag, answer);
-                    event(next_tag)
+            loop {
+                match told {
+                    Ok(Told::Event(event)) => events.push(event),
+                    Ok(Told::Done(all)) => events.extend(all),
+                    Ok(Told::Ask(event, answer)) => {
+                        next_tag += 1;
+                        answers.insert(next_tag, answer);
+                        events.push(event(next_tag));
+                    }
+                    Ok(Told::Call(call)) => {
+                        // What came before is done before.
+                        let before = std::mem::take(&mut events);
+                        self.apply(&mut worker, (start, before), &mut effects, &mut answers);
+                        call(&mut worker);
+                    }
+                    Err(RecvTimeoutError::Timeout) => events.push(Event::Work),
+                    Ok(Told::Stop) | Err(RecvTimeoutError::Disconnected) => {
+                        return self.apply(
+                            &mut worker,
+                            (start, events),
+                            &mut effects,
+                            &mut answers,
+                        );
+                    }
                 }
-                Ok(Told::Call(call)) => {
-                    call(&mut worker);
-                    continue;
+                match inbox.try_recv() {
+                    Ok(next) => told = Ok(next),
+                    Err(_) => break,
                 }
-                Err(RecvTimeoutError::Timeout) => Event::Work,
-                Ok(Told::Stop) | Err(RecvTimeoutError::Disconnected) => return,
-            };
-            self.apply(&mut worker, (start, event), &mut effects, &mut answers);
+            }
+            let all = std::mem::take(&mut events);
+            self.apply(&mut worker, (start, all), &mut effects, &mut answers);
         }
     }
 
-    /// Has the worker take an event, and whatever follows from it at once.
+    /// Has the worker take events, and whatever follows from them at once.
     fn apply(
         &self,
         worker: &mut Worker,
-        (start, event): (Instant, Event),
+        (start, mut events): (Instant, Vec<Event>),
         effects: &mut Vec<Effect>,
         answers: &mut HashMap<u64, Answer>,
     ) {
-        let mut next = Some(event);
-        while let Some(event) = next.take() {
-            let has_more = worker.apply(start.elapsed(), event, effects);
+        while !events.is_empty() {
+            let has_more = worker.apply_all(start.elapsed(), events.drain(..), effects);
             let mut flush = None;
             let (mut tasks, mut ends) = (Vec::new(), Vec::new());
             for effect in effects.drain(..) {
@@ -286,16 +318,15 @@ impl Driver {
             }
             self.hand_out(tasks);
             // Whoever is told may have something more for the carriers.
-            for (id, result) in ends {
-                self.parts.end(id, result);
+            gather(|| {
+                for (id, result) in ends {
+                    self.parts.end(id, result);
+                }
+            });
+            match flush {
+                Some(job) => events.push(done(job, self.data.flush())),
+                None => events.extend(has_more.then_some(Event::Work)),
             }
-            next = match flush {
-                Some(job) => Some(Event::Done {
-                    job,
-                    result: self.data.flush().map_err(|e| bio_error(&e)),
-                }),
-                None => has_more.then_some(Event::Work),
-            };
         }
     }
 
@@ -303,15 +334,14 @@ impl Driver {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// True for what keeps others from changing the file meanwhile. What a durable write waits for does not; discards are left to whichever
-    /// carrier is free.
+    /// True for what keeps others from changing the file meanwhile. What a durable write waits for does not.
     fn is_exclusive(&self, effect: &Effect) -> bool {
         self.data.is_file()
             && match effect {
                 Effect::Issue { bio, .. } => {
                     bio.op == Op::Write && !bio.is_fua && !self.data.is_direct()
                 }
-                Effect::Zero { .. } => true,
+                Effect::Zero { .. } | Effect::Discard { .. } => true,
                 _ => false,
             }
     }
@@ -335,6 +365,8 @@ impl Driver {
         // Whoever does what was exclusive before, or is about to, does all of it.
         let new = queue.tasks.len() - before;
         let wanted = new + usize::from(!had_any && !queue.exclusive.is_empty());
+        // Whoever does something looks for more afterwards.
+        let wanted = wanted.min(queue.idle);
         drop(queue);
         (0..wanted).for_each(|_| self.has_task.notify_one());
     }
@@ -351,9 +383,7 @@ impl Driver {
                 queue.has_excluder = true;
                 let effects = std::mem::take(&mut queue.exclusive);
                 drop(queue);
-                effects
-                    .into_iter()
-                    .for_each(|effect| self.carry_out(effect));
+                self.carry_out_all(effects);
                 queue = self.queue();
                 queue.has_excluder = false;
                 continue;
@@ -361,7 +391,7 @@ impl Driver {
             if let Some(task) = queue.tasks.pop_front() {
                 drop(queue);
                 match task {
-                    Task::Effect(effect) => self.carry_out(effect),
+                    Task::Effect(effect) => self.tell_done(self.carry_out(effect)),
                     Task::Run(run) => run(),
                 }
                 queue = self.queue();
@@ -370,16 +400,26 @@ impl Driver {
             if queue.is_over {
                 return;
             }
+            queue.idle += 1;
             queue = self
                 .has_task
                 .wait(queue)
                 .unwrap_or_else(PoisonError::into_inner);
+            queue.idle -= 1;
         }
     }
 
     /// Moves the data of bios that are mapped, on this thread.
     pub(super) fn issue(&self, bio: Box<Bio>, sector: u64) {
-        self.carry_out(Effect::Issue { bio, sector });
+        let zeroed = match bio.zeroes_before() {
+            Some((sector, sectors)) => self.data.zero(sector, sectors),
+            None => Ok(()),
+        };
+        let done = zeroed.map_err(|e| bio_error(&e)).and_then(|()| {
+            let part = self.parts.get(bio.id);
+            part.map_or(Ok(()), |part| part.carry_out(&bio, &self.data, sector))
+        });
+        self.end_io(bio, done);
     }
 
     /// Moves the data of bios that are mapped to a device that is used directly, all at once, without waiting. Each is taken off
@@ -428,17 +468,37 @@ impl Driver {
         origins.get(&number).cloned()
     }
 
-    fn done(&self, job: JobId, result: std::io::Result<()>) {
-        let result = result.map_err(|e| bio_error(&e));
-        self.tell(Told::Event(Event::Done { job, result }));
+    fn tell_done(&self, events: impl IntoIterator<Item = Event>) {
+        let events: Vec<_> = events.into_iter().collect();
+        if !events.is_empty() {
+            self.tell(Told::Done(events));
+        }
     }
 
-    fn carry_out(&self, effect: Effect) {
+    /// Carries out one after the other, and tells of several at once.
+    fn carry_out_all(&self, effects: VecDeque<Effect>) {
+        let mut effects = effects.into_iter();
+        let mut is_over = false;
+        while !is_over {
+            let since = Instant::now();
+            let mut events = Vec::new();
+            gather(|| {
+                while since.elapsed() < UNTOLD && !is_over {
+                    let effect = effects.next();
+                    is_over = effect.is_none();
+                    events.extend(effect.and_then(|effect| self.carry_out(effect)));
+                }
+            });
+            self.tell_done(events);
+        }
+    }
+
+    /// Carries an effect out; what the worker is to be told.
+    fn carry_out(&self, effect: Effect) -> Option<Event> {
         match effect {
             Effect::Issue { bio, sector } => {
-                let part = self.parts.get(bio.id);
-                let done = part.map_or(Ok(()), |part| part.carry_out(&bio, &self.data, sector));
-                self.end_io(bio, done);
+                self.issue(bio, sector);
+                None
             }
             Effect::ReadOrigin { bio, sectors } => {
                 let part = self.parts.get(bio.id).zip(self.origin(bio.thin_number()));
@@ -446,14 +506,13 @@ impl Driver {
                     part.read_origin(&bio, &origin, sectors)
                 });
                 self.end_io(bio, done);
+                None
             }
             Effect::Zero {
                 job,
                 sector,
                 sectors,
-            } => {
-                self.done(job, self.data.zero(sector, sectors));
-            }
+            } => Some(done(job, self.data.zero(sector, sectors))),
             Effect::Copy {
                 job,
                 from,
@@ -469,20 +528,18 @@ impl Driver {
                 let copied = from
                     .ok_or_else(lost)
                     .and_then(|from| self.data.copy(&from, from_sector, sector, sectors));
-                self.done(job, copied);
+                Some(done(job, copied))
             }
             Effect::Discard {
                 job,
                 sector,
                 sectors,
-            } => {
-                self.done(job, self.data.discard(sector, sectors));
-            }
+            } => Some(done(job, self.data.discard(sector, sectors))),
             // These are the worker's thread's own.
             Effect::Flush { .. }
             | Effect::End { .. }
             | Effect::Answer { .. }
-            | Effect::Notice(_) => {}
+            | Effect::Notice(_) => None,
         }
     }
 

@@ -17,6 +17,7 @@ mod exports;
 #[cfg(feature = "devtools")]
 mod fault;
 pub mod fuse;
+mod gathering;
 mod io_counts;
 pub mod memory_export;
 pub mod nbd;

@@ -184,6 +184,9 @@ impl Runtime {
         let settings = Settings {
             // Lookups go on while a commit waits for the disk.
             scheme: LockScheme::Optimistic,
+            joins_discards: true,
+            // Past the page cache writes go side by side, and zeros exclude them.
+            zeroes_with_write: !data.is_direct(),
             no_space_timeout: options.no_space_timeout,
             ..Settings::new(table.clone())
         };

@@ -37,6 +37,8 @@ struct State {
     /// Filled by the parts of a read.
     buffer: Vec<u8>,
     told: Option<Told>,
+    /// Somebody waits for parts to end.
+    is_awaited: bool,
 }
 
 /// A request of which parts are under way.
@@ -70,6 +72,7 @@ impl Transfer {
                 result: Ok(()),
                 buffer,
                 told: Some(told),
+                is_awaited: false,
             }),
             has_ended: Condvar::new(),
             _thin: Arc::clone(thin),
@@ -102,7 +105,10 @@ impl Transfer {
 
     /// Waits while many parts are under way, so that a request of any size takes so much memory only.
     pub(super) fn wait_for_room(&self) {
-        let is_full = |state: &mut State| state.left > MOST_PARTS;
+        let is_full = |state: &mut State| {
+            state.is_awaited = state.left > MOST_PARTS;
+            state.is_awaited
+        };
         let waited = self.has_ended.wait_while(self.state(), is_full);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
@@ -112,7 +118,9 @@ impl Transfer {
         let mut state = self.state();
         state.result = state.result.and(result);
         state.left -= 1;
-        self.has_ended.notify_all();
+        if state.is_awaited {
+            self.has_ended.notify_all();
+        }
         if state.left > 0 {
             return;
         }

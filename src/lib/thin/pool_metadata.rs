@@ -433,11 +433,25 @@ impl PoolMetadata {
         id: ThinId,
         block: ThinBlock,
     ) -> Result<Option<(ThinBlock, BlockTime)>> {
+        self.blocks_from(id, block)?.next().transpose()
+    }
+
+    /// The mappings of a device from `block` on, ascending.
+    ///
+    /// # Errors
+    /// `NotFound` for the device, `Io`, `Damaged`; each mapping may be an error of the latter kinds, too.
+    pub fn blocks_from(
+        &self,
+        id: ThinId,
+        block: ThinBlock,
+    ) -> Result<impl Iterator<Item = Result<(ThinBlock, BlockTime)>>> {
         self.refuse_if_failed()?;
-        let found = self
-            .txn
-            .lookup_next(TreeKind::Mappings, self.root_of(id)?, block.0)?;
-        Ok(found.map(|(key, value)| (ThinBlock(key), BlockTime::unpack(value[0]))))
+        let root = self.root_of(id)?;
+        let entries = self.txn.cursor(TreeKind::Mappings, root, block.0)?;
+        Ok(entries.map(|entry| {
+            let (key, value) = entry?;
+            Ok((ThinBlock(key), BlockTime::unpack(value[0])))
+        }))
     }
 
     /// The last virtual block of a device that is mapped.
@@ -521,30 +535,50 @@ impl PoolMetadata {
     /// # Errors
     /// `NotFound` for the device, `NoSpace`, `Io`, `Damaged`.
     pub fn remove_range(&mut self, id: ThinId, begin: ThinBlock, end: ThinBlock) -> Result<u64> {
+        self.unmap(id, begin, end, |txn, block| txn.decrement_data(block))
+    }
+
+    /// The same, but the references of the mappings to data blocks are the caller's now, who has to take them back
+    /// ([`dec_data_range`](Self::dec_data_range)).
+    ///
+    /// # Errors
+    /// Those of [`remove_range`](Self::remove_range).
+    pub fn take_range(&mut self, id: ThinId, begin: ThinBlock, end: ThinBlock) -> Result<u64> {
+        self.unmap(id, begin, end, |_, _| Ok(()))
+    }
+
+    /// Unmaps; `release` is told of each data block that a mapping led to.
+    fn unmap(
+        &mut self,
+        id: ThinId,
+        begin: ThinBlock,
+        end: ThinBlock,
+        release: impl Fn(&mut Transaction, u64) -> Result<()>,
+    ) -> Result<u64> {
         let mut detail = self.details(id)?;
-        let tree = self.root_of(id)?;
-        let next = self.txn.lookup_next(TreeKind::Mappings, tree, begin.0)?;
-        if next.is_none_or(|n| n.0 >= end.0) {
+        let next_in = |txn: &Transaction, root, from| {
+            let next = txn.lookup_next(TreeKind::Mappings, root, from)?;
+            Ok::<_, Error>(next.map(|(key, _)| key).filter(|&key| key < end.0))
+        };
+        let mut next = next_in(&self.txn, self.root_of(id)?, begin.0)?;
+        if next.is_none() {
             return Ok(0);
         }
         self.begin()?;
         let removed = self.change_tree(id, |txn, mut root| {
             let mut removed = 0;
-            let mut from = begin.0;
-            while let Some((key, _)) = txn.lookup_next(TreeKind::Mappings, root, from)? {
-                if key >= end.0 {
-                    break;
-                }
+            while let Some(key) = next {
                 let (new_root, run) = txn.remove_run(TreeKind::Mappings, root, key, end.0)?;
                 root = new_root;
                 for (_, value) in &run {
-                    txn.decrement_data(value[0] >> 24)?;
+                    release(txn, value[0] >> 24)?;
                 }
                 removed += run.len() as u64;
-                match run.last().and_then(|last| last.0.checked_add(1)) {
-                    Some(next) => from = next,
-                    None => break,
-                }
+                let from = run.last().and_then(|last| last.0.checked_add(1));
+                next = match from.filter(|&from| from < end.0) {
+                    Some(from) => next_in(txn, root, from)?,
+                    None => None,
+                };
             }
             Ok((root, removed))
         })?;

@@ -219,6 +219,9 @@ impl Machine {
                 match bio.op {
                     Op::Read => content = disk.read(sector, bio.sectors),
                     Op::Write => {
+                        if let Some((first, all)) = bio.zeroes_before() {
+                            disk.write(first, &zeros(all), false);
+                        }
                         let tags = vec![bio.id; (bio.sectors / CHUNK) as usize];
                         disk.write(sector, &tags, bio.is_fua);
                     }
@@ -397,6 +400,8 @@ fn t01_threads_that_write_and_discard_the_same_blocks_find_the_last_write_or_zer
     for scheme in [LockScheme::Kernel, LockScheme::Optimistic] {
         let settings = Settings {
             scheme,
+            joins_discards: scheme == LockScheme::Optimistic,
+            zeroes_with_write: scheme == LockScheme::Optimistic,
             ..settings()
         };
         let submit = |machine: &Machine, mapper: &mut Mapper, rng: &mut SmallRng| {
@@ -430,6 +435,8 @@ fn random_histories_on_threads_find_what_they_may_find() {
             scheme,
             // Now and then there is no cell to spare.
             cells: if seed % 4 == 0 { 0 } else { 64 },
+            joins_discards: seed % 3 > 0,
+            zeroes_with_write: seed % 3 < 2,
             ..settings()
         };
         let next = AtomicUsize::new(0);

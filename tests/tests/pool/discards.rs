@@ -6,11 +6,11 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use thintools::pool::{Bio, BioError, Features, Op, PoolMode, Thin, pieces};
 
-use super::disk::Disk;
-use super::rig::{BLOCK, Rig, settings};
+use super::disk::{CHUNK, Disk};
+use super::rig::{BLOCK, Io, Rig, settings};
 use super::scene::{
-    CHUNKS, assert_sound, image_of, is_bio, is_copy, is_discard, is_flush, mappings_in, recorded,
-    reopened, with,
+    CHUNKS, assert_sound, image_of, in_one_go, is_bio, is_copy, is_discard, is_flush, mappings_in,
+    recorded, reopened, with,
 };
 use crate::support::Image;
 
@@ -113,6 +113,61 @@ fn t02_a_block_is_not_reused_before_its_discard_and_a_commit_have_ended() {
     assert_eq!(rig.result(write), Some(Ok(())));
     assert_eq!(rig.mappings(1)[&1], block);
     rig.assert_block(&second, 1, write);
+    rig.assert_counts(&engine);
+}
+
+/// Neighbours that wait for the worker are one discard; what lies between two of them, or belongs to somebody else, parts them.
+#[test]
+fn discards_of_neighbours_that_wait_are_done_as_one() {
+    let (mut rig, engine) = recorded(16, in_one_go());
+    let (thin, other) = (rig.thin(0), rig.thin(1));
+    for block in 0..6 {
+        rig.write(&thin, block * BLOCK, BLOCK).unwrap();
+    }
+    rig.write(&other, 6 * BLOCK, BLOCK).unwrap();
+    rig.commit().unwrap();
+    let discards = [2, 0, 1, 4].map(|block| rig.map_only(&thin, Op::Discard, block * BLOCK, BLOCK));
+    let no_block = rig.map_only(&thin, Op::Discard, 5 * BLOCK, BLOCK - CHUNK);
+    let others = rig.map_only(&other, Op::Discard, 6 * BLOCK, BLOCK);
+    rig.wake();
+    let mut passed_down: Vec<_> = (rig.pending.iter())
+        .map(|pending| match pending.io {
+            Io::Discard { sectors, .. } => sectors / BLOCK,
+            ref io => panic!("{io:?}"),
+        })
+        .collect();
+    passed_down.sort_unstable();
+    assert_eq!(passed_down, [1, 1, 3]);
+    assert_eq!(rig.result(no_block), Some(Ok(())));
+    assert!(discards.iter().all(|&bio| rig.result(bio).is_none()));
+    rig.settle();
+    for bio in discards.into_iter().chain([others]) {
+        assert_eq!(rig.result(bio), Some(Ok(())));
+    }
+    assert_eq!(rig.mappings(0).keys().collect::<Vec<_>>(), [&3, &5]);
+    assert!(rig.mappings(1).is_empty());
+    assert_eq!(rig.used(), 2);
+    rig.assert_counts(&engine);
+}
+
+/// A write that is in the way of one of them is waited for by that one at least, and by none for ever.
+#[test]
+fn neighbours_of_a_block_that_somebody_works_on_are_discarded_all_the_same() {
+    let (mut rig, engine) = recorded(16, in_one_go());
+    let thin = rig.thin(0);
+    for block in [0, 1, 3] {
+        rig.write(&thin, block * BLOCK, BLOCK).unwrap();
+    }
+    let write = rig.submit(&thin, Op::Write, 2 * BLOCK, BLOCK);
+    let discards = [0, 1, 2, 3].map(|block| rig.map_only(&thin, Op::Discard, block * BLOCK, BLOCK));
+    rig.wake();
+    rig.end_one(is_bio(write), Ok(()));
+    rig.settle();
+    assert_eq!(rig.result(write), Some(Ok(())));
+    for bio in discards {
+        assert_eq!(rig.result(bio), Some(Ok(())));
+    }
+    assert_eq!((rig.mappings(0).len(), rig.used()), (0, 0));
     rig.assert_counts(&engine);
 }
 

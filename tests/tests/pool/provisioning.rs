@@ -4,7 +4,9 @@ use thintools::pool::{BioError, Op, Reason, Settings};
 
 use super::disk::{CHUNK, Disk};
 use super::rig::{BLOCK, Io, Rig, settings};
-use super::scene::{CHUNKS, assert_sound, crashed, is_bio, is_copy, is_flush, is_zero, recorded};
+use super::scene::{
+    CHUNKS, assert_sound, crashed, in_one_go, is_bio, is_copy, is_flush, is_zero, recorded,
+};
 
 const BLOCKS: u64 = 16;
 
@@ -28,6 +30,45 @@ fn t04_two_writers_of_one_unmapped_block_share_one_allocation() {
     assert_eq!(content[..5], [first, 0, second, third, 0]);
     assert!(content[5..].iter().all(|&tag| tag == 0));
     rig.assert_counts(&engine);
+}
+
+/// What the kernel does in three steps: zeros, the mapping, the write.
+#[test]
+fn a_write_to_a_part_of_a_new_block_takes_the_zeros_around_it_along() {
+    for is_fua in [false, true] {
+        let (mut rig, engine) = recorded(BLOCKS, in_one_go());
+        let thin = rig.thin(0);
+        let first = match is_fua {
+            true => rig.submit_fua(&thin, 16, 8),
+            false => rig.submit(&thin, Op::Write, 16, 8),
+        };
+        let second = rig.submit(&thin, Op::Write, 24, 8);
+        assert_eq!(rig.deferred[&second], Reason::CellHeld);
+        assert_eq!(rig.pending.len(), 1);
+        assert!(
+            rig.mappings(0).is_empty(),
+            "mapped before the data is there"
+        );
+        rig.end_one(is_bio(first), Ok(()));
+        assert_eq!(rig.mappings(0).len(), 1);
+        assert_eq!(rig.result(first).is_none(), is_fua, "after its commit");
+        rig.settle();
+        assert_eq!(rig.result(first), Some(Ok(())));
+        let content = rig.content(&thin, 0);
+        assert_eq!(content[..5], [0, 0, first, second, 0]);
+        assert!(content[5..].iter().all(|&tag| tag == 0));
+        rig.assert_counts(&engine);
+        let failing = rig.submit(&thin, Op::Write, 3 * BLOCK, 8);
+        rig.end_one(is_bio(failing), Err(BioError::Io));
+        rig.settle();
+        assert_eq!(rig.result(failing), Some(Err(BioError::Io)));
+        assert_eq!((rig.mappings(0).len(), rig.used()), (1, 1));
+        if is_fua {
+            let mut after = crashed(&rig, &engine);
+            let thin = after.open(0);
+            assert_eq!(after.content(&thin, 0)[..3], [0, 0, first]);
+        }
+    }
 }
 
 /// The same when both were looked up before either had the block.

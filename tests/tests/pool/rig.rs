@@ -305,6 +305,10 @@ impl Rig {
                     _ if result.is_err() => {}
                     Op::Read => content = self.disk.read(sector, bio.sectors),
                     Op::Write => {
+                        if let Some((first, all)) = bio.zeroes_before() {
+                            let zeros = vec![0; (all / CHUNK) as usize];
+                            self.disk.write(first, &zeros, false);
+                        }
                         let chunks = bio.sectors / CHUNK;
                         let tags = match self.tags.get(&bio.id) {
                             Some(&first) => (first..first + chunks).collect(),

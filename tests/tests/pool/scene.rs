@@ -51,6 +51,15 @@ pub(crate) fn with(features: Features) -> Settings {
     Settings::new(table(features))
 }
 
+/// With the kernel's steps joined.
+pub(crate) fn in_one_go() -> Settings {
+    Settings {
+        joins_discards: true,
+        zeroes_with_write: true,
+        ..settings()
+    }
+}
+
 /// What a crash leaves of the metadata if everything is lost that was not flushed.
 pub(crate) fn flushed(engine: &Recorder) -> Vec<u8> {
     let mut image = engine.before();

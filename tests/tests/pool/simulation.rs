@@ -85,6 +85,7 @@ struct Setup {
     scheme: LockScheme,
     cells: usize,
     jobs: usize,
+    in_one_go: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -109,6 +110,7 @@ fn generate(seed: u64) -> History {
         scheme: LockScheme::ALL[rng.random_range(0..5)],
         cells: if is_scarce { 0 } else { 64 },
         jobs: if is_scarce { 2 } else { 64 },
+        in_one_go: seed % 2 == 1,
     };
     let steps = (0..STEPS).map(|_| step(&mut rng, has_faults)).collect();
     History { setup, steps }
@@ -233,6 +235,8 @@ fn settings(setup: &Setup) -> Settings {
         scheme: setup.scheme,
         cells: setup.cells,
         jobs: setup.jobs,
+        joins_discards: setup.in_one_go,
+        zeroes_with_write: setup.in_one_go,
         ..Settings::new(table(setup.features))
     }
 }

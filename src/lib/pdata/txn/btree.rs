@@ -512,7 +512,15 @@ impl Transaction {
         let third = total / 3;
         let of_left = third + usize::from(total % 3 != 0);
         let wanted = [of_left, total - of_left - third, third];
-        if [l.len(), c.len(), r.len()] != wanted {
+        let [of_l, _, of_r] = wanted;
+        let given = l.len().saturating_sub(of_l) + r.len().saturating_sub(of_r);
+        let taken = of_l.saturating_sub(l.len()) + of_r.saturating_sub(r.len());
+        if c.len() + given <= c.max() && c.len() >= taken {
+            // Few have to be moved, as a rule, and the one in the middle has room for them and can spare them.
+            l.balance(c, of_l);
+            let of_c = c.len() + r.len() - of_r;
+            c.balance(r, of_c);
+        } else {
             let mut entries = Vec::with_capacity(total);
             for node in [l, c, r] {
                 entries.extend((0..node.len()).map(|i| (node.key(i), node.value(i))));

@@ -185,6 +185,14 @@ impl View<'_> {
         }
     }
 
+    /// Moves words down by `n` places.
+    fn close_gap(self, begin: usize, end: usize, n: usize) {
+        let words = &self.0[begin - n..end];
+        for at in n..words.len() {
+            words[at - n].store(words[at].load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+
     pub(super) fn insert(self, at: usize, key: u64, value: Cell) {
         let len = self.len();
         self.make_room(HEADER + at, HEADER + len, 1);
@@ -214,9 +222,13 @@ impl View<'_> {
     /// Takes out `n` entries from `at` on.
     pub(super) fn remove(self, at: usize, n: usize) {
         let len = self.len();
-        for i in at + n..len {
-            self.set_key(i - n, self.key(i));
-            self.set_value(i - n, self.value(i));
+        self.close_gap(HEADER + at + n, HEADER + len, n);
+        match self.value_size() {
+            4 => (at + n..len).for_each(|i| self.set_value(i - n, self.value(i))),
+            size => {
+                let (base, words) = (HEADER + self.max(), size / 8);
+                self.close_gap(base + words * (at + n), base + words * len, words * n);
+            }
         }
         self.set_len(len - n);
     }

@@ -3,7 +3,7 @@
 //! The virtual range is held until the discard completes. For each run of mappings to neighbouring data blocks the data range is held,
 //! too; then whatever is in flight has to end. A run whose blocks somebody works on is left as it is: a discard is a hint.
 //!
-//! Passed down, the blocks of a run are unmapped but kept from being handed out (they get a reference) until the data device is done.
+//! Passed down, the blocks of a run are unmapped but kept from being handed out (they keep their reference) until the data device is done.
 //! Where a snapshot had a block, too, it may have given it up in this very transaction: it would need it again after a crash. Such
 //! blocks are passed down after the next commit; the kernel does not wait for it.
 
@@ -11,7 +11,7 @@ use super::commit::Waiter;
 use super::jobs::{Job, JobId};
 use super::{Effects, Worker, end};
 use crate::error::Result;
-use crate::pool::bio::{Bio, BioError, BioResult, DISCARD_BLOCKS};
+use crate::pool::bio::{Bio, BioError, BioResult, DISCARD_BLOCKS, Op};
 use crate::pool::effect::Effect;
 use crate::pool::mode::PoolMode;
 use crate::pool::prison::{Cell, Detained, Held, Key};
@@ -23,7 +23,9 @@ use std::ops::Range;
 /// A discard under way.
 #[derive(Debug)]
 pub(super) struct Discard {
-    bio: Box<Bio>,
+    /// More than one if they cover neighbouring blocks.
+    #[expect(clippy::vec_box, reason = "they come and go in boxes")]
+    bios: Vec<Box<Bio>>,
     id: ThinId,
     held: Held,
     /// Blocks that were not looked at yet.
@@ -34,6 +36,13 @@ pub(super) struct Discard {
     /// To hold the next run with.
     spare: Option<Box<Cell>>,
     result: BioResult,
+}
+
+impl Discard {
+    /// How many bios it is of.
+    pub(super) fn bios(&self) -> usize {
+        self.bios.len()
+    }
 }
 
 /// Virtual blocks of a discard that follow on each other and are mapped to data blocks that do, too.
@@ -78,7 +87,7 @@ impl Worker {
         if self.features.ignore_discard {
             return end(bio, Err(BioError::Unsupported), effects);
         }
-        let (begin, end_block) = bio.whole_blocks(self.pool.block_sectors);
+        let (begin, mut end_block) = bio.whole_blocks(self.pool.block_sectors);
         if begin == end_block || !self.pool.mode().is_writable() {
             return end(bio, Ok(()), effects);
         }
@@ -87,16 +96,36 @@ impl Worker {
         let Some([first, second]) = both else {
             return self.todo.put_back(bio);
         };
+        let mut bios = Vec::new();
+        while self.settings.joins_discards
+            && let Some(next) = self.todo.pop_if(|next| {
+                let (from, to) = next.whole_blocks(self.pool.block_sectors);
+                let is_near = begin / DISCARD_BLOCKS == to.saturating_sub(1) / DISCARD_BLOCKS;
+                next.op == Op::Discard
+                    && next.thin == bio.thin
+                    && from == end_block
+                    && to > from
+                    && is_near
+            })
+        {
+            end_block = next.whole_blocks(self.pool.block_sectors).1;
+            bios.push(next);
+        }
         let key = Key::of_virtual(thin.id(), ThinBlock(begin), ThinBlock(end_block));
         let (held, bio) = match self.pool.prison.detain(key, bio, first) {
             Detained::Free(held, bio) => (held, bio),
             Detained::Busy(first) => {
+                // Whoever is in the way of one need not be in the way of all.
+                bios.into_iter()
+                    .rev()
+                    .for_each(|bio| self.todo.put_back(bio));
                 return self.keep_cells([first, second]);
             }
         };
+        bios.push(bio);
         self.device(thin.id()).jobs += 1;
         let job = self.jobs.add(Job::Discard(Discard {
-            bio,
+            bios,
             id: thin.id(),
             held,
             next: begin,
@@ -189,7 +218,9 @@ impl Worker {
             return;
         };
         self.device(discard.id).jobs -= 1;
-        end(discard.bio, discard.result, effects);
+        for bio in discard.bios {
+            end(bio, discard.result, effects);
+        }
         self.release(discard.held);
         if let Some(spare) = discard.spare {
             self.keep_cells([spare]);
@@ -300,15 +331,13 @@ impl Worker {
 /// The first run of mappings in `from..to`.
 fn next_run(pool: &PoolMetadata, id: ThinId, from: u64, to: u64) -> Result<Option<Place>> {
     let mut run: Option<Place> = None;
-    let mut at = from;
-    while at < to {
-        let Some((block, mapping)) = pool.next_block(id, ThinBlock(at))? else {
-            break;
-        };
+    let snapshotted_time = pool.details(id)?.snapshotted_time;
+    for next in pool.blocks_from(id, ThinBlock(from))? {
+        let (block, mapping) = next?;
         if block.0 >= to {
             break;
         }
-        let is_shared = pool.details(id)?.snapshotted_time > mapping.time;
+        let is_shared = snapshotted_time > mapping.time;
         match &mut run {
             None => {
                 run = Some(Place {
@@ -328,12 +357,11 @@ fn next_run(pool: &PoolMetadata, id: ThinId, from: u64, to: u64) -> Result<Optio
             }
             Some(_) => break,
         }
-        at = block.0 + 1;
     }
     Ok(run)
 }
 
-/// Unmaps a run, and counts the blocks that nobody else has. If it is passed down, each block keeps a reference, and those that nobody
+/// Unmaps a run, and counts the blocks that nobody else has. If it is passed down, each block keeps its reference, and those that nobody
 /// else has are returned: first block and number.
 fn unmap(
     pool: &mut PoolMetadata,
@@ -342,14 +370,14 @@ fn unmap(
     passes_down: bool,
 ) -> Result<(Vec<(u64, u64)>, u64)> {
     let (begin, end) = (ThinBlock(place.begin), ThinBlock(place.begin + place.len));
-    let free = pool.nr_free_data_blocks();
-    pool.remove_range(id, begin, end)?;
-    let freed = pool.nr_free_data_blocks().saturating_sub(free);
     if !passes_down {
+        let free = pool.nr_free_data_blocks();
+        pool.remove_range(id, begin, end)?;
+        let freed = pool.nr_free_data_blocks().saturating_sub(free);
         return Ok((Vec::new(), freed));
     }
+    pool.take_range(id, begin, end)?;
     let (first, last) = (place.data, place.data + place.len);
-    pool.inc_data_range(DataBlock(first), DataBlock(last))?;
     let mut own: Vec<(u64, u64)> = Vec::new();
     for block in first..last {
         // Times only say that a block may be shared; the count knows.
@@ -361,5 +389,6 @@ fn unmap(
             _ => own.push((block, 1)),
         }
     }
+    let freed = own.iter().map(|(_, len)| len).sum();
     Ok((own, freed))
 }

@@ -129,7 +129,7 @@ impl Worker {
                     (*job, *sectors)
                 }
                 Effect::Issue { bio, .. } => match bio.fills {
-                    Some(job) => (job, bio.sectors),
+                    Some(job) => (job, bio.zeroes.map_or(bio.sectors, |(_, all)| all)),
                     None => continue,
                 },
                 _ => continue,
@@ -262,14 +262,17 @@ impl Worker {
         let waiters = self.commit.iter().flat_map(|commit| commit.waiters());
         let waiters = waiters.chain(&self.waiters);
         let of_waiters = waiters.filter(|w| matches!(w, Waiter::Issue(..) | Waiter::End(_)));
-        // A mapping always has a bio: it is the one that fills the block, or waits.
-        let of_jobs = self.jobs.iter().map(|(_, job)| job);
-        let of_jobs = of_jobs.filter(|job| matches!(job, Job::Mapping(_) | Job::Discard(_)));
+        let of_jobs = self.jobs.iter().map(|(_, job)| match job {
+            // It is the one that fills the block, or waits.
+            Job::Mapping(_) => 1,
+            Job::Discard(discard) => discard.bios(),
+            _ => 0,
+        });
         let found = self.todo.len()
             + self.starved.len()
             + self.retry.len()
             + of_waiters.count()
-            + of_jobs.count()
+            + of_jobs.sum::<usize>()
             + self.pool.prison.count_inmates()
             + self.pool.count_waiting();
         let inside = traffic.inside.load(Ordering::SeqCst);

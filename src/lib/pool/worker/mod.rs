@@ -67,6 +67,11 @@ pub struct Settings {
     pub no_space_timeout: Option<Duration>,
     /// The data device supports discards.
     pub can_discard_data: bool,
+    /// Discards of neighbouring blocks that wait for the worker are done as one; the kernel does one after the other.
+    pub joins_discards: bool,
+    /// A write to a part of a new block is issued with the zeros around it ([`Bio::zeroes_before`]), and the mapping follows; the kernel
+    /// zeroes the block, maps it and then writes.
+    pub zeroes_with_write: bool,
 }
 
 impl Settings {
@@ -80,6 +85,8 @@ impl Settings {
             jobs: 1024,
             no_space_timeout: Some(Duration::from_secs(60)),
             can_discard_data: true,
+            joins_discards: false,
+            zeroes_with_write: false,
         }
     }
 }
@@ -311,8 +318,30 @@ impl Worker {
     /// Takes an event that happens at `now`, a time that never goes back, and appends what is to be done. True if it has more to do:
     /// then it is to be told [`Event::Work`] again, at once.
     pub fn apply(&mut self, now: Duration, event: Event, effects: &mut Effects) -> bool {
+        self.apply_all(now, [event], effects)
+    }
+
+    /// The same with events that happened one after the other; it looks around once.
+    pub fn apply_all(
+        &mut self,
+        now: Duration,
+        events: impl IntoIterator<Item = Event>,
+        effects: &mut Effects,
+    ) -> bool {
         self.now = self.now.max(now);
         let old = effects.len();
+        for event in events {
+            self.take(event, effects);
+        }
+        let has_more = self.turn(effects);
+        if self.is_metadata_low.swap(false, Ordering::Relaxed) {
+            effects.push(Effect::Notice(Notice::MetadataThreshold));
+        }
+        self.check_invariants(&effects[old..]);
+        has_more
+    }
+
+    fn take(&mut self, event: Event, effects: &mut Effects) {
         match event {
             Event::Work => {}
             Event::Done { job, result } => self.done(job, result, effects),
@@ -325,12 +354,6 @@ impl Worker {
                 data_blocks,
             } => self.resume(tag, table, data_blocks, effects),
         }
-        let has_more = self.turn(effects);
-        if self.is_metadata_low.swap(false, Ordering::Relaxed) {
-            effects.push(Effect::Notice(Notice::MetadataThreshold));
-        }
-        self.check_invariants(&effects[old..]);
-        has_more
     }
 
     fn turn(&mut self, effects: &mut Effects) -> bool {

@@ -178,7 +178,8 @@ impl Worker {
         }
     }
 
-    /// Puts the data of a new block in place: `len` sectors from `source` and zeros behind them, or the bio itself if it covers all.
+    /// Puts the data of a new block in place: `len` sectors from `source` and zeros behind them, or the bio itself if it covers all or
+    /// nothing else but zeros is to be there.
     fn fill(
         &mut self,
         job: JobId,
@@ -192,9 +193,14 @@ impl Worker {
         let sector = data.0 * size;
         let zeroes = !self.features.skip_block_zeroing;
         let mut waits = 0;
-        if bio.sectors == size && (zeroes || source.is_some()) {
+        let is_whole = bio.sectors == size && (zeroes || source.is_some());
+        let is_in_zeros =
+            self.settings.zeroes_with_write && zeroes && source.is_none() && !is_whole;
+        if is_whole || is_in_zeros {
             bio.fills = Some(job);
+            bio.zeroes = is_in_zeros.then_some((sector, size));
             bio.all_io = Some(self.pool.all_io.enter());
+            let sector = self.pool.remap(data, bio.sector);
             effects.push(Effect::Issue { bio, sector });
             return self.wait_for_more(job);
         }

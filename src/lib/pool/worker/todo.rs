@@ -34,6 +34,12 @@ impl Todo {
         self.bios.pop_first().map(|(_, bio)| bio)
     }
 
+    /// The next, if it is one that is wanted.
+    pub(super) fn pop_if(&mut self, is_wanted: impl FnOnce(&Bio) -> bool) -> Option<Box<Bio>> {
+        let next = self.bios.first_entry()?;
+        is_wanted(next.get()).then(|| next.remove())
+    }
+
     /// Behind those that are like it.
     pub(super) fn push(&mut self, bio: Box<Bio>) {
         self.last += 1;

@@ -5,6 +5,7 @@ use super::stream::Stream;
 use super::wire::{Head, Style, command};
 use crate::runtime::buffers;
 use crate::runtime::export::{Answer, Extent, MOST_PAYLOAD};
+use crate::runtime::gathering::{self, Sleeper};
 use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, Write};
@@ -22,10 +23,14 @@ const OVERHEAD: usize = 64;
 const SMALL: usize = 16384;
 /// Segments that are gathered into one system call.
 const MOST_SEGMENTS: usize = 256;
+/// Bytes that small replies are gathered in.
+const SEGMENT: usize = SMALL * 4;
 
 #[derive(Debug, Default)]
 struct Out {
     segments: VecDeque<Vec<u8>>,
+    /// Memory of a segment that was sent, for the next one.
+    spare: Vec<u8>,
     pending: usize,
     /// Bytes of requests under way.
     begun: usize,
@@ -37,6 +42,10 @@ struct Out {
     waits: [Option<Instant>; 2],
     /// Somebody beside the reader left something to be sent.
     is_due: bool,
+    /// The writer waits for that.
+    is_asleep: bool,
+    /// The reader waits for a request to end.
+    is_awaited: bool,
     is_over: bool,
     is_broken: bool,
 }
@@ -56,13 +65,14 @@ impl Out {
         self.unsent += head.len() + data.len();
         match self.segments.back_mut() {
             Some(last)
-                if last.len() + head.len() + data.len() <= SMALL * 4 && data.len() <= SMALL =>
+                if last.len() + head.len() + data.len() <= SEGMENT && data.len() <= SMALL =>
             {
                 last.extend(head);
                 last.extend(data);
             }
             _ if data.len() <= SMALL => {
-                let mut segment = head;
+                let mut segment = std::mem::take(&mut self.spare);
+                segment.extend(head);
                 segment.extend(data);
                 self.segments.push_back(segment);
             }
@@ -134,7 +144,10 @@ impl Pieces {
 pub(super) struct Outbox {
     style: Style,
     out: Mutex<Out>,
+    /// A request has ended, or replies were sent.
     changed: Condvar,
+    /// There is something for the writer.
+    is_due: Condvar,
     stream: Arc<Stream>,
     /// Whoever has it sends.
     sends: Mutex<()>,
@@ -149,6 +162,19 @@ impl Drop for Outbox {
     }
 }
 
+/// The writer.
+impl Sleeper for Outbox {
+    fn wake(&self) {
+        let mut out = self.out();
+        let is_asleep = out.is_asleep && !out.is_due;
+        out.is_due = true;
+        drop(out);
+        if is_asleep {
+            self.is_due.notify_one();
+        }
+    }
+}
+
 impl Outbox {
     /// Of the connection that this thread reads.
     pub(super) fn new(stream: Arc<Stream>, style: Style, memory: &Arc<Memory>) -> Arc<Self> {
@@ -156,6 +182,7 @@ impl Outbox {
             style,
             out: Mutex::default(),
             changed: Condvar::new(),
+            is_due: Condvar::new(),
             stream,
             sends: Mutex::default(),
             memory: Arc::clone(memory),
@@ -198,44 +225,50 @@ impl Outbox {
                 continue;
             }
             out.is_due = true;
-            self.changed.notify_all();
-            out = self.wait(out);
+            self.is_due.notify_one();
+            out.is_awaited = true;
+            let waited = self.changed.wait(out);
+            out = waited.unwrap_or_else(PoisonError::into_inner);
+            out.is_awaited = false;
         }
     }
 
-    fn wait<'a>(&self, out: MutexGuard<'a, Out>) -> MutexGuard<'a, Out> {
-        let waited = self.changed.wait(out);
+    /// Waits while more than so many requests are under way.
+    fn wait_while_more(&self, than: usize) -> MutexGuard<'_, Out> {
+        let is_more = |out: &mut Out| {
+            out.is_awaited = out.pending > than;
+            out.is_awaited
+        };
+        let waited = self.changed.wait_while(self.out(), is_more);
         waited.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until everything else is answered.
     pub(super) fn wait_for_answers(&self, but: usize) {
-        let out = self.out();
-        let waited = self.changed.wait_while(out, |out| out.pending > but);
-        drop(waited);
+        drop(self.wait_while_more(but));
     }
 
     /// Answers a request that was begun with `begun` bytes.
-    pub(super) fn reply(&self, head: &Head, begun: usize, answer: Answer) {
+    pub(super) fn reply(self: &Arc<Self>, head: &Head, begun: usize, answer: Answer) {
         let done = answer.as_ref().map(Vec::len).map_err(|e| *e);
         let front = self.style.reply(head, done);
         self.end_one(begun, |out| out.append(front, answer.unwrap_or_default()));
     }
 
     /// Sends the first part of a reply that tells of all that was read.
-    pub(super) fn begin_reply(&self, head: &Head, data: Vec<u8>) {
+    pub(super) fn begin_reply(self: &Arc<Self>, head: &Head, data: Vec<u8>) {
         let front = self.style.reply(head, Ok(head.len as usize));
         self.end_one(data.len(), |out| out.append(front, data));
     }
 
     /// Sends a part of what a reply has begun to tell.
-    pub(super) fn go_on(&self, data: Vec<u8>) {
+    pub(super) fn go_on(self: &Arc<Self>, data: Vec<u8>) {
         self.end_one(data.len(), |out| out.append(Vec::new(), data));
     }
 
     /// Answers a piece of `len` bytes at `offset` of a request; a read without data has found a hole.
     pub(super) fn reply_piece(
-        &self,
+        self: &Arc<Self>,
         pieces: &Pieces,
         (offset, len): (u64, u64),
         begun: usize,
@@ -268,7 +301,12 @@ impl Outbox {
     }
 
     /// Answers a request for the status of blocks: the extents of each context, by its id.
-    pub(super) fn reply_extents(&self, head: &Head, begun: usize, contexts: &[(u32, Vec<Extent>)]) {
+    pub(super) fn reply_extents(
+        self: &Arc<Self>,
+        head: &Head,
+        begun: usize,
+        contexts: &[(u32, Vec<Extent>)],
+    ) {
         let is_extended = self.style == Style::Extended;
         let mut all = Vec::new();
         for (place, (id, extents)) in contexts.iter().enumerate() {
@@ -296,22 +334,26 @@ impl Outbox {
     }
 
     /// A request that was begun with `begun` bytes is never answered.
-    pub(super) fn forget(&self, begun: usize) {
+    pub(super) fn forget(self: &Arc<Self>, begun: usize) {
         self.end_one(begun, |_| ());
     }
 
     /// A request that was begun with `begun` bytes of data has ended.
-    fn end_one(&self, begun: usize, say: impl FnOnce(&mut Out)) {
+    fn end_one(self: &Arc<Self>, begun: usize, say: impl FnOnce(&mut Out)) {
         let mut out = self.out();
         out.pending -= 1;
         out.begun -= OVERHEAD + begun;
         say(&mut out);
         out.settle(&self.memory);
-        if std::thread::current().id() != self.reader {
-            out.is_due = true;
-            drop(out);
+        if std::thread::current().id() == self.reader {
+            return;
+        }
+        let is_awaited = out.is_awaited;
+        drop(out);
+        if is_awaited {
             self.changed.notify_all();
         }
+        gathering::wake(self);
     }
 
     /// Reads what the client has to send; how long that takes is looked at.
@@ -360,8 +402,14 @@ impl Outbox {
             drop(out);
             let sent = write_all(&mut &*self.stream, &segments);
             let len = segments.iter().map(Vec::len).sum::<usize>();
-            segments.into_iter().for_each(buffers::give);
             let mut out = self.out();
+            for mut segment in segments {
+                segment.clear();
+                match segment.capacity() {
+                    n if n <= SEGMENT && n > out.spare.capacity() => out.spare = segment,
+                    _ => buffers::give(segment),
+                }
+            }
             out.waits[Wait::Take as usize] = None;
             out.unsent -= len;
             if sent.is_err() {
@@ -371,8 +419,11 @@ impl Outbox {
                 out.is_broken = true;
             }
             out.settle(&self.memory);
+            let is_awaited = out.is_awaited;
             drop(out);
-            self.changed.notify_all();
+            if is_awaited {
+                self.changed.notify_all();
+            }
             sent?;
         }
     }
@@ -380,10 +431,11 @@ impl Outbox {
     /// Sends what others than the reader have answered, until the connection is over.
     pub(super) fn be_writer(&self) {
         loop {
-            let out = self.out();
-            let waited = self
-                .changed
-                .wait_while(out, |out| !out.is_due && !out.is_over);
+            let has_nothing = |out: &mut Out| {
+                out.is_asleep = !out.is_due && !out.is_over;
+                out.is_asleep
+            };
+            let waited = self.is_due.wait_while(self.out(), has_nothing);
             let mut out = waited.unwrap_or_else(PoisonError::into_inner);
             let is_over = out.is_over;
             out.is_due = false;
@@ -404,10 +456,8 @@ impl Outbox {
 
     /// Waits until all that is under way is answered, and lets the writer send the rest and end.
     pub(super) fn end(&self) {
-        let out = self.out();
-        let waited = self.changed.wait_while(out, |out| out.pending > 0);
-        waited.unwrap_or_else(PoisonError::into_inner).is_over = true;
-        self.changed.notify_all();
+        self.wait_while_more(0).is_over = true;
+        self.is_due.notify_one();
     }
 }
 
