@@ -73,7 +73,6 @@ type Waker = Box<dyn Fn() + Send + Sync>;
 /// A pool.
 pub struct Pool {
     pub(super) metadata: Arc<SharedMetadata>,
-    pub(super) block_sectors: u64,
     block_size: BlockSize,
     pub(super) prison: Prison,
     pub(super) all_io: DeferredSet<Waiting>,
@@ -109,7 +108,6 @@ impl Pool {
         let is_locked = metadata.scheme() != LockScheme::Optimistic;
         Self {
             metadata: Arc::new(metadata),
-            block_sectors,
             block_size: BlockSize::new(block_sectors),
             prison: Prison::default(),
             all_io: DeferredSet::new(is_locked),
@@ -159,7 +157,7 @@ impl Pool {
 
     /// Sectors of 512 bytes in a data block.
     pub fn block_sectors(&self) -> u64 {
-        self.block_sectors
+        self.block_size.sectors()
     }
 
     /// The same, to divide by.

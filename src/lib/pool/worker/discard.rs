@@ -87,7 +87,7 @@ impl Worker {
         if self.features.ignore_discard {
             return end(bio, Err(BioError::Unsupported), effects);
         }
-        let (begin, mut end_block) = bio.whole_blocks(self.pool.block_sectors);
+        let (begin, mut end_block) = bio.whole_blocks(self.pool.block_sectors());
         if begin == end_block || !self.pool.mode().is_writable() {
             return end(bio, Ok(()), effects);
         }
@@ -99,7 +99,7 @@ impl Worker {
         let mut bios = Vec::new();
         while self.settings.joins_discards
             && let Some(next) = self.todo.pop_if(|next| {
-                let (from, to) = next.whole_blocks(self.pool.block_sectors);
+                let (from, to) = next.whole_blocks(self.pool.block_sectors());
                 let is_near = begin / DISCARD_BLOCKS == to.saturating_sub(1) / DISCARD_BLOCKS;
                 next.op == Op::Discard
                     && next.thin == bio.thin
@@ -108,7 +108,7 @@ impl Worker {
                     && is_near
             })
         {
-            end_block = next.whole_blocks(self.pool.block_sectors).1;
+            end_block = next.whole_blocks(self.pool.block_sectors()).1;
             bios.push(next);
         }
         let key = Key::of_virtual(thin.id(), ThinBlock(begin), ThinBlock(end_block));
@@ -284,7 +284,7 @@ impl Worker {
 
     /// Discards blocks of a run on the data device: first block and number of each stretch.
     pub(super) fn pass_down(&mut self, job: JobId, own: Vec<(u64, u64)>, effects: &mut Effects) {
-        let size = self.pool.block_sectors;
+        let size = self.pool.block_sectors();
         for (block, blocks) in own {
             effects.push(Effect::Discard {
                 job,

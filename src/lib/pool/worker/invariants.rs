@@ -105,7 +105,7 @@ impl Worker {
             }
             _ => Committed::read(&*engine)?,
         };
-        let size = self.pool.block_sectors;
+        let size = self.pool.block_sectors();
         for effect in effects {
             let sector = match effect {
                 Effect::Zero { sector, .. } | Effect::Copy { sector, .. } => sector,
@@ -145,7 +145,7 @@ impl Worker {
         }
         let written = self.before.written.remove(&job).unwrap_or(0);
         assert!(
-            !mapping.is_covered || written == self.pool.block_sectors,
+            !mapping.is_covered || written == self.pool.block_sectors(),
             "I11: {mapping:?} is to a block of which {written} sectors were written"
         );
     }

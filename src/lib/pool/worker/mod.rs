@@ -290,7 +290,7 @@ impl Worker {
         if self.pool.mode() == PoolMode::Fail {
             return ThinStatus::Fail;
         }
-        let size = self.pool.block_sectors;
+        let size = self.pool.block_sectors();
         let found = self.pool.metadata.inspect(|pool| {
             let details = pool.details(thin.id())?;
             Ok::<_, Error>((details, pool.highest_block(thin.id())?))

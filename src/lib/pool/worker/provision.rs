@@ -107,7 +107,7 @@ impl Worker {
             }
         };
         self.keep_cells(spare);
-        let size = self.pool.block_sectors;
+        let size = self.pool.block_sectors();
         let begin = block.0 * size;
         let of_origin = thin.origin_sectors.unwrap_or(0).saturating_sub(begin);
         let job = self.begin_mapping(thin, block, data, held);
@@ -146,7 +146,7 @@ impl Worker {
         self.wait_for_more(job);
         let ready = self.pool.shared_read.defer(Waiting::new(job));
         self.ready.extend(ready.map(|work| work.job));
-        let size = self.pool.block_sectors;
+        let size = self.pool.block_sectors();
         let source = Some((Source::Data, old.0 * size));
         self.fill(job, bio, data, source, size, effects);
         self.release(held);
@@ -189,7 +189,7 @@ impl Worker {
         len: u64,
         effects: &mut Effects,
     ) {
-        let size = self.pool.block_sectors;
+        let size = self.pool.block_sectors();
         let sector = data.0 * size;
         let zeroes = !self.features.skip_block_zeroing;
         let mut waits = 0;
