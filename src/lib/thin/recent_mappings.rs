@@ -93,7 +93,7 @@ impl RecentMappings {
     #[inline(always)]
     fn entry(&mut self, device: u64, block: u64) -> &mut Entry {
         let place = (block / 8).wrapping_add(device << 40);
-        let place = place.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32 ^ block % 8;
+        let place = (place.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) ^ (block % 8);
         let last = self.entries.len() - 1;
         &mut self.entries[place as usize & last]
     }
