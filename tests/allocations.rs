@@ -1,4 +1,4 @@
-//! The way of a mapped block allocates nothing. A program of its own, for it has an allocator that counts.
+//! The way of a mapped block allocates nothing, but for the mappings that a reader remembers, whose room doubles a few times. A program of its own, for it has an allocator that counts.
 
 #![allow(unsafe_code)]
 
@@ -43,6 +43,9 @@ fn allocations() -> u64 {
 
 const BLOCKS: u64 = 4096;
 
+/// Times that a reader's room for mappings doubles, under the scheme in which it remembers them.
+const DOUBLINGS: u64 = 4;
+
 fn pool(scheme: LockScheme) -> Worker {
     let mut metadata =
         PoolMetadata::format(Arc::new(RamEngine::new(1024)), 128, 16 << 20).expect("formatted");
@@ -69,7 +72,7 @@ fn pool(scheme: LockScheme) -> Worker {
 }
 
 #[test]
-fn a_mapped_block_costs_no_allocation_in_any_scheme() {
+fn mapped_blocks_cost_no_allocation_but_room_to_remember_them() {
     for scheme in LockScheme::ALL {
         let mut worker = pool(scheme);
         let thin = worker.open_thin(ThinId(0), None).expect("opened");
@@ -77,7 +80,7 @@ fn a_mapped_block_costs_no_allocation_in_any_scheme() {
         let mut mapper = Mapper::new(&pool, false);
         let mut bio = Box::new(Bio::new(0, Op::Read, 0, 8));
         let before = allocations();
-        for block in (0..BLOCKS).cycle().take(3 * BLOCKS as usize) {
+        for block in (0..BLOCKS).cycle().take(30 * BLOCKS as usize) {
             bio.sector = block * 128;
             let Mapped::Remapped { bio: mapped, .. } = mapper.map(&thin, bio) else {
                 panic!("{scheme}: block {block} is mapped");
@@ -86,7 +89,12 @@ fn a_mapped_block_costs_no_allocation_in_any_scheme() {
             assert_eq!(result, Ok(()));
             bio = ended;
         }
-        assert_eq!(allocations() - before, 0, "{scheme}");
+        let most = match scheme {
+            LockScheme::Optimistic => DOUBLINGS,
+            _ => 0,
+        };
+        let made = allocations() - before;
+        assert!(made <= most, "{scheme}: {made}");
         // The counter counts.
         let mut effects = Vec::new();
         worker.apply(Duration::ZERO, thintools::pool::Event::Work, &mut effects);

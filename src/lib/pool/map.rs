@@ -1,6 +1,7 @@
 //! The map half: where a bio goes, decided on the submitter's thread, or left to the worker.
 //!
-//! 1. Nothing here waits for I/O, and on the way of a mapped block nothing is allocated.
+//! 1. Nothing here waits for I/O, and on the way of a mapped block nothing is allocated, but that the room for mappings looked up lately
+//!    doubles four times in the life of a mapper.
 //! 2. The virtual cell is held while the mapping is looked up and until the data cell is held; the data cell until the bio has its
 //!    ticket. A discard holds the same two cells and then waits for the tickets: either it finds the bio, or the bio finds it. Leave
 //!    either cell out, and a bio is issued to a block that was unmapped in between.
