@@ -330,10 +330,8 @@ impl Pool {
     /// Returns the tickets of a bio.
     #[inline(always)]
     pub(super) fn leave(&self, bio: &mut Bio) {
-        if let Some(ticket) = bio.all_io.take()
-            && let Some(ready) = self.all_io.leave(ticket)
-        {
-            self.go_on_with(ready);
+        if let Some(ticket) = bio.all_io.take() {
+            self.end_passage(Passage(ticket));
         }
         if let Some(ticket) = bio.shared_read.take()
             && let Some(ready) = self.shared_read.leave(ticket)

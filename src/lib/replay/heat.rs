@@ -62,16 +62,9 @@ impl HeatMap {
             self.double_time();
         }
         let column = column(self) as usize;
-        let (first, last) = (row(self, io.sector), row(self, last));
-        // Mostly it is one.
-        let mut row = first;
-        loop {
+        for row in row(self, io.sector)..=row(self, last) {
             let cell = &mut self.cells[at(kind, row as usize, column)];
             *cell = cell.saturating_add(1);
-            if row == last {
-                break;
-            }
-            row += 1;
         }
     }
 
