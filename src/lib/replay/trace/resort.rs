@@ -57,10 +57,13 @@ impl<R: TraceReader> TraceReader for Resort<R> {
         }
         self.held.ios.sort_by_key(|io| io.time_ns);
         self.held.controls.sort_by_key(|control| control.time_ns);
-        batch.ios.clear();
-        batch.controls.clear();
         let (ios, controls) = self.settled();
-        batch.ios.extend(self.held.ios.drain(..ios));
+        // What is held back goes to the other vector, which is shorter than what is handed over or as long.
+        batch.ios.clear();
+        batch.ios.extend_from_slice(&self.held.ios[ios..]);
+        self.held.ios.truncate(ios);
+        std::mem::swap(&mut batch.ios, &mut self.held.ios);
+        batch.controls.clear();
         batch.controls.extend(self.held.controls.drain(..controls));
         Ok(!(batch.ios.is_empty() && batch.controls.is_empty()))
     }

@@ -1,0 +1,93 @@
+//! Threads that read parts of a trace before anybody needs them.
+
+use std::num::NonZero;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Threads that do the same work on whatever they are given, as many as there are processors. They end when the crew is gone, but one
+/// that waits for its input ends with the process at the latest: a read cannot be broken off.
+pub(super) struct Crew<T> {
+    to: Sender<T>,
+    /// Nothing comes of what a thread panicked over.
+    from: Receiver<Option<T>>,
+}
+
+impl<T: Send + 'static> Crew<T> {
+    /// A crew for so many parts. None where it would be no gain, with one processor, or where no thread can be started.
+    pub(super) fn new(parts: usize, work: fn(&mut T)) -> Option<Self> {
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        if processors == 1 {
+            return None;
+        }
+        let (to, given) = channel();
+        let (done, from) = channel();
+        let given = Arc::new(Mutex::new(given));
+        let mut started = 0;
+        for _ in 0..processors.min(parts) {
+            let (given, done) = (Arc::clone(&given), done.clone());
+            let thread = thread::Builder::new().name("read".into());
+            started += u32::from(thread.spawn(move || run(&given, &done, work)).is_ok());
+        }
+        (started > 0).then_some(Self { to, from })
+    }
+
+    /// Gives the crew something to do.
+    pub(super) fn give(&self, part: T) {
+        // Nobody takes it when all have panicked, which `take` tells.
+        let _ = self.to.send(part);
+    }
+
+    /// Waits for something that is done, whichever it is.
+    ///
+    /// # Errors
+    /// `Io` if a thread panicked.
+    pub(super) fn take(&self) -> Result<T> {
+        let done = self.from.recv().ok().flatten();
+        done.ok_or_else(|| Error::new(ErrorKind::Io, "a thread that read the trace panicked"))
+    }
+}
+
+fn run<T>(given: &Mutex<Receiver<T>>, done: &Sender<Option<T>>, work: fn(&mut T)) {
+    /// Tells of a panic.
+    struct Watch<'a, T>(&'a Sender<Option<T>>);
+    impl<T> Drop for Watch<'_, T> {
+        fn drop(&mut self) {
+            if thread::panicking() {
+                let _ = self.0.send(None);
+            }
+        }
+    }
+    let _watch = Watch(done);
+    loop {
+        let part = given.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(mut part) = part else { return };
+        work(&mut part);
+        if done.send(Some(part)).is_err() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_is_given_is_done_and_a_panic_is_an_error() {
+        let work = |part: &mut u32| *part = 100_u32.checked_div(*part).expect("no zero");
+        let Some(crew) = Crew::new(3, work) else {
+            return;
+        };
+        (1..=50).for_each(|part| crew.give(part));
+        let mut done: Vec<u32> = (1..=50).map(|_| crew.take().expect("a part")).collect();
+        done.sort_unstable();
+        let mut expected: Vec<u32> = (1..=50).map(|part| 100 / part).collect();
+        expected.sort_unstable();
+        assert_eq!(done, expected);
+        crew.give(0);
+        assert!(crew.take().is_err());
+    }
+}
