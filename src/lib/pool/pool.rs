@@ -67,8 +67,8 @@ impl Throttle {
     }
 }
 
-/// Called when there is something for the worker to do.
-type Waker = Box<dyn Fn() + Send + Sync>;
+/// Called when there is something for the worker to do; false if the caller comes to it itself.
+type Waker = Box<dyn Fn() -> bool + Send + Sync>;
 
 /// A pool.
 pub struct Pool {
@@ -86,6 +86,8 @@ pub struct Pool {
     has_lost: AtomicBool,
     throttle: Throttle,
     has_work: AtomicBool,
+    /// The waker was called for it.
+    is_woken: AtomicBool,
     pub(super) traffic: Traffic,
     waker: OnceLock<Waker>,
 }
@@ -120,22 +122,26 @@ impl Pool {
             has_lost: AtomicBool::new(false),
             throttle: Throttle::default(),
             has_work: AtomicBool::new(false),
+            is_woken: AtomicBool::new(false),
             traffic: Traffic::default(),
             waker: OnceLock::new(),
         }
     }
 
     /// Has `waker` called whenever the worker gets something to do while it has nothing. It is called on any thread that maps or
-    /// ends bios, and must not wait. Only the first call counts.
-    pub fn set_waker(&self, waker: impl Fn() + Send + Sync + 'static) {
+    /// ends bios, and must not wait; it returns false if this thread sees to it that the worker looks around, so that whoever comes with
+    /// something more may have to wake it. Only the first call counts.
+    pub fn set_waker(&self, waker: impl Fn() -> bool + Send + Sync + 'static) {
         self.waker.set(Box::new(waker)).ok();
     }
 
     fn wake(&self) {
-        if !self.has_work.swap(true, Ordering::AcqRel)
+        self.has_work.store(true, Ordering::Release);
+        if !self.is_woken.swap(true, Ordering::AcqRel)
             && let Some(waker) = self.waker.get()
+            && !waker()
         {
-            waker();
+            self.is_woken.store(false, Ordering::Release);
         }
     }
 
@@ -147,6 +153,7 @@ impl Pool {
     /// Looks at what waits, for the last time before the next [`wake`](Self::wake).
     pub(super) fn open_inbox(&self) -> MutexGuard<'_, Inbox> {
         self.has_work.store(false, Ordering::Release);
+        self.is_woken.store(false, Ordering::Release);
         self.inbox()
     }
 

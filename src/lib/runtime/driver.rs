@@ -1,13 +1,16 @@
-//! Drives the pool engine: one thread is the worker, some carry its effects out.
+//! Drives the pool engine: who is the worker, and who carries its effects out.
 //!
-//! Whatever waits for the disk on behalf of the data device is done by the latter, but for the flush that begins a commit: the worker
-//! would do nothing meanwhile. The metadata is read and written by the worker itself.
+//! Whoever has something for the worker takes a turn of it (`turn`): a connection with bios that were deferred, a carrier with what it has
+//! carried out. The worker's thread takes those turns that nobody else takes. It waits for the disk on behalf of the data device only in the
+//! flush that begins a commit, as the worker would do nothing meanwhile. The metadata is read and written by whoever takes the turn, and
+//! by the worker's thread as long as that takes a while.
 //!
 //! Writes, zeros and discards of a regular file exclude each other in the kernel: more threads would only wait for each other there. So
-//! one carrier at a time does them, all that wait in one go, while the others read and copy.
+//! one thread at a time does them, all that wait in one go, while carriers read and copy: whoever took the turn, as long as that takes no
+//! longer than through the page cache, otherwise a carrier.
 //!
-//! To wake a thread costs as much as what it then does. So the worker is told of many effects at once, takes all that it was told
-//! before it looks around, and whoever ends requests wakes those who send replies when it has ended all of them.
+//! To wake a thread costs as much as what it then does. So bios that come together are one turn, the worker's thread takes all that it was
+//! told before it looks around, and whoever ends requests wakes those who send replies when it has ended all of them.
 
 use super::data_device::DataDevice;
 use super::event_log::EventLog;
@@ -15,13 +18,14 @@ use super::gathering::gather;
 use super::io_counts::{IoCounts, IoTotals};
 use super::ring::Flight;
 use super::transfer::{Parts, bio_error};
+use super::turn::{self, Shared, Turn, Turns, before_a_turn};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{
     Bio, BioError, BioResult, Effect, Event, JobId, Op, Pool, PoolTable, Source, Worker,
 };
 use crate::units::ThinId;
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
@@ -35,6 +39,10 @@ const CARRIERS_OF_ALL: usize = 32;
 const SHORTEST_WAIT: Duration = Duration::from_millis(1);
 /// For so long a carrier goes on before it tells of what it has done.
 const UNTOLD: Duration = Duration::from_micros(200);
+/// For so long a thread that has something else to do does what carriers would.
+const AWAY: Duration = Duration::from_millis(1);
+/// Turns that whoever has something for the worker takes before the worker's thread goes on.
+const MOST_TURNS: usize = 8;
 
 type Answer = Sender<Result<()>>;
 
@@ -72,6 +80,9 @@ struct Queue {
 /// What all threads of a running pool share.
 pub(super) struct Driver {
     pub(super) pool: Arc<Pool>,
+    turns: Turns,
+    /// Who asked, by the tag of the event.
+    answers: Mutex<HashMap<u64, Answer>>,
     pub(super) data: Arc<DataDevice>,
     pub(super) parts: Parts,
     pub(super) events: EventLog,
@@ -82,6 +93,8 @@ pub(super) struct Driver {
     table: RwLock<PoolTable>,
     told: Sender<Told>,
     queue: Mutex<Queue>,
+    /// What was exclusive took long when it was last carried out: the file waits for a device.
+    is_slow: AtomicBool,
     has_task: Condvar,
 }
 
@@ -113,9 +126,12 @@ impl Driver {
         let (told, inbox) = mpsc::channel();
         let pool = Arc::clone(worker.pool());
         let waker = told.clone();
-        pool.set_waker(move || drop(waker.send(Told::Event(Event::Work))));
+        // Once it is over there is nobody to be woken.
+        pool.set_waker(move || !turn::comes() && waker.send(Told::Event(Event::Work)).is_ok());
         let driver = Arc::new(Self {
             pool,
+            turns: Turns::of(worker),
+            answers: Mutex::default(),
             data,
             parts: Parts::default(),
             events: EventLog::default(),
@@ -124,13 +140,14 @@ impl Driver {
             table: RwLock::new(table),
             told,
             queue: Mutex::default(),
+            is_slow: AtomicBool::new(false),
             has_task: Condvar::new(),
         });
         let mut threads = Threads {
             worker: None,
             carriers: Vec::new(),
         };
-        let started = driver.start_threads(worker, inbox, &mut threads);
+        let started = driver.start_threads(inbox, &mut threads);
         if let Err(e) = started {
             driver.stop(threads);
             return Err(Error::io("cannot start the threads of the pool", e));
@@ -140,7 +157,6 @@ impl Driver {
 
     fn start_threads(
         self: &Arc<Self>,
-        worker: Worker,
         inbox: Receiver<Told>,
         threads: &mut Threads,
     ) -> std::io::Result<()> {
@@ -157,7 +173,7 @@ impl Driver {
         }
         let driver = Arc::clone(self);
         let builder = std::thread::Builder::new().name("worker".into());
-        threads.worker = Some(builder.spawn(move || driver.be_worker(worker, &inbox))?);
+        threads.worker = Some(builder.spawn(move || driver.be_worker(&inbox))?);
         Ok(())
     }
 
@@ -241,43 +257,42 @@ impl Driver {
         self.tell(Told::Call(Box::new(call)));
     }
 
-    fn be_worker(&self, mut worker: Worker, inbox: &Receiver<Told>) {
-        let start = Instant::now();
-        let mut effects = Vec::new();
-        let mut answers: HashMap<u64, Answer> = HashMap::new();
-        let mut next_tag = 0;
+    fn be_worker(&self, inbox: &Receiver<Told>) {
+        self.serve(inbox);
+        self.turns.end();
+        self.answers().clear();
+    }
+
+    /// Takes the turns that nobody else takes, until it is told to stop.
+    fn serve(&self, inbox: &Receiver<Told>) {
+        let mut last_tag = 0;
         let mut events = Vec::new();
-        loop {
-            let mut told = match worker.deadline() {
+        while let Some(mut shared) = self.settle(std::mem::take(&mut events)) {
+            let rest = shared.rest();
+            drop(shared);
+            let mut told = match rest {
                 None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(at) => {
-                    let wait = at.saturating_sub(start.elapsed()).max(SHORTEST_WAIT);
-                    inbox.recv_timeout(wait)
-                }
+                Some(rest) => inbox.recv_timeout(rest.max(SHORTEST_WAIT)),
             };
             loop {
                 match told {
                     Ok(Told::Event(event)) => events.push(event),
                     Ok(Told::Done(all)) => events.extend(all),
                     Ok(Told::Ask(event, answer)) => {
-                        next_tag += 1;
-                        answers.insert(next_tag, answer);
-                        events.push(event(next_tag));
+                        last_tag += 1;
+                        self.answers().insert(last_tag, answer);
+                        events.push(event(last_tag));
                     }
                     Ok(Told::Call(call)) => {
                         // What came before is done before.
-                        let before = std::mem::take(&mut events);
-                        self.apply(&mut worker, (start, before), &mut effects, &mut answers);
-                        call(&mut worker);
+                        let Some(mut shared) = self.settle(std::mem::take(&mut events)) else {
+                            return;
+                        };
+                        call(&mut shared.worker);
                     }
                     Err(RecvTimeoutError::Timeout) => events.push(Event::Work),
                     Ok(Told::Stop) | Err(RecvTimeoutError::Disconnected) => {
-                        return self.apply(
-                            &mut worker,
-                            (start, events),
-                            &mut effects,
-                            &mut answers,
-                        );
+                        return drop(self.settle(events));
                     }
                 }
                 match inbox.try_recv() {
@@ -285,49 +300,77 @@ impl Driver {
                     Err(_) => break,
                 }
             }
-            let all = std::mem::take(&mut events);
-            self.apply(&mut worker, (start, all), &mut effects, &mut answers);
         }
     }
 
-    /// Has the worker take events, and whatever follows from them at once.
-    fn apply(
-        &self,
-        worker: &mut Worker,
-        (start, mut events): (Instant, Vec<Event>),
-        effects: &mut Vec<Effect>,
-        answers: &mut HashMap<u64, Answer>,
-    ) {
-        while !events.is_empty() {
-            let has_more = worker.apply_all(start.elapsed(), events.drain(..), effects);
-            let mut flush = None;
-            let (mut tasks, mut ends) = (Vec::new(), Vec::new());
-            for effect in effects.drain(..) {
-                match effect {
-                    Effect::End { bio, result, .. } => ends.push((bio.id, result)),
-                    Effect::Answer { tag, result } => {
-                        if let Some(answer) = answers.remove(&tag) {
-                            // Whoever asked may have given up.
-                            answer.send(result).ok();
-                        }
-                    }
-                    Effect::Notice(notice) => self.events.add_notice(&notice),
-                    Effect::Flush { job } => flush = Some(job),
-                    other => tasks.push(Task::Effect(other)),
-                }
+    fn answers(&self) -> MutexGuard<'_, HashMap<u64, Answer>> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// On the worker's thread: has the worker take events and whatever follows from them at once, and does the flush that is due. The
+    /// worker, with which nobody else has begun anything since; none if it is over.
+    fn settle(&self, mut events: Vec<Event>) -> Option<MutexGuard<'_, Shared>> {
+        loop {
+            let mut shared = self.turns.wait()?;
+            if let Some(job) = shared.flush {
+                events.insert(0, done(job, self.data.flush()));
+                shared.flush = None;
             }
-            self.hand_out(tasks);
-            // Whoever is told may have something more for the carriers.
-            gather(|| {
-                for (id, result) in ends {
-                    self.parts.end(id, result);
-                }
-            });
-            match flush {
-                Some(job) => events.push(done(job, self.data.flush())),
-                None => events.extend(has_more.then_some(Event::Work)),
+            if events.is_empty() {
+                return Some(shared);
+            }
+            let turn = shared.turn(events, &self.events);
+            drop(shared);
+            events = self.pass_on(turn);
+        }
+    }
+
+    /// Has the worker take events on this thread, and carries out what is exclusive of what they come to; where somebody else is at it, or
+    /// has to wait for a device, it is left to the worker's thread and the carriers.
+    pub(super) fn take_turn(&self, events: Vec<Event>) {
+        let is_slow = self.is_slow.load(Ordering::Relaxed);
+        let excludes = !is_slow && !self.data.is_direct() && self.begin_to_exclude();
+        self.take_turns(events);
+        if excludes {
+            self.exclude(AWAY);
+        }
+    }
+
+    fn take_turns(&self, mut events: Vec<Event>) {
+        for _ in 0..MOST_TURNS {
+            if events.is_empty() {
+                return;
+            }
+            let Some(mut shared) = self.turns.try_take() else {
+                break;
+            };
+            let turn = shared.turn(events, &self.events);
+            drop(shared);
+            if turn.is_for_thread {
+                self.tell(Told::Done(Vec::new()));
+            }
+            events = self.pass_on(turn);
+        }
+        self.tell(Told::Done(events));
+    }
+
+    /// Passes on what came of a turn; what is to be taken next.
+    fn pass_on(&self, turn: Turn) -> Vec<Event> {
+        for (tag, result) in turn.answers {
+            let answer = self.answers().remove(&tag);
+            if let Some(answer) = answer {
+                // Whoever asked may have given up.
+                answer.send(result).ok();
             }
         }
+        self.hand_out(turn.effects.into_iter().map(Task::Effect).collect());
+        // Whoever is told may have something more for the carriers.
+        gather(|| {
+            for (id, result) in turn.ends {
+                self.parts.end(id, result);
+            }
+        });
+        turn.has_more.then_some(Event::Work).into_iter().collect()
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
@@ -381,17 +424,18 @@ impl Driver {
         loop {
             if !queue.has_excluder && !queue.exclusive.is_empty() {
                 queue.has_excluder = true;
-                let effects = std::mem::take(&mut queue.exclusive);
                 drop(queue);
-                self.carry_out_all(effects);
+                self.exclude(Duration::MAX);
                 queue = self.queue();
-                queue.has_excluder = false;
                 continue;
             }
             if let Some(task) = queue.tasks.pop_front() {
                 drop(queue);
                 match task {
-                    Task::Effect(effect) => self.tell_done(self.carry_out(effect)),
+                    Task::Effect(effect) => {
+                        let event = before_a_turn(|| self.carry_out(effect));
+                        self.take_turn(vec![event.unwrap_or(Event::Work)]);
+                    }
                     Task::Run(run) => run(),
                 }
                 queue = self.queue();
@@ -407,6 +451,48 @@ impl Driver {
                 .unwrap_or_else(PoisonError::into_inner);
             queue.idle -= 1;
         }
+    }
+
+    /// True if nobody does what is exclusive: then this thread is to [do it](Self::exclude).
+    fn begin_to_exclude(&self) -> bool {
+        let mut queue = self.queue();
+        !std::mem::replace(&mut queue.has_excluder, true)
+    }
+
+    /// Carries out what is exclusive, one after the other, until there is no more, or for so long.
+    fn exclude(&self, most: Duration) {
+        let begin = Instant::now();
+        loop {
+            let mut queue = self.queue();
+            let is_over = queue.exclusive.is_empty();
+            if is_over || begin.elapsed() > most {
+                queue.has_excluder = false;
+                drop(queue);
+                if !is_over {
+                    self.has_task.notify_one();
+                }
+                return;
+            }
+            drop(queue);
+            let since = Instant::now();
+            let mut events = vec![Event::Work];
+            before_a_turn(|| {
+                gather(|| {
+                    while since.elapsed() < UNTOLD
+                        && let Some(effect) = self.next_exclusive()
+                    {
+                        events.extend(self.carry_out(effect));
+                    }
+                });
+            });
+            self.is_slow
+                .store(since.elapsed() > AWAY, Ordering::Relaxed);
+            self.take_turns(events);
+        }
+    }
+
+    fn next_exclusive(&self) -> Option<Effect> {
+        self.queue().exclusive.pop_front()
     }
 
     /// Moves the data of bios that are mapped, on this thread.
@@ -466,31 +552,6 @@ impl Driver {
     fn origin(&self, number: u32) -> Option<Arc<DataDevice>> {
         let origins = self.origins.read().unwrap_or_else(PoisonError::into_inner);
         origins.get(&number).cloned()
-    }
-
-    fn tell_done(&self, events: impl IntoIterator<Item = Event>) {
-        let events: Vec<_> = events.into_iter().collect();
-        if !events.is_empty() {
-            self.tell(Told::Done(events));
-        }
-    }
-
-    /// Carries out one after the other, and tells of several at once.
-    fn carry_out_all(&self, effects: VecDeque<Effect>) {
-        let mut effects = effects.into_iter();
-        let mut is_over = false;
-        while !is_over {
-            let since = Instant::now();
-            let mut events = Vec::new();
-            gather(|| {
-                while since.elapsed() < UNTOLD && !is_over {
-                    let effect = effects.next();
-                    is_over = effect.is_none();
-                    events.extend(effect.and_then(|effect| self.carry_out(effect)));
-                }
-            });
-            self.tell_done(events);
-        }
     }
 
     /// Carries an effect out; what the worker is to be told.

@@ -6,7 +6,8 @@ use super::data_device::SECTOR;
 use super::driver::Driver;
 use super::thin_export::ThinExport;
 use super::transfer::{Part, Payload, Told, Transfer, bio_error};
-use crate::pool::{Bio, BioError, BioResult, DISCARD_BLOCKS, Mapped, Mapper, Op, pieces};
+use super::turn::before_a_turn;
+use crate::pool::{Bio, BioError, BioResult, DISCARD_BLOCKS, Event, Mapped, Mapper, Op, pieces};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,6 +23,8 @@ pub(super) struct Submitter {
     is_client: bool,
     /// The last bio was left to the worker.
     was_deferred: bool,
+    /// Something was left to the worker, which this thread takes a turn for.
+    owes_turn: bool,
     /// Mapped bios of a device that is used directly, with their sectors: they are started together.
     batch: Vec<(Box<Bio>, u64)>,
     /// Those that were started and have not ended.
@@ -112,6 +115,7 @@ impl Submitter {
             thin,
             is_client: false,
             was_deferred: false,
+            owes_turn: false,
             batch: Vec::new(),
             under_way: Arc::default(),
         }
@@ -314,6 +318,9 @@ impl Submitter {
             self.under_way.fetch_add(batch.len(), Ordering::AcqRel);
             driver.issue_all(batch, &self.under_way);
         }
+        if std::mem::take(&mut self.owes_turn) {
+            self.thin.driver.take_turn(vec![Event::Work]);
+        }
     }
 
     fn submit_one(&mut self, bio: Box<Bio>, told: Told) {
@@ -332,19 +339,29 @@ impl Submitter {
         carry_out: impl FnOnce(&Driver, &mut Request, u64) -> std::io::Result<()>,
     ) {
         if std::mem::take(&mut self.was_deferred) && self.is_client {
-            self.start();
-            let driver = &*self.thin.driver;
-            driver.pool.throttle();
-            if let Some(transfer) = &request.transfer {
-                transfer.wait_for_room();
+            let transfer = request.transfer.as_ref();
+            let is_full = transfer.is_some_and(|transfer| transfer.is_full());
+            if is_full || self.thin.driver.pool.is_throttled() {
+                self.start();
+                self.thin.driver.pool.throttle();
+                if let Some(transfer) = &request.transfer {
+                    transfer.wait_for_room();
+                }
             }
         }
         let driver = &*self.thin.driver;
         let id = bio.id;
         let is_in_ranks = driver.data.is_direct() && matches!(payload, Payload::Buffer(_));
         let mut table = driver.parts.table(id);
-        match self.mapper.map(&self.thin.thin, bio) {
+        // Whoever waits for a commit waits for the worker's thread in any case.
+        let takes_turn = self.is_client && bio.op != Op::Flush && !bio.is_fua;
+        let mapped = match takes_turn {
+            true => before_a_turn(|| self.mapper.map(&self.thin.thin, bio)),
+            false => self.mapper.map(&self.thin.thin, bio),
+        };
+        match mapped {
             Mapped::Deferred(reason) => {
+                self.owes_turn |= takes_turn;
                 self.thin.counts.count_deferred(reason);
                 let transfer = Arc::clone(request.share(&self.thin));
                 transfer.begin();
@@ -405,6 +422,7 @@ mod tests {
     use crate::units::ThinId;
     use std::fs::File;
     use std::sync::mpsc;
+    use std::time::Duration;
 
     const BLOCK: usize = 65536;
 
@@ -455,25 +473,34 @@ mod tests {
         }
     }
 
-    fn wait(ask: impl FnOnce(Told)) -> Result<Vec<u8>, BioError> {
+    fn wait(
+        thin: &mut Submitter,
+        ask: impl FnOnce(&mut Submitter, Told),
+    ) -> Result<Vec<u8>, BioError> {
         let (sender, receiver) = mpsc::channel();
-        ask(Box::new(move |done| sender.send(done).unwrap()));
+        ask(thin, Box::new(move |done| sender.send(done).unwrap()));
+        thin.start();
         receiver
-            .recv_timeout(std::time::Duration::from_secs(60))
+            .recv_timeout(Duration::from_secs(60))
             .expect("it ends")
     }
 
     impl Submitter {
         fn write_now(&mut self, byte: u64, data: &[u8]) -> Result<Vec<u8>, BioError> {
-            wait(|told| self.write(byte, data.to_vec(), false, told))
+            wait(self, |thin, told| {
+                thin.write(byte, data.to_vec(), false, told)
+            })
         }
 
         fn read_now(&mut self, byte: u64, len: usize) -> Vec<u8> {
-            wait(|told| self.read(byte, len, told)).unwrap()
+            wait(self, |thin, told| thin.read(byte, len, told)).unwrap()
         }
 
         fn zero_now(&mut self, byte: u64, len: u64, keeps_blocks: bool) {
-            wait(|told| self.write_zeroes(byte, len, (true, keeps_blocks), told)).unwrap();
+            wait(self, |thin, told| {
+                thin.write_zeroes(byte, len, (true, keeps_blocks), told)
+            })
+            .unwrap();
         }
 
         fn mapped_blocks(&self) -> u64 {
@@ -495,8 +522,11 @@ mod tests {
         let data: Vec<u8> = (0..2 * BLOCK + 777).map(|i| (i % 251) as u8 + 1).collect();
         thin.write_now(1001, &data).unwrap();
         thin.write_now(1001, &data).unwrap();
-        wait(|told| thin.write(5 * BLOCK as u64, vec![9; BLOCK], true, told)).unwrap();
-        wait(|told| thin.flush(told)).unwrap();
+        wait(&mut thin, |thin, told| {
+            thin.write(5 * BLOCK as u64, vec![9; BLOCK], true, told)
+        })
+        .unwrap();
+        wait(&mut thin, |thin, told| thin.flush(told)).unwrap();
         drop(thin);
         let scene = scene.restart();
         let mut thin = scene.open(0);
@@ -556,7 +586,10 @@ mod tests {
             3,
             "blocks are there if they are asked for"
         );
-        wait(|told| thin.trim(5, 64 * BLOCK as u64 - 5, true, told)).unwrap();
+        wait(&mut thin, |thin, told| {
+            thin.trim(5, 64 * BLOCK as u64 - 5, true, told)
+        })
+        .unwrap();
         assert_eq!(
             thin.mapped_blocks(),
             1,
@@ -657,6 +690,91 @@ mod tests {
         let status = scene.runtime.status().unwrap().to_string();
         assert!(status.contains("/512 3/4 - rw "), "{status}");
         drop(thin);
+        scene.restart();
+    }
+
+    /// Turns that a connection takes leave the flush to the worker's thread, which has not been woken for anything else.
+    #[test]
+    fn what_connections_change_is_committed_before_long() {
+        let scene = Scene::new(32);
+        let mut thin = scene.open(0);
+        let pool = Arc::clone(&thin.thin.driver.pool);
+        let wait_for_commit = || {
+            let is_committed = (0..3000).any(|_| {
+                std::thread::sleep(Duration::from_millis(10));
+                pool.is_committed()
+            });
+            assert!(is_committed, "nothing is committed in half a minute");
+        };
+        wait_for_commit();
+        let commits = pool.commits();
+        // The first has waited for long enough, the second is yet to wait.
+        for _ in 0..2 {
+            for block in 0..4 {
+                thin.write_now(block * BLOCK as u64, &[1; 512]).unwrap();
+            }
+            wait_for_commit();
+            wait(&mut thin, |thin, told| {
+                thin.trim(0, 4 * BLOCK as u64, false, told)
+            })
+            .unwrap();
+        }
+        wait_for_commit();
+        assert!(pool.commits() > commits);
+        assert_eq!(thin.mapped_blocks(), 0);
+    }
+
+    #[test]
+    fn what_is_deferred_waits_for_the_turn_of_its_connection() {
+        let scene = Scene::new(32);
+        let mut thin = scene.open(0);
+        let (sender, ended) = mpsc::channel();
+        for block in 0..4 {
+            let sender = sender.clone();
+            let told = move |done: Result<_, _>| sender.send(done).unwrap();
+            thin.write(block * BLOCK as u64, vec![1; 512], false, Box::new(told));
+        }
+        assert!(ended.try_recv().is_err(), "nobody was woken for them");
+        thin.start();
+        for _ in 0..4 {
+            let done = ended.recv_timeout(Duration::from_secs(60));
+            done.expect("it ends").unwrap();
+        }
+        assert_eq!(thin.mapped_blocks(), 4);
+    }
+
+    #[test]
+    fn turns_of_many_connections_lose_nothing() {
+        let scene = Scene::new(64);
+        let message = |text: &str| scene.runtime.message(text.parse().unwrap());
+        for round in 0..8 {
+            std::thread::scope(|threads| {
+                for client in 0..4_u64 {
+                    let mut thin = scene.open(0);
+                    threads.spawn(move || {
+                        let own = |n: u64| (client * 8 + n) * BLOCK as u64;
+                        let data = [client as u8 + 1; 512];
+                        for n in 0..8 {
+                            thin.write_now(own(n) + 512, &data).unwrap();
+                        }
+                        for n in 0..4 {
+                            wait(&mut thin, |thin, told| {
+                                thin.trim(own(2 * n), BLOCK as u64, n % 2 == 0, told);
+                            })
+                            .unwrap();
+                        }
+                        for n in 0..8 {
+                            let found = thin.read_now(own(n), 1024);
+                            let expected = [[0; 512], [data[0] * u8::from(n % 2 == 1); 512]];
+                            assert_eq!(found, expected.concat());
+                        }
+                    });
+                }
+                message("create_snap 1 0").unwrap();
+            });
+            message("delete 1").unwrap();
+            assert_eq!(scene.open(0).mapped_blocks(), 16, "round {round}");
+        }
         scene.restart();
     }
 

@@ -103,6 +103,11 @@ impl Transfer {
         self.state().left += 1;
     }
 
+    /// True while so many parts are under way that one more has to wait.
+    pub(super) fn is_full(&self) -> bool {
+        self.state().left > MOST_PARTS
+    }
+
     /// Waits while many parts are under way, so that a request of any size takes so much memory only.
     pub(super) fn wait_for_room(&self) {
         let is_full = |state: &mut State| {

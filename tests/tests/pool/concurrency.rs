@@ -338,7 +338,7 @@ fn run(
     let (told, inbox) = mpsc::channel();
     let pool = Arc::clone(worker.pool());
     let waker = told.clone();
-    pool.set_waker(move || drop(waker.send(Told::Event(Event::Work))));
+    pool.set_waker(move || waker.send(Told::Event(Event::Work)).is_ok());
     let machine = Machine {
         pool,
         told: Mutex::new(told),

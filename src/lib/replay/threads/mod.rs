@@ -103,7 +103,10 @@ impl<'a> Conductor<'a> {
         player.engine.pool.watch_locks();
         let bell = Arc::new(Bell::default());
         let rung = Arc::clone(&bell);
-        player.engine.pool.set_waker(move || rung.ring());
+        player.engine.pool.set_waker(move || {
+            rung.ring();
+            true
+        });
         let numbers = 0..player.engine.mappers.len();
         let max_sectors = player.options.max_sectors;
         Self {
