@@ -211,6 +211,11 @@ def fio(server, words):
     return json.loads(said[said.index("{") :])["jobs"][0]
 
 
+def fill(server, part):
+    """Writes all of a part."""
+    fio(server, ["--rw=write", "--bs=1m", "--iodepth=4", "--refill_buffers", "--end_fsync=1", *region(*part)])
+
+
 class Measured:
     """What one run of a job was: requests a second, microseconds of the server's processors for each, its slowest hundredth, others' load."""
 
@@ -245,6 +250,8 @@ def measure(args, servers):
                 runs.setdefault((job.name, server.name), []).append(Measured(server, job.words(run) + timed))
                 if is_break:
                     server.drop_snapshot()
+                    # Else the first writes of the next turn would break the sharing of what that snapshot had.
+                    fill(server, MAPPED)
                 print(f"{run} {server.name} {job.name} {runs[job.name, server.name][-1].__dict__}", file=sys.stderr)
     return wanted, runs
 
@@ -301,7 +308,7 @@ def main():
         for server in servers:
             server.start()
             for part in (MAPPED, SHARED):
-                fio(server, ["--rw=write", "--bs=1m", "--iodepth=4", "--refill_buffers", "--end_fsync=1", *region(*part)])
+                fill(server, part)
         wanted, runs = measure(args, servers)
     finally:
         for server in servers:

@@ -6,7 +6,8 @@
 //!    ticket. A discard holds the same two cells and then waits for the tickets: either it finds the bio, or the bio finds it. Leave
 //!    either cell out, and a bio is issued to a block that was unmapped in between.
 //!    Under [`LockScheme::Optimistic`] nothing is held on the way of a mapped block: the bio takes its ticket first, and is looked up if
-//!    no cell is near. A discard that takes its cell after that waits for the ticket.
+//!    no cell is near. A discard that takes its cell after that waits for the ticket. So does a break of sharing for a read of the shared
+//!    block that passed, which looks for its data cell, too.
 //! 3. A device is gated before it is snapshotted. The gate is looked at once the ticket is taken, so a bio that passed it is waited for.
 
 use super::PoolMode;
@@ -163,6 +164,8 @@ pub struct Mapper {
     counts: MapCounts,
     /// Mapped blocks need no cell.
     is_optimistic: bool,
+    /// Reads of shared blocks need none, either.
+    passes_shared_reads: bool,
 }
 
 impl Drop for Mapper {
@@ -186,7 +189,15 @@ impl Mapper {
             cells: is_reserved.then(|| [Cell::spare(), Cell::spare()]),
             counts: MapCounts::default(),
             is_optimistic: pool.metadata.scheme() == LockScheme::Optimistic && is_reserved,
+            passes_shared_reads: false,
         }
+    }
+
+    /// The same mapper, but reads of shared blocks, which the kernel leaves to its worker, are issued at once, too, where nobody works near
+    /// them. Only under [`LockScheme::Optimistic`].
+    pub fn passing_shared_reads(mut self) -> Self {
+        self.passes_shared_reads = self.is_optimistic;
+        self
     }
 
     /// What it did so far.
@@ -293,6 +304,12 @@ impl Mapper {
                 Passed::Zero => return Mapped::Zero(bio),
                 Passed::Left => {}
             }
+            if self.passes_shared_reads
+                && bio.op == Op::Read
+                && let Some(sector) = self.find_shared(thin, &mut bio)
+            {
+                return Mapped::Remapped { bio, sector };
+            }
         }
         self.detain(thin, bio, busy)
     }
@@ -393,6 +410,34 @@ impl Mapper {
             true => Passed::Zero,
             false => Passed::Left,
         }
+    }
+}
+
+impl Mapper {
+    /// Where a read goes whose block is shared, if nobody works near it; the bio has its tickets then. Whoever breaks the sharing lets
+    /// go of the virtual block early, and of the data block once the new mapping is there. So it is the data block that is looked
+    /// at once the ticket is taken, and what is looked up after that is either the new mapping, or the old one and waited for.
+    #[inline(never)]
+    fn find_shared(&mut self, thin: &Thin, bio: &mut Bio) -> Option<u64> {
+        let pool = &*self.pool;
+        let block = bio.block(pool.block_size());
+        let mut shared = || match self.reader.try_find_block(&thin.metadata, block) {
+            Ok(TryLookup::Mapped(found)) if found.is_shared => Some(found.block),
+            _ => None,
+        };
+        let data = shared()?;
+        bio.all_io = Some(pool.all_io.enter());
+        bio.shared_read = Some(pool.shared_read.enter());
+        let of_virtual = Key::of_virtual(thin.id(), block, ThinBlock(block.0 + 1));
+        let of_data = Key::of_data(thin.id(), data, DataBlock(data.0 + 1));
+        let is_free = ![of_virtual, of_data]
+            .iter()
+            .any(|key| pool.prison.may_be_held(key));
+        if is_free && !is_held_back(pool, thin) && shared() == Some(data) {
+            return Some(pool.remap(data, bio.sector));
+        }
+        pool.leave(bio);
+        None
     }
 }
 

@@ -111,7 +111,7 @@ impl Submitter {
     /// Of a thread that the worker may depend on.
     fn of_carrier(thin: Arc<ThinExport>) -> Self {
         Self {
-            mapper: Mapper::new(&thin.driver.pool, false),
+            mapper: Mapper::new(&thin.driver.pool, false).passing_shared_reads(),
             thin,
             is_client: false,
             was_deferred: false,
@@ -817,5 +817,33 @@ mod tests {
         })
         .unwrap();
         drop(folder);
+    }
+
+    /// What was read is what the snapshot had, and nobody but the reader had to do with it.
+    #[test]
+    fn a_read_of_a_shared_block_is_not_left_to_the_worker() {
+        let scene = Scene::new(8);
+        let mut origin = scene.open(0);
+        origin.write_now(0, &[7; BLOCK]).unwrap();
+        scene
+            .runtime
+            .message("create_snap 1 0".parse().unwrap())
+            .unwrap();
+        let mut snapshot = scene.open(1);
+        let shared = |submitter: &Submitter| {
+            let deferred = submitter.thin().counts.totals().deferred;
+            deferred.get("shared").copied().unwrap_or(0)
+        };
+        for submitter in [&mut origin, &mut snapshot] {
+            let before = shared(submitter);
+            let found = wait(|told| submitter.read(4096, 4096, told)).unwrap();
+            assert_eq!(found, [7; 4096]);
+            assert_eq!(shared(submitter), before);
+        }
+        let before = shared(&origin);
+        origin.write_now(0, &[8; 4096]).unwrap();
+        assert_eq!(shared(&origin), before + 1, "a write breaks the sharing");
+        let found = wait(|told| snapshot.read(0, 4096, told)).unwrap();
+        assert_eq!(found, [7; 4096]);
     }
 }

@@ -386,7 +386,11 @@ fn manage_and_submit(
     std::thread::scope(|scope| {
         for seed in 0..threads {
             scope.spawn(move || {
-                let mut mapper = Mapper::new(&machine.pool, false);
+                let mapper = Mapper::new(&machine.pool, false);
+                let mut mapper = match seed % 2 {
+                    0 => mapper.passing_shared_reads(),
+                    _ => mapper,
+                };
                 submit(machine, &mut mapper, &mut SmallRng::seed_from_u64(seed));
             });
         }
