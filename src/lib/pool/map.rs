@@ -552,6 +552,42 @@ mod models {
             }
         }
 
+        /// As a read of a shared block without locks; or blind to cells, or without a second look.
+        fn find_shared(&self, looks_for_cells: bool, looks_again: bool) {
+            let is_shared = || self.is_mapped.load(Ordering::Relaxed);
+            if !is_shared() {
+                return;
+            }
+            let ticket = self.all_io.enter();
+            let is_held = looks_for_cells && self.prison.may_be_held(&data_key());
+            if !is_held && (!looks_again || is_shared()) {
+                let is_stale = self.is_given_back.load(Ordering::Relaxed);
+                assert!(!is_stale, "a block was read that was given back");
+            }
+            if self
+                .all_io
+                .leave(ticket)
+                .is_some_and(|ready| ready.count() > 0)
+            {
+                self.give_back();
+            }
+        }
+
+        /// As the worker that breaks sharing: the virtual cell until it waits, the data cell until the new mapping is there.
+        fn break_sharing(&self, job: crate::pool::JobId) {
+            let Ok(of_virtual) = self.prison.try_hold(virtual_key(), Cell::spare()) else {
+                return;
+            };
+            if let Ok(of_data) = self.prison.try_hold(data_key(), Cell::spare()) {
+                let ready = self.all_io.defer(Waiting::new(job));
+                drop(self.prison.release(of_virtual));
+                if ready.count() > 0 {
+                    self.give_back();
+                    drop(self.prison.release(of_data));
+                }
+            }
+        }
+
         /// As the worker: the virtual cell for all of it, the data cell until the block is unmapped.
         fn discard(&self, job: crate::pool::JobId) {
             let Ok(of_virtual) = self.prison.try_hold(virtual_key(), Cell::spare()) else {
@@ -577,6 +613,13 @@ mod models {
     }
 
     fn race(read: impl Fn(&Block) + Copy + Send + Sync + 'static) {
+        race_with(read, Block::discard);
+    }
+
+    fn race_with(
+        read: impl Fn(&Block) + Copy + Send + Sync + 'static,
+        give_back: impl Fn(&Block, crate::pool::JobId) + Copy + Send + Sync + 'static,
+    ) {
         loom::model(move || {
             let block = Arc::new(Block {
                 prison: Prison::with_one_shard(),
@@ -588,7 +631,7 @@ mod models {
                 let block = block.clone();
                 thread::spawn(move || read(&block))
             };
-            block.discard(crate::pool::JobId::of_model());
+            give_back(&block, crate::pool::JobId::of_model());
             reader.join().expect("a block was read that was given back");
         });
     }
@@ -625,5 +668,22 @@ mod models {
     #[should_panic(expected = "given back")]
     fn without_locks_and_blind_to_cells_they_do_not() {
         race(|block| block.pass(true, false));
+    }
+
+    #[test]
+    fn a_read_of_a_shared_block_and_a_break_of_sharing_exclude_each_other() {
+        race_with(|block| block.find_shared(true, true), Block::break_sharing);
+    }
+
+    #[test]
+    #[should_panic(expected = "given back")]
+    fn blind_to_cells_they_do_not() {
+        race_with(|block| block.find_shared(false, true), Block::break_sharing);
+    }
+
+    #[test]
+    #[should_panic(expected = "given back")]
+    fn without_a_second_look_they_do_not() {
+        race_with(|block| block.find_shared(true, false), Block::break_sharing);
     }
 }
