@@ -4,15 +4,15 @@ use super::crew::Crew;
 use super::decoder::{Decoder, Found, Key, STREAM};
 use super::dump::Dump;
 use super::input::Input;
-use super::lines::{Fill, Sink};
+use super::lines::{BATCH, Fill, Sink};
 use super::record;
 use crate::error::{Error, ErrorKind, Result};
 use crate::replay::event::{ControlEvent, TraceIo};
 
 /// Requests that are found in all files together before they are merged, and in one of them at least and at most.
-const AHEAD: usize = 8192;
+const AHEAD: usize = 16384;
 const LEAST_AHEAD: usize = 16;
-const MOST_AHEAD: usize = 4096;
+const MOST_AHEAD: usize = 8192;
 
 /// Files of one or more devices and their processors.
 pub(super) struct Blktrace {
@@ -100,13 +100,19 @@ impl Blktrace {
     /// Takes what is found up to where no file can have anything that comes before. False at the end of all.
     fn merge(&mut self) -> Result<bool> {
         let mut end = Key::MAX;
+        // Whoever plays a batch looks up afterwards.
+        let room = BATCH.saturating_sub(self.sink.batch.ios.len());
+        let share = (room / self.streams.len().max(1)).max(LEAST_AHEAD);
         for number in 0..self.streams.len() {
             if self.streams[number].is_used_up() {
                 self.find(number)?;
             }
-            let Found { until, is_last, .. } = self.streams[number].found;
-            if !is_last {
-                end = end.min(until);
+            let Stream { found, taken, .. } = &self.streams[number];
+            if !found.is_last {
+                end = end.min(found.until);
+            }
+            if let Some(&key) = found.keys.get(taken + share) {
+                end = end.min(key);
             }
         }
         self.keys.clear();

@@ -238,13 +238,15 @@ impl Piece {
                     true
                 }
                 Err(found) => {
-                    fault = Some(found);
+                    fault.get_or_insert((found, io.device as usize));
                     false
                 }
             });
         match fault {
-            Some(fault) if !is_lenient => {
-                let message = format!("the trace has {fault}");
+            Some((fault, device)) if !is_lenient => {
+                let sink = self.lines.sink_mut();
+                let name = &sink.devices.names()[device];
+                let message = format!("the trace has {fault}, of which {name:?} is the next");
                 Err(Error::new(ErrorKind::InvalidDescription, message))
             }
             _ => {
@@ -363,7 +365,7 @@ mod tests {
             let (.., fault) = all(pieces);
             assert_eq!(
                 fault.as_deref(),
-                Some("the trace has more than 65536 devices")
+                Some("the trace has more than 65536 devices, of which \"65536\" is the next")
             );
         }
         if let Some(crew) = CsvPieces::crew(&input()) {

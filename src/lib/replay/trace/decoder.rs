@@ -139,16 +139,24 @@ impl Decoder {
         if self.input.offset() == 0 && self.input.want(4)? {
             self.is_big = record::is_big_endian(self.input.data()).unwrap_or(false);
         }
-        while self.finder.found.is_empty() && !self.finder.found.is_last {
+        while !self.has_enough() {
             match self.is_big {
                 true => self.find_whole::<true>()?,
                 false => self.find_whole::<false>()?,
             }
-            if self.finder.found.is_empty() {
+            if !self.has_enough() {
                 self.finder.found.is_last = !self.want_more()?;
             }
         }
         Ok(())
+    }
+
+    /// What was found is as much as is found at once, or the last. Of what may be still in the making it is whatever there is.
+    fn has_enough(&self) -> bool {
+        let found = &self.finder.found;
+        let least = if self.is_live() { 1 } else { self.ahead };
+        let most_controls = CONTROLS.min(least);
+        found.is_last || found.ios.len() >= least || found.controls.len() >= most_controls
     }
 
     /// Finds those of the whole records that were read.
@@ -268,10 +276,6 @@ fn key(time: u64, cpu: u16, sequence: u32, file: u16) -> Key {
 }
 
 impl Found {
-    fn is_empty(&self) -> bool {
-        self.ios.is_empty() && self.controls.is_empty()
-    }
-
     /// Keeps nothing but the room.
     fn clear(&mut self) {
         self.ios.clear();
