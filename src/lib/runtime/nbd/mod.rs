@@ -3,6 +3,7 @@
 mod handshake;
 mod memory;
 mod outbox;
+mod spin;
 mod stream;
 #[cfg_attr(not(feature = "tls"), path = "no_tls.rs")]
 mod tls;

@@ -2,6 +2,7 @@
 //! reference.
 
 use super::tls::{Session, Tls};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -38,6 +39,13 @@ impl Stream {
     /// Takes no more requests; replies can still be sent.
     pub(super) fn end_requests(&self) {
         self.shutdown(Shutdown::Read);
+    }
+
+    /// True if something can be read without a wait, or so it seems.
+    pub(super) fn is_readable(&self) -> bool {
+        let mut polled = [PollFd::new(&self.socket, PollFlags::IN)];
+        let now = Timespec::default();
+        poll(&mut polled, Some(&now)).is_ok_and(|ready| ready > 0)
     }
 
     pub(super) fn hang_up(&self) {

@@ -3,6 +3,7 @@
 use super::handshake::{Session, bad};
 use super::memory::Memory;
 use super::outbox::{Outbox, Pieces};
+use super::spin::Spin;
 use super::stream::Stream;
 use super::wire::{Head, Style, command, flag};
 use crate::runtime::buffers;
@@ -61,10 +62,14 @@ impl Requests<'_> {
         let style = self.session.style;
         let mut bytes = [0; 32];
         let bytes = &mut bytes[..style.head_len()];
+        let mut spin = Spin::new();
         loop {
             if reader.buffer().len() < bytes.len() {
                 self.connection.start();
                 self.outbox.send()?;
+                if reader.buffer().is_empty() {
+                    spin.wait(|| reader.get_ref().is_readable());
+                }
             }
             match reader.read_exact(bytes) {
                 Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
