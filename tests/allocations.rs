@@ -1,4 +1,5 @@
-//! The way of a mapped block allocates nothing, but for the mappings that a reader remembers, whose room doubles a few times. A program of its own, for it has an allocator that counts.
+//! The way of a mapped block allocates nothing, but for the mappings that a reader remembers, whose room doubles a few times. A program of
+//! its own, for it has an allocator that counts.
 
 #![allow(unsafe_code)]
 

@@ -478,7 +478,7 @@ fn keep_cells(
 #[cfg(all(test, loom))]
 mod models {
     use super::*;
-    use crate::pool::deferred_set::DeferredSet;
+    use crate::pool::deferred_set::{DeferredSet, Ticket};
     use crate::pool::pool::Waiting;
     use crate::pool::prison::{Held, Prison};
     use crate::units::ThinId;
@@ -521,9 +521,18 @@ mod models {
             let Ok(of_data) = of_data else { return };
             let ticket = self.all_io.enter();
             free(of_data);
-            // What is read now must still be what was looked up.
+            self.read();
+            self.leave(ticket);
+        }
+
+        /// What is read must still be what was looked up.
+        fn read(&self) {
             let is_stale = self.is_given_back.load(Ordering::Relaxed);
             assert!(!is_stale, "a block was read that was given back");
+        }
+
+        /// Returns a ticket. Whoever returns the last one that is waited for goes on for the worker.
+        fn leave(&self, ticket: Ticket) {
             if self
                 .all_io
                 .leave(ticket)
@@ -540,16 +549,9 @@ mod models {
             let is_mapped = !is_held && self.is_mapped.load(Ordering::Relaxed);
             let ticket = early.unwrap_or_else(|| self.all_io.enter());
             if is_mapped {
-                let is_stale = self.is_given_back.load(Ordering::Relaxed);
-                assert!(!is_stale, "a block was read that was given back");
+                self.read();
             }
-            if self
-                .all_io
-                .leave(ticket)
-                .is_some_and(|ready| ready.count() > 0)
-            {
-                self.give_back();
-            }
+            self.leave(ticket);
         }
 
         /// As a read of a shared block without locks; or blind to cells, or without a second look.
@@ -561,16 +563,9 @@ mod models {
             let ticket = self.all_io.enter();
             let is_held = looks_for_cells && self.prison.may_be_held(&data_key());
             if !is_held && (!looks_again || is_shared()) {
-                let is_stale = self.is_given_back.load(Ordering::Relaxed);
-                assert!(!is_stale, "a block was read that was given back");
+                self.read();
             }
-            if self
-                .all_io
-                .leave(ticket)
-                .is_some_and(|ready| ready.count() > 0)
-            {
-                self.give_back();
-            }
+            self.leave(ticket);
         }
 
         /// As the worker that breaks sharing: the virtual cell until it waits, the data cell until the new mapping is there.

@@ -1,8 +1,9 @@
 //! The thin pool on real devices, for clients that come over a socket.
 //!
-//! [`Runtime`] is a pool: a metadata device, a data device, the worker, which has a thread of its own but is anybody's who has something for
-//! it (`turn`), and threads that carry out what it wants done (`driver`). A client's requests are cut into bios (`cut`) and mapped on the thread of its connection, which reads and writes what
-//! is mapped itself (`submitter`); what the worker has of a request is kept as `transfer`.
+//! [`Runtime`] is a pool: a metadata device, a data device, the worker, which has a thread of its own but is anybody's who has something
+//! for it (`turn`), and threads that carry out what it wants done (`driver`). A client's requests are cut into bios (`cut`) and mapped on
+//! the thread of its connection, which reads and writes what is mapped itself (`submitter`); what the worker has of a request is kept as
+//! `transfer`.
 
 mod autoextend;
 mod buffers;

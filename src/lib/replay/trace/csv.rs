@@ -39,7 +39,6 @@ struct Row<'a> {
 }
 
 /// Lines of columns that a [`CsvSpec`] names.
-#[derive(Clone)]
 pub(super) struct Csv {
     columns: Vec<Column>,
     offset_unit: u64,
@@ -96,15 +95,6 @@ impl Csv {
             words: spec.words,
             offset_column,
             is_first: true,
-        }
-    }
-
-    /// The same where no heading comes any more.
-    pub(super) fn without_heading(&self) -> Self {
-        let is_first = false;
-        Self {
-            is_first,
-            ..self.clone()
         }
     }
 

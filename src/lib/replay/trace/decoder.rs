@@ -214,7 +214,7 @@ impl Decoder {
         Ok(())
     }
 
-    /// Reads on, where no whole record was read. False at the end.
+    /// Reads on, where there is not enough in what was read. False at the end.
     fn want_more(&mut self) -> Result<bool> {
         let data = self.input.data();
         let record = match self.is_big {
@@ -222,7 +222,7 @@ impl Decoder {
             false => Record::parse::<false>(data),
         };
         match record {
-            // All of those that were read were of no interest.
+            // Those before it ended with a bad one.
             Some(record) if data.len() >= record.len() => Ok(true),
             Some(record) => {
                 let is_whole = self.input.want(record.len())?;

@@ -30,20 +30,6 @@ impl Devices {
         &self.names
     }
 
-    /// What the trace calls those from this index on, and their names.
-    pub(super) fn from(&self, first: usize) -> Vec<(&[u8], &str)> {
-        if first == self.names.len() {
-            return Vec::new();
-        }
-        let mut found = vec![(&[][..], ""); self.names.len() - first];
-        for (key, &index) in &self.by_key {
-            if let Some(at) = (index as usize).checked_sub(first) {
-                found[at] = (key, &self.names[index as usize]);
-            }
-        }
-        found
-    }
-
     /// The index of the device that the trace calls `key`; a new one gets its `name`.
     #[inline]
     pub(super) fn index(

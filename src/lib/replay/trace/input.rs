@@ -111,20 +111,6 @@ impl Input {
         }
     }
 
-    /// An input of pieces of a text that was read already.
-    pub(super) fn of_pieces(name: String) -> Self {
-        let mut this = Self::new(name, Box::new(io::empty()));
-        this.buffer = Vec::new();
-        this
-    }
-
-    /// Goes on with this piece; what is left of the last one is given up.
-    pub(super) fn go_on(&mut self, piece: &[u8], is_cut: bool) {
-        self.buffer.clear();
-        self.buffer.extend_from_slice(piece);
-        (self.start, self.end, self.is_cut) = (0, piece.len(), is_cut);
-    }
-
     /// What comes may be still in the making: whoever has something does not wait for more.
     pub(super) fn is_live(&self) -> bool {
         self.is_live

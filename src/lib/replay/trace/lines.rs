@@ -203,18 +203,6 @@ impl<F: LineFormat> Lines<F> {
         }
     }
 
-    /// Goes on with a piece of a text that begins after so many lines and a format that knows what came before.
-    pub(super) fn go_on(&mut self, piece: &[u8], is_cut: bool, line: u64, format: F) {
-        self.input.go_on(piece, is_cut);
-        (self.line, self.format) = (line, format);
-        (self.is_ended, self.is_overlong) = (false, false);
-    }
-
-    /// The same, but so many lines came before the first one.
-    pub(super) fn after(self, line: u64) -> Self {
-        Self { line, ..self }
-    }
-
     /// Takes the whole lines in the window, as far as the batch has room; how many bytes that were.
     fn take_lines(&mut self) -> Result<usize> {
         let data = self.input.data();

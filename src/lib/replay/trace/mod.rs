@@ -7,7 +7,6 @@ mod blktrace;
 mod clock;
 mod crew;
 mod csv;
-mod csv_pieces;
 mod csv_spec;
 mod decoder;
 mod devices;

@@ -8,7 +8,6 @@ use super::blkparse::Blkparse;
 use super::blktrace::Blktrace;
 use super::clock::Clock;
 use super::csv::Csv;
-use super::csv_pieces::CsvPieces;
 use super::csv_spec::CsvSpec;
 use super::disksim::Disksim;
 use super::events::{self, Events};
@@ -102,10 +101,11 @@ pub fn open(
 fn reader(format: &Format, input: Input, lenient: bool) -> Box<dyn TraceReader> {
     let csv = |spec: CsvSpec, input| -> Box<dyn TraceReader> {
         let is_whole_seconds = spec.is_whole_seconds();
-        let (crew, csv) = (CsvPieces::crew(&input), Csv::new(spec));
-        match crew {
-            Some(crew) => spread(CsvPieces::new(crew, input, csv, lenient), is_whole_seconds),
-            None => spread(Lines::new(input, csv, lenient), is_whole_seconds),
+        let lines = Lines::new(input, Csv::new(spec), lenient);
+        if is_whole_seconds {
+            Box::new(Spread::new(lines))
+        } else {
+            Box::new(lines)
         }
     };
     match format {
@@ -125,14 +125,6 @@ fn reader(format: &Format, input: Input, lenient: bool) -> Box<dyn TraceReader> 
         Format::Biosnoop => Box::new(Resort::new(Lines::new(input, Biosnoop::default(), lenient))),
         Format::Vscsi => Box::new(Records::new(input, Vscsi::default(), lenient)),
         Format::LogWrites => Box::new(Records::new(input, LogWrites::default(), lenient)),
-    }
-}
-
-/// A reader of a CSV, whose requests are spread over seconds without a fraction.
-fn spread(reader: impl TraceReader + 'static, is_whole_seconds: bool) -> Box<dyn TraceReader> {
-    match is_whole_seconds {
-        true => Box::new(Spread::new(reader)),
-        false => Box::new(reader),
     }
 }
 

@@ -52,33 +52,36 @@ pub(super) fn is_big_endian(head: &[u8]) -> Option<bool> {
     }
 }
 
+#[inline(always)]
+fn u32_at<const BIG: bool>(bytes: &[u8; V7], at: usize) -> u32 {
+    let field = [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]];
+    match BIG {
+        true => u32::from_be_bytes(field),
+        false => u32::from_le_bytes(field),
+    }
+}
+
+#[inline(always)]
+fn u64_at<const BIG: bool>(bytes: &[u8; V7], at: usize) -> u64 {
+    let (first, last) = (u32_at::<BIG>(bytes, at), u32_at::<BIG>(bytes, at + 4));
+    match BIG {
+        true => u64::from(first) << 32 | u64::from(last),
+        false => u64::from(last) << 32 | u64::from(first),
+    }
+}
+
 impl Record {
     /// Reads the header that `data` begins with. None if it is none; there are at least [`V7`] bytes.
     #[inline]
     pub(super) fn parse<const BIG: bool>(data: &[u8]) -> Option<Self> {
         let bytes = data.first_chunk::<V7>()?;
+        let (u32_at, u64_at) = (|at| u32_at::<BIG>(bytes, at), |at| u64_at::<BIG>(bytes, at));
         let u16_at = |at: usize| -> u16 {
             let field = bytes[at..at + 2].try_into().expect("two bytes");
             if BIG {
                 u16::from_be_bytes(field)
             } else {
                 u16::from_le_bytes(field)
-            }
-        };
-        let u32_at = |at: usize| -> u32 {
-            let field = bytes[at..at + 4].try_into().expect("four bytes");
-            if BIG {
-                u32::from_be_bytes(field)
-            } else {
-                u32::from_le_bytes(field)
-            }
-        };
-        let u64_at = |at: usize| -> u64 {
-            let field = bytes[at..at + 8].try_into().expect("eight bytes");
-            if BIG {
-                u64::from_be_bytes(field)
-            } else {
-                u64::from_le_bytes(field)
             }
         };
         let magic = u32_at(0);
@@ -160,23 +163,7 @@ impl Plain {
         const OTHER: u32 = 0xff | ((NOTIFY | PASSTHROUGH | FLUSH | DISCARD | FUA) as u32) << 16;
         /// No request goes on beyond what a device can have from here.
         const FAR: u64 = 1 << 54;
-        let u32_at = |at: usize| {
-            let field =
-                u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-            if BIG {
-                u32::from_be(field)
-            } else {
-                u32::from_le(field)
-            }
-        };
-        let u64_at = |at: usize| {
-            let (first, last) = (u64::from(u32_at(at)), u64::from(u32_at(at + 4)));
-            if BIG {
-                first << 32 | last
-            } else {
-                last << 32 | first
-            }
-        };
+        let (u32_at, u64_at) = (|at| u32_at::<BIG>(bytes, at), |at| u64_at::<BIG>(bytes, at));
         let this = Self {
             sequence: u32_at(4),
             time: u64_at(8),

@@ -58,7 +58,7 @@ impl<R: TraceReader> TraceReader for Resort<R> {
         self.held.ios.sort_by_key(|io| io.time_ns);
         self.held.controls.sort_by_key(|control| control.time_ns);
         let (ios, controls) = self.settled();
-        // What is held back goes to the other vector, which is shorter than what is handed over or as long.
+        // What is held back is copied to the other vector, and what is handed over is not.
         batch.ios.clear();
         batch.ios.extend_from_slice(&self.held.ios[ios..]);
         self.held.ios.truncate(ios);
