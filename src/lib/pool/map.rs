@@ -478,7 +478,7 @@ fn keep_cells(
 #[cfg(all(test, loom))]
 mod models {
     use super::*;
-    use crate::pool::deferred_set::{DeferredSet, Ticket};
+    use crate::pool::deferred_set::DeferredSet;
     use crate::pool::pool::Waiting;
     use crate::pool::prison::{Held, Prison};
     use crate::units::ThinId;
@@ -521,12 +521,12 @@ mod models {
             let Ok(of_data) = of_data else { return };
             let ticket = self.all_io.enter();
             free(of_data);
-            self.read();
+            self.read_data();
             self.leave(ticket);
         }
 
         /// What is read must still be what was looked up.
-        fn read(&self) {
+        fn read_data(&self) {
             let is_stale = self.is_given_back.load(Ordering::Relaxed);
             assert!(!is_stale, "a block was read that was given back");
         }
@@ -549,7 +549,7 @@ mod models {
             let is_mapped = !is_held && self.is_mapped.load(Ordering::Relaxed);
             let ticket = early.unwrap_or_else(|| self.all_io.enter());
             if is_mapped {
-                self.read();
+                self.read_data();
             }
             self.leave(ticket);
         }
@@ -563,7 +563,7 @@ mod models {
             let ticket = self.all_io.enter();
             let is_held = looks_for_cells && self.prison.may_be_held(&data_key());
             if !is_held && (!looks_again || is_shared()) {
-                self.read();
+                self.read_data();
             }
             self.leave(ticket);
         }
