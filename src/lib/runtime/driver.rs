@@ -433,7 +433,8 @@ impl Driver {
                 drop(queue);
                 match task {
                     Task::Effect(effect) => {
-                        let event = before_a_turn(|| self.carry_out(effect));
+                        // It takes the turn in any case.
+                        let event = before_a_turn(&mut false, || self.carry_out(effect));
                         self.take_turn(vec![event.unwrap_or(Event::Work)]);
                     }
                     Task::Run(run) => run(),
@@ -476,7 +477,7 @@ impl Driver {
             drop(queue);
             let since = Instant::now();
             let mut events = vec![Event::Work];
-            before_a_turn(|| {
+            before_a_turn(&mut false, || {
                 gather(|| {
                     while since.elapsed() < UNTOLD
                         && let Some(effect) = self.next_exclusive()

@@ -355,12 +355,14 @@ impl Submitter {
         let mut table = driver.parts.table(id);
         // Whoever waits for a commit waits for the worker's thread in any case.
         let takes_turn = self.is_client && bio.op != Op::Flush && !bio.is_fua;
+        let map = || self.mapper.map(&self.thin.thin, bio);
         let mapped = match takes_turn {
-            true => before_a_turn(|| self.mapper.map(&self.thin.thin, bio)),
-            false => self.mapper.map(&self.thin.thin, bio),
+            true => before_a_turn(&mut self.owes_turn, map),
+            false => map(),
         };
         match mapped {
             Mapped::Deferred(reason) => {
+                // Somebody else may be on the way to it, but this thread is here.
                 self.owes_turn |= takes_turn;
                 self.thin.counts.count_deferred(reason);
                 let transfer = Arc::clone(request.share(&self.thin));
@@ -418,6 +420,7 @@ pub(super) fn errno(error: BioError) -> rustix::io::Errno {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pool::Passed;
     use crate::runtime::{Activation, Options, Runtime};
     use crate::units::ThinId;
     use std::fs::File;
@@ -613,6 +616,37 @@ mod tests {
         thin.zero_now(0, 64 * BLOCK as u64 - 5, false);
         assert_eq!(thin.mapped_blocks(), 3);
         assert_eq!(thin.read_now(0, 5 * BLOCK), vec![0; 5 * BLOCK]);
+    }
+
+    #[test]
+    fn whoever_returns_the_last_ticket_owes_the_turn_of_those_who_waited_for_it() {
+        let scene = Scene::new(32);
+        let mut thin = scene.open(0);
+        thin.write_now(0, &vec![7; 2 * BLOCK]).unwrap();
+        // With nothing to commit nobody looks around by and by.
+        wait(&mut thin, |thin, told| thin.flush(told)).unwrap();
+        let mut reader = scene.open(0);
+        let passed = reader.mapper.pass(&reader.thin.thin, Op::Read, 0);
+        let Passed::Remapped { passage, .. } = passed else {
+            panic!("it is mapped: {passed:?}");
+        };
+        let (sender, receiver) = mpsc::channel();
+        thin.trim(
+            BLOCK as u64,
+            BLOCK as u64,
+            false,
+            Box::new(move |done| sender.send(done).unwrap()),
+        );
+        thin.start();
+        let driver = Arc::clone(&thin.thin.driver);
+        driver.call(|_| ()).unwrap();
+        let mut owes = false;
+        before_a_turn(&mut owes, || driver.pool.end_passage(passage));
+        assert!(owes);
+        assert!(receiver.try_recv().is_err(), "nobody else knows of it");
+        driver.take_turn(vec![Event::Work]);
+        let trimmed = receiver.recv_timeout(Duration::from_secs(60));
+        trimmed.expect("it ends").unwrap();
     }
 
     #[test]

@@ -20,21 +20,26 @@ use std::time::{Duration, Instant};
 const SLOW: Duration = Duration::from_millis(1);
 
 thread_local! {
-    /// This thread takes a turn, or will.
-    static COMES: Cell<bool> = const { Cell::new(false) };
+    /// This thread can take a turn after what it does, and whether it has to: somebody was not woken for that reason.
+    static COMES: Cell<(bool, bool)> = const { Cell::new((false, false)) };
 }
 
-/// Does something after which this thread takes a turn, so that nobody has to be woken for what the worker gets meanwhile.
-pub(super) fn before_a_turn<T>(act: impl FnOnce() -> T) -> T {
-    let outer = COMES.replace(true);
+/// Does something after which this thread can take a turn, so that nobody has to be woken for what the worker gets meanwhile. It `owes` the
+/// turn if the worker got something, whatever came of the act itself: a read that returns the last ticket somebody waits for is over, and
+/// leaves that somebody to the worker.
+pub(super) fn before_a_turn<T>(owes: &mut bool, act: impl FnOnce() -> T) -> T {
+    let outer = COMES.replace((true, false));
     let done = act();
-    COMES.set(outer);
+    let (_, got_something) = COMES.replace(outer);
+    *owes |= got_something;
     done
 }
 
-/// True if this thread takes a turn after what it does.
+/// True if this thread takes a turn after what it does, which it has to from here on.
 pub(super) fn comes() -> bool {
-    COMES.get()
+    let (can, has_to) = COMES.get();
+    COMES.set((can, has_to || can));
+    can
 }
 
 /// What came of a turn.
@@ -71,7 +76,10 @@ impl Shared {
     pub(super) fn turn(&mut self, all: impl IntoIterator<Item = Event>, events: &EventLog) -> Turn {
         let mut turn = Turn::default();
         let now = self.start.elapsed();
-        turn.has_more = before_a_turn(|| self.worker.apply_all(now, all, &mut self.effects));
+        // The worker says whether it got more meanwhile.
+        turn.has_more = before_a_turn(&mut false, || {
+            self.worker.apply_all(now, all, &mut self.effects)
+        });
         self.is_slow = self.start.elapsed() - now > SLOW;
         for effect in self.effects.drain(..) {
             match effect {
@@ -132,5 +140,23 @@ impl Turns {
         if let Some(mut shared) = self.wait() {
             shared.is_over = true;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_turn_is_owed_if_somebody_was_not_woken() {
+        assert!(!comes());
+        let (mut owes, mut outer) = (false, false);
+        before_a_turn(&mut owes, || ());
+        assert!(!owes);
+        before_a_turn(&mut outer, || before_a_turn(&mut owes, || assert!(comes())));
+        assert_eq!((owes, outer), (true, false));
+        before_a_turn(&mut owes, || ());
+        assert!(owes, "it was not taken");
+        assert!(!comes());
     }
 }

@@ -378,9 +378,11 @@ impl Worker {
             || !self.ready.is_empty()
             || !self.prepared.is_empty();
         self.throttle(has_more);
-        if !has_more {
+        let has_more = has_more || {
             self.go_on_suspending(effects);
-        }
+            // What it would have waited for had just ended.
+            !self.ready.is_empty()
+        };
         if self.wants_commit || !has_more && self.is_commit_due() {
             self.begin_commit(effects);
             // With nothing to write it is over already, and those who waited for it go on.
