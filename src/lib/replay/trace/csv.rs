@@ -1,24 +1,13 @@
-//! Columns with commas between them, read in one pass over each line.
+//! Columns with commas between them.
 
-use memchr::memchr;
+use memchr::{memchr, memchr_iter};
 
-use super::csv_spec::{CsvSpec, TimeUnit};
+use super::csv_spec::CsvSpec;
 use super::devices::text;
+use super::fields::{Field, Fields};
 use super::lines::{Fault, Line, LineFormat, Sink, flush, plain, sectors};
-use super::scan::{self, field_len};
+use super::scan::{self, eight};
 use crate::replay::event::TraceOp;
-
-/// What a column means.
-#[derive(Clone, Copy, Debug)]
-enum Column {
-    None,
-    /// The device, which may go on over so many more columns.
-    Device(usize),
-    Op,
-    Offset,
-    Length,
-    Time,
-}
 
 /// What the words of a [`CsvSpec`] stand for.
 const OPS: [TraceOp; 4] = [
@@ -28,112 +17,149 @@ const OPS: [TraceOp; 4] = [
     TraceOp::Flush,
 ];
 
-/// The columns of a line, and what follows them.
+/// What the columns of a line say.
 struct Row<'a> {
-    device: Option<&'a [u8]>,
-    op: Option<TraceOp>,
+    /// The device, and the first eight bytes of it.
+    device: Option<(&'a [u8], u64)>,
+    op: TraceOp,
     offset: u64,
     length: u64,
     time: u64,
-    rest: &'a [u8],
+}
+
+/// What a column means, for those who take one after the other.
+#[derive(Clone, Copy, Debug)]
+enum Column {
+    None,
+    /// The device, which goes on over so many more columns.
+    Device(usize),
+    Op,
+    Offset,
+    Length,
+    Time,
 }
 
 /// Lines of columns that a [`CsvSpec`] names.
 pub(super) struct Csv {
+    spec: CsvSpec,
+    /// Those that are looked at.
     columns: Vec<Column>,
-    offset_unit: u64,
-    length_unit: u64,
-    time_unit: TimeUnit,
-    words: [String; 4],
-    /// Those of up to eight letters, as they are and in the other case.
+    /// Words of up to eight letters and digits, in small letters.
     ops: Vec<(u64, TraceOp)>,
-    offset_column: usize,
     /// A heading may come yet.
     is_first: bool,
 }
 
 impl Csv {
     pub(super) fn new(spec: CsvSpec) -> Self {
-        let (offset_column, offset_unit) = spec.offset;
-        let (length_column, length_unit) = spec.length;
+        let mut meant = vec![
+            (spec.op, Column::Op),
+            (spec.offset.0, Column::Offset),
+            (spec.length.0, Column::Length),
+        ];
+        meant.extend(spec.time.map(|(at, _)| (at, Column::Time)));
         let device = spec
             .device
-            .clone()
-            .map(|device| *device.start()..device.end() + 1);
-        let ends = [
-            spec.op,
-            offset_column,
-            length_column,
-            spec.time.map_or(0, |(column, _)| column),
-            device.as_ref().map_or(0, |device| device.end - 1),
-        ];
-        let mut columns = vec![Column::None; ends.into_iter().max().unwrap_or(0) + 1];
-        columns[spec.op] = Column::Op;
-        columns[offset_column] = Column::Offset;
-        columns[length_column] = Column::Length;
-        if let Some((column, _)) = spec.time {
-            columns[column] = Column::Time;
-        }
-        if let Some(device) = device {
-            columns.splice(device.clone(), [Column::Device(device.len() - 1)]);
-        }
-        let mut ops = Vec::new();
-        for (word, op) in spec.words.iter().zip(OPS) {
-            for word in [word, &word.to_ascii_lowercase(), &word.to_ascii_uppercase()] {
-                let short = (scan::eight(word.as_bytes()), op);
-                if (1..=8).contains(&word.len()) && !ops.contains(&short) {
-                    ops.push(short);
-                }
+            .map(|(first, last)| (first, Column::Device(last - first)));
+        meant.extend(device);
+        meant.sort_unstable_by_key(|&(at, _)| at);
+        let (mut columns, mut next) = (Vec::new(), 0);
+        for (at, column) in meant {
+            columns.extend((next..at).map(|_| Column::None));
+            columns.push(column);
+            next = at + 1;
+            if let Column::Device(more) = column {
+                next += more;
             }
         }
+        let is_short = |word: &String| {
+            (1..=8).contains(&word.len()) && word.bytes().all(|byte| byte.is_ascii_alphanumeric())
+        };
+        let words = spec.words.iter().zip(OPS);
+        let short = words.filter(|(word, _)| is_short(word));
+        let ops = short.map(|(word, op)| (in_small_letters(eight(word.as_bytes())), op));
         Self {
+            ops: ops.collect(),
             columns,
-            ops,
-            offset_unit,
-            length_unit,
-            time_unit: spec.time.map_or(TimeUnit::Of(1), |(_, unit)| unit),
-            words: spec.words,
-            offset_column,
             is_first: true,
+            spec,
         }
     }
 
-    /// Reads the columns of the line that `text` begins with.
+    /// Reads the columns of a line.
+    fn row<'a>(&self, line: &'a [u8]) -> Result<Row<'a>, Fault> {
+        let column = |column: usize| {
+            let field = line.split(|&b| b == b',').nth(column);
+            field.map(<[u8]>::trim_ascii).ok_or("too few columns")
+        };
+        let op = column(self.spec.op)?;
+        let is = |word: &String| !word.is_empty() && op.eq_ignore_ascii_case(word.as_bytes());
+        let number = |(at, unit): (usize, u64), fault| {
+            let number = scan::number(column(at)?);
+            number
+                .and_then(|number| number.checked_mul(unit))
+                .ok_or(fault)
+        };
+        Ok(Row {
+            device: match self.spec.device {
+                None => None,
+                Some((first, last)) => {
+                    let device = columns(line, first, last).ok_or("too few columns")?;
+                    Some((device, eight(device)))
+                }
+            },
+            op: (self.spec.words.iter().zip(OPS))
+                .find_map(|(word, op)| is(word).then_some(op))
+                .ok_or("no operation")?,
+            offset: number(self.spec.offset, "no offset")?,
+            length: number(self.spec.length, "no length")?,
+            time: match self.spec.time {
+                None => 0,
+                Some((at, unit)) => unit.read(column(at)?).ok_or("no time")?,
+            },
+        })
+    }
+
+    /// Does the same with fields that were found at once. None if it is not all as it mostly is.
     #[inline(always)]
-    fn row<'a>(&self, text: &'a [u8]) -> Result<Row<'a>, Fault> {
+    fn usual_row<'a>(&self, fields: &mut Fields<'a>) -> Option<Row<'a>> {
         let mut row = Row {
             device: None,
-            op: None,
+            op: TraceOp::Read,
             offset: 0,
             length: 0,
             time: 0,
-            rest: text,
         };
-        let rest = &mut row.rest;
-        for (index, column) in self.columns.iter().enumerate() {
-            if index > 0 {
-                let [b',', behind @ ..] = *rest else {
-                    return Err("too few columns");
-                };
-                *rest = behind;
-            }
+        for column in &self.columns {
             match column {
-                Column::None => {
-                    field(rest, 0)?;
+                Column::None => _ = fields.next(0)?,
+                Column::Device(more) => {
+                    let field = fields.next(*more)?;
+                    row.device = Some((field.text(), field.word()));
                 }
-                Column::Device(more) => row.device = Some(field(rest, *more)?),
-                Column::Op => row.op = Some(self.op(field(rest, 0)?)?),
-                Column::Offset => row.offset = number(rest, self.offset_unit).ok_or("no offset")?,
-                Column::Length => row.length = number(rest, self.length_unit).ok_or("no length")?,
-                Column::Time => row.time = self.time(rest).ok_or("no time")?,
+                Column::Op => row.op = self.usual_op(fields.next(0)?)?,
+                Column::Offset => {
+                    row.offset = fields.next(0)?.number()?.checked_mul(self.spec.offset.1)?;
+                }
+                Column::Length => {
+                    row.length = fields.next(0)?.number()?.checked_mul(self.spec.length.1)?;
+                }
+                Column::Time => {
+                    let (_, unit) = self.spec.time?;
+                    let field = fields.next(0)?;
+                    row.time = match field.number() {
+                        Some(count) => unit.whole(count)?,
+                        None => unit.read(field.text())?,
+                    };
+                }
             }
         }
-        Ok(row)
+        Some(row)
     }
 
     #[inline(always)]
-    fn op(&self, field: &[u8]) -> Result<TraceOp, Fault> {
-        let word = scan::eight(field);
+    fn usual_op(&self, field: Field<'_>) -> Option<TraceOp> {
+        let word = in_small_letters(field.word());
         let mut found = None;
         // Reads and writes take turns at random: whoever stops at the one that fits mispredicts every other time.
         for (known, op) in &self.ops {
@@ -141,41 +167,23 @@ impl Csv {
                 found = Some(*op);
             }
         }
-        match found {
-            Some(op) if field.len() <= 8 => Ok(op),
-            _ => self.op_in_any_case(field),
-        }
-    }
-
-    #[cold]
-    fn op_in_any_case(&self, field: &[u8]) -> Result<TraceOp, Fault> {
-        let field = field.trim_ascii();
-        let is = |word: &String| !word.is_empty() && field.eq_ignore_ascii_case(word.as_bytes());
-        let found = self.words.iter().zip(OPS).find(|(word, _)| is(word));
-        found.map(|(_, op)| op).ok_or("no operation")
-    }
-
-    #[inline(always)]
-    fn time(&self, rest: &mut &[u8]) -> Option<u64> {
-        if let Some(count) = plain_number(rest) {
-            return self.time_unit.whole(count);
-        }
-        self.time_unit.read(field(rest, 0).ok()?.trim_ascii())
+        found.filter(|_| field.len() <= 8)
     }
 
     /// Takes the request of a row.
-    #[inline]
+    #[inline(always)]
     fn event(&mut self, row: &Row<'_>, out: &mut Sink) -> Result<Line, Fault> {
-        let op = row.op.ok_or("no operation")?;
         let device = match row.device {
             None => out.devices.named(b"0")?,
-            Some(key) => out.devices.index(key, || text(key).replace(',', "_"))?,
+            Some((key, first)) => {
+                (out.devices).index_of(key, first, || text(key).replace(',', "_"))?
+            }
         };
-        let line = out.io(match op {
+        let line = out.io(match row.op {
             TraceOp::Flush => flush(row.time, device),
             _ => {
                 let (sector, sectors) = sectors(row.offset, row.length)?;
-                plain(row.time, device, op, sector, sectors)
+                plain(row.time, device, row.op, sector, sectors)
             }
         })?;
         self.is_first = false;
@@ -184,7 +192,7 @@ impl Csv {
 
     /// True for a line that names columns: words where numbers have to be.
     fn is_heading(&self, line: &[u8]) -> bool {
-        let offset = line.split(|&b| b == b',').nth(self.offset_column);
+        let offset = line.split(|&b| b == b',').nth(self.spec.offset.0);
         offset.is_some_and(|field| {
             field
                 .trim_ascii()
@@ -207,13 +215,13 @@ impl LineFormat for Csv {
 
     #[inline]
     fn usual(&mut self, text: &[u8], out: &mut Sink) -> Option<(Line, usize)> {
-        let row = self.row(text).ok()?;
-        let len = text.len() - row.rest.len();
-        let end = match row.rest {
-            // The last column is not to end in the first half of what DOS ends lines with.
-            [b'\n', ..] if text[..len].last() != Some(&b'\r') => 1,
+        let mut fields = Fields::of(text)?;
+        let row = self.usual_row(&mut fields)?;
+        let len = fields.end()?;
+        let end = match &text[len..] {
+            [b'\n', ..] => 1,
             [b'\r', b'\n', ..] => 2,
-            [b',', ..] => memchr(b'\n', row.rest)? + 1,
+            [b',', rest @ ..] => memchr(b'\n', rest)? + 2,
             _ => return None,
         };
         let line = self.event(&row, out).ok()?;
@@ -221,39 +229,99 @@ impl LineFormat for Csv {
     }
 }
 
-/// The next field with so many more and the commas between; what comes next is a comma or the end of the line.
-#[inline(always)]
-fn field<'a>(rest: &mut &'a [u8], more: usize) -> Result<&'a [u8], Fault> {
-    let mut end = field_len(rest, b',');
-    for _ in 0..more {
-        if rest.get(end) != Some(&b',') {
-            return Err("too few columns");
-        }
-        end += 1 + field_len(&rest[end + 1..], b',');
-    }
-    let (field, behind) = rest.split_at(end);
-    *rest = behind;
-    Ok(field)
-}
-
-/// The next field, a number of `unit`s.
-#[inline(always)]
-fn number(rest: &mut &[u8], unit: u64) -> Option<u64> {
-    let value = match plain_number(rest) {
-        Some(value) => value,
-        None => scan::number(field(rest, 0).ok()?.trim_ascii())?,
+/// The columns from one to another, with the commas between them.
+fn columns(line: &[u8], first: usize, last: usize) -> Option<&[u8]> {
+    let mut ends = memchr_iter(b',', line).chain([line.len()]);
+    let start = match first {
+        0 => 0,
+        _ => ends.nth(first - 1)? + 1,
     };
-    value.checked_mul(unit)
+    let end = ends.nth(last - first)?;
+    line.get(start..end)
 }
 
-/// The next field if it is nothing but digits.
-#[inline(always)]
-fn plain_number(rest: &mut &[u8]) -> Option<u64> {
-    let (value, len) = scan::digits(rest)?;
-    let behind = &rest[len..];
-    if !matches!(behind, [] | [b',' | b'\n', ..] | [b'\r', b'\n', ..]) {
-        return None;
+/// Letters of a word, which may have digits: of those the bit is set anyway.
+fn in_small_letters(word: u64) -> u64 {
+    word | 0x2020_2020_2020_2020
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replay::event::TraceIo;
+
+    /// What a line is found to be by the thorough and, if it is as lines mostly are, by the quick.
+    fn both(spec: &CsvSpec, line: &str, end: &str) -> (Option<TraceIo>, Option<TraceIo>) {
+        let io = |out: Sink| out.batch.ios.first().copied();
+        let (mut thorough, mut quick) = (Sink::new(), Sink::new());
+        let _ = Csv::new(spec.clone())
+            .row(line.as_bytes())
+            .and_then(|row| Csv::new(spec.clone()).event(&row, &mut thorough));
+        let text = format!("{line}{end}{}", "9,".repeat(64));
+        let found = Csv::new(spec.clone()).usual(text.as_bytes(), &mut quick);
+        if let Some((_, len)) = found {
+            assert_eq!(len, line.len() + end.len(), "{line:?}");
+            assert_eq!(quick.devices.names(), thorough.devices.names(), "{line:?}");
+        }
+        (io(thorough), io(quick))
     }
-    *rest = behind;
-    Some(value)
+
+    #[test]
+    fn the_quick_finds_what_the_thorough_finds() {
+        let digits = "123456789012345678901";
+        let odd = [
+            "", "x", "-1", "1x", "1/", "1:", "\u{e9}", " 1", "1\t", "+1", "\"1\"", "1.5", "0x1",
+        ];
+        let numbers = (1..=digits.len()).map(|len| &digits[..len]).chain(odd);
+        let numbers: Vec<&str> = numbers.collect();
+        let mut found = 0;
+        for spec in [
+            CsvSpec::alibaba(),
+            CsvSpec::msr(),
+            CsvSpec::tencent(),
+            CsvSpec::spc(),
+        ] {
+            let columns = spec.to_string();
+            let is_word = |op: &str| columns.contains(&format!("={op}"));
+            for op in ["R", "Read", "r", "0"].into_iter().filter(|op| is_word(op)) {
+                for (at, number) in
+                    (0..7).flat_map(|at| numbers.iter().map(move |number| (at, number)))
+                {
+                    let mut fields = vec!["130000000000000000", "80", "16", "7", "9", "5", "3"];
+                    fields[spec.op] = op;
+                    fields[at] = number;
+                    for len in 1..=fields.len() {
+                        for end in ["\n", "\r\n"] {
+                            let (thorough, quick) = both(&spec, &fields[..len].join(","), end);
+                            assert!(quick.is_none() || quick == thorough, "{fields:?} {len}");
+                            found += usize::from(quick.is_some());
+                        }
+                    }
+                }
+            }
+        }
+        assert!(found > 1000, "{found}");
+    }
+
+    #[test]
+    fn usual_lines_are_read_the_quick_way() {
+        let usual = [
+            (
+                CsvSpec::alibaba(),
+                "746,W,30601408512,16384,1577808000000046",
+            ),
+            (
+                CsvSpec::msr(),
+                "128166372003061629,hm,1,Read,383496192,32768,58000",
+            ),
+            (CsvSpec::tencent(), "1538323200,12910952,128,0,1063"),
+            (CsvSpec::spc(), "0,20941264,8192,W,0.551706,Alpha/NT"),
+        ];
+        for (spec, line) in usual {
+            for end in ["\n", "\r\n"] {
+                let (thorough, quick) = both(&spec, line, end);
+                assert!(quick.is_some() && quick == thorough, "{line}");
+            }
+        }
+    }
 }

@@ -1,7 +1,6 @@
 //! Which column of a CSV means what, in which units.
 
 use std::fmt;
-use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use super::scan;
@@ -18,7 +17,8 @@ const MAX_COLUMNS: usize = 256;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CsvSpec {
     text: String,
-    pub(super) device: Option<RangeInclusive<usize>>,
+    /// The first and the last.
+    pub(super) device: Option<(usize, usize)>,
     pub(super) op: usize,
     pub(super) offset: (usize, Unit),
     pub(super) length: (usize, Unit),
@@ -132,7 +132,7 @@ impl FromStr for CsvSpec {
             match name {
                 "dev" => {
                     let (first, last) = value.split_once('-').unwrap_or((value, value));
-                    spec.device = Some(column(first)?..=column(last)?);
+                    spec.device = Some((column(first)?, column(last)?));
                 }
                 "op" => spec.op = column(value)?,
                 "off" | "len" => {
@@ -185,11 +185,12 @@ impl FromStr for CsvSpec {
                 return Err(wrong(format!("{name} is missing")));
             }
         }
-        let device = spec.device.clone().unwrap_or(usize::MAX..=usize::MAX);
+        let (first, last) = spec.device.unwrap_or((usize::MAX, usize::MAX));
         let mut used = vec![spec.op, spec.offset.0, spec.length.0];
         used.extend(spec.time.map(|(column, _)| column));
         let is_twice = (1..used.len()).any(|i| used[..i].contains(&used[i]));
-        if device.is_empty() || is_twice || used.iter().any(|column| device.contains(column)) {
+        let is_device = |column: &usize| (first..=last).contains(column);
+        if first > last || is_twice || used.iter().any(is_device) {
             return Err(wrong("a column has one meaning".into()));
         }
         Ok(spec)

@@ -37,9 +37,22 @@ impl Devices {
         key: &[u8],
         name: impl FnOnce() -> String,
     ) -> Result<u32, &'static str> {
-        let Some(short) = short(key) else {
+        self.index_of(key, eight(key), name)
+    }
+
+    /// The same of a key whose first eight bytes are known, zeros behind its end.
+    #[inline(always)]
+    pub(super) fn index_of(
+        &mut self,
+        key: &[u8],
+        first: u64,
+        name: impl FnOnce() -> String,
+    ) -> Result<u32, &'static str> {
+        if key.len() >= 8 {
             return self.find(key, name);
-        };
+        }
+        // With its length it is never 0.
+        let short = first | (key.len() as u64 + 1) << 56;
         let slot = (short.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SLOTS.ilog2())) as usize;
         for slot in [slot, slot ^ 1] {
             let (known, index) = self.slots[slot];
@@ -81,10 +94,4 @@ impl Devices {
 
 pub(super) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// A key of up to seven bytes with its length, never 0.
-#[inline]
-fn short(key: &[u8]) -> Option<u64> {
-    (key.len() < 8).then(|| eight(key) | (key.len() as u64 + 1) << 56)
 }

@@ -14,6 +14,7 @@ mod disksim;
 mod dump;
 pub(super) mod events;
 mod expand;
+mod fields;
 mod format;
 mod ftrace;
 mod input;

@@ -1,7 +1,5 @@
 //! Numbers and words in text, without a copy.
 
-use memchr::memchr2;
-
 /// The first eight bytes of `text`, zeros behind its end.
 #[inline(always)]
 pub(super) fn eight(text: &[u8]) -> u64 {
@@ -26,7 +24,7 @@ pub(super) fn eight(text: &[u8]) -> u64 {
 }
 
 /// Eight times this byte.
-const fn repeated(byte: u8) -> u64 {
+pub(super) const fn repeated(byte: u8) -> u64 {
     u64::from_le_bytes([byte; 8])
 }
 
@@ -34,23 +32,6 @@ const fn repeated(byte: u8) -> u64 {
 #[inline(always)]
 fn first_marked(word: u64) -> usize {
     (word & repeated(0x80)).trailing_zeros() as usize / 8
-}
-
-/// Marks the first of eight bytes that is `byte`, for [`first_marked`], and perhaps some behind it.
-#[inline(always)]
-fn marked(word: u64, byte: u8) -> u64 {
-    let others = word ^ repeated(byte);
-    others.wrapping_sub(repeated(1)) & !others
-}
-
-/// The length of what comes before the first `end`, or the end of the line; mostly it is less than eight bytes.
-#[inline(always)]
-pub(super) fn field_len(text: &[u8], end: u8) -> usize {
-    let word = eight(text);
-    match first_marked(marked(word, end) | marked(word, b'\n')) {
-        8 => memchr2(end, b'\n', text).unwrap_or(text.len()),
-        len => len,
-    }
 }
 
 /// The number that `text` begins with, and its length.
@@ -91,13 +72,28 @@ const TENS: [u64; 10] = {
 #[inline(always)]
 fn first_digits(text: &[u8]) -> (u64, usize) {
     let values = eight(text) ^ repeated(b'0');
-    // The first byte above 9 gets its top bit; what a carry does to those behind it is of no interest.
-    let len = first_marked(values.wrapping_add(repeated(0x76)) | values);
+    let len = first_marked(above_nine(values));
     let digits = values.checked_shl(64 - 8 * len as u32).unwrap_or(0);
-    let pairs = (digits.wrapping_mul(10) + (digits >> 8)) & 0x00ff_00ff_00ff_00ff;
+    (from_digits(digits), len)
+}
+
+/// The number of eight digits' values, the first in the lowest byte. None if one is above 9.
+#[inline(always)]
+pub(super) fn eight_digits(values: u64) -> Option<u64> {
+    (above_nine(values) & repeated(0x80) == 0).then(|| from_digits(values))
+}
+
+/// Marks the first of eight bytes that is above 9, and perhaps some behind it.
+#[inline(always)]
+fn above_nine(values: u64) -> u64 {
+    values.wrapping_add(repeated(0x76)) | values
+}
+
+#[inline(always)]
+fn from_digits(values: u64) -> u64 {
+    let pairs = (values.wrapping_mul(10) + (values >> 8)) & 0x00ff_00ff_00ff_00ff;
     let fours = (pairs.wrapping_mul(100) + (pairs >> 16)) & 0x0000_ffff_0000_ffff;
-    let value = (fours.wrapping_mul(10_000) + (fours >> 32)) & 0xffff_ffff;
-    (value, len)
+    (fours.wrapping_mul(10_000) + (fours >> 32)) & 0xffff_ffff
 }
 
 /// The number that `text` is.
@@ -252,16 +248,5 @@ mod tests {
             }
         }
         assert_eq!(next_number(&mut &b"12x"[..]), None);
-    }
-
-    #[test]
-    fn fields_of_every_length() {
-        for len in 0..20 {
-            for end in [",", ",,", ",\n", "\n,", "\r\n", ""] {
-                let text = format!("{}{end}", "x-+".repeat(7).split_at(len).0);
-                let expected = text.find([',', '\n']).unwrap_or(text.len());
-                assert_eq!(field_len(text.as_bytes(), b','), expected, "{text:?}");
-            }
-        }
     }
 }
