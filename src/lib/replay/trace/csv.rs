@@ -44,7 +44,7 @@ pub(super) struct Csv {
     spec: CsvSpec,
     /// Those that are looked at.
     columns: Vec<Column>,
-    /// Words of up to eight letters and digits, in small letters.
+    /// [`short_words`].
     ops: Vec<(u64, TraceOp)>,
     /// A heading may come yet.
     is_first: bool,
@@ -52,35 +52,9 @@ pub(super) struct Csv {
 
 impl Csv {
     pub(super) fn new(spec: CsvSpec) -> Self {
-        let mut meant = vec![
-            (spec.op, Column::Op),
-            (spec.offset.0, Column::Offset),
-            (spec.length.0, Column::Length),
-        ];
-        meant.extend(spec.time.map(|(at, _)| (at, Column::Time)));
-        let device = spec
-            .device
-            .map(|(first, last)| (first, Column::Device(last - first)));
-        meant.extend(device);
-        meant.sort_unstable_by_key(|&(at, _)| at);
-        let (mut columns, mut next) = (Vec::new(), 0);
-        for (at, column) in meant {
-            columns.extend((next..at).map(|_| Column::None));
-            columns.push(column);
-            next = at + 1;
-            if let Column::Device(more) = column {
-                next += more;
-            }
-        }
-        let is_short = |word: &String| {
-            (1..=8).contains(&word.len()) && word.bytes().all(|byte| byte.is_ascii_alphanumeric())
-        };
-        let words = spec.words.iter().zip(OPS);
-        let short = words.filter(|(word, _)| is_short(word));
-        let ops = short.map(|(word, op)| (in_small_letters(eight(word.as_bytes())), op));
         Self {
-            ops: ops.collect(),
-            columns,
+            columns: columns_of(&spec),
+            ops: short_words(&spec),
             is_first: true,
             spec,
         }
@@ -160,14 +134,14 @@ impl Csv {
     #[inline(always)]
     fn usual_op(&self, field: Field<'_>) -> Option<TraceOp> {
         let word = in_small_letters(field.word());
-        let mut found = None;
-        // Reads and writes take turns at random: whoever stops at the one that fits mispredicts every other time.
-        for (known, op) in &self.ops {
-            if *known == word {
-                found = Some(*op);
-            }
+        // Reads and writes take turns at random: whoever stops at the one that fits mispredicts every other time. So it is counted
+        // out, as words differ.
+        let mut place = 0;
+        for (at, (known, _)) in self.ops.iter().enumerate() {
+            place += usize::from(*known == word) * (at + 1);
         }
-        found.filter(|_| field.len() <= 8)
+        let (_, op) = self.ops.get(place.wrapping_sub(1))?;
+        (field.len() <= 8).then_some(*op)
     }
 
     /// Takes the request of a row.
@@ -227,6 +201,44 @@ impl LineFormat for Csv {
         let line = self.event(&row, out).ok()?;
         Some((line, len + end))
     }
+}
+
+/// What the columns mean, one after the other.
+fn columns_of(spec: &CsvSpec) -> Vec<Column> {
+    let mut meant = vec![
+        (spec.op, Column::Op),
+        (spec.offset.0, Column::Offset),
+        (spec.length.0, Column::Length),
+    ];
+    meant.extend(spec.time.map(|(at, _)| (at, Column::Time)));
+    let device = |(first, last)| (first, Column::Device(last - first));
+    meant.extend(spec.device.map(device));
+    meant.sort_unstable_by_key(|&(at, _)| at);
+    let (mut columns, mut next) = (Vec::new(), 0);
+    for (at, column) in meant {
+        columns.extend((next..at).map(|_| Column::None));
+        columns.push(column);
+        next = at + 1;
+        if let Column::Device(more) = column {
+            next += more;
+        }
+    }
+    columns
+}
+
+/// The words of operations that have up to eight letters and digits, in small letters.
+fn short_words(spec: &CsvSpec) -> Vec<(u64, TraceOp)> {
+    let mut short: Vec<(u64, TraceOp)> = Vec::new();
+    for (word, op) in spec.words.iter().zip(OPS) {
+        let is_plain = word.bytes().all(|byte| byte.is_ascii_alphanumeric());
+        let letters = in_small_letters(eight(word.as_bytes()));
+        // Of two that are alike the first one counts.
+        let is_known = short.iter().any(|&(known, _)| known == letters);
+        if is_plain && (1..=8).contains(&word.len()) && !is_known {
+            short.push((letters, op));
+        }
+    }
+    short
 }
 
 /// The columns from one to another, with the commas between them.
