@@ -31,6 +31,7 @@ mod rwbs;
 mod scan;
 mod siblings;
 mod spread;
+mod tournament;
 mod vscsi;
 mod window;
 
