@@ -14,7 +14,7 @@ use thintools::units::{BLOCK_SIZE, ThinBlock, ThinId};
 
 use crate::repair_damage::Told;
 use crate::rescue::Known;
-use crate::support::{expand, get_u32};
+use crate::support::{expand, get_u32, get_u64};
 
 /// What came of the blocks of a damaged pool that are not lost.
 #[derive(Debug, Default, PartialEq)]
@@ -169,4 +169,71 @@ fn a_lost_inner_node_costs_nothing() {
         }
     }
     assert!(cases >= 20, "only {cases} cases");
+}
+
+/// A leaf below each inner node that leads to leaves.
+fn a_leaf_below(known: &Known) -> Vec<(u64, u64)> {
+    let leaves: BTreeSet<u64> = known.thins.values().flatten().map(|m| m.leaf).collect();
+    let inner = inner(known).into_iter();
+    let pairs = inner.filter_map(|block| {
+        let children = children(&known.image, block);
+        let child = children[children.len() / 2];
+        leaves.contains(&child).then_some((block, child))
+    });
+    pairs.collect()
+}
+
+fn children(image: &[u8], block: u64) -> Vec<u64> {
+    let node = &image[block as usize * BLOCK_SIZE..][..BLOCK_SIZE];
+    let (entries, max) = (get_u32(node, 16) as usize, get_u32(node, 20) as usize);
+    (0..entries)
+        .map(|at| get_u64(node, 32 + 8 * (max + at)))
+        .collect()
+}
+
+/// What is not mapped is an error, too, where the leaf may have been.
+#[test]
+fn a_lost_inner_node_and_a_lost_leaf_below_it_cost_that_leaf() {
+    let mut refused_holes = 0;
+    for (name, known) in images() {
+        for (block, leaf) in a_leaf_below(&known) {
+            let case = format!("{name}, blocks {block} and {leaf}");
+            let found = lose(&known, &[block, leaf], &case);
+            assert_eq!(found.refused, 0, "{case}");
+            refused_holes += found.refused_holes;
+        }
+    }
+    assert!(refused_holes > 0);
+}
+
+/// Of two nodes of devices that share much it may be unknown which had which child: that is an error, as a repair leaves it out.
+#[test]
+fn two_lost_inner_nodes_never_make_a_block_another_one() {
+    let mut free = 0;
+    for (name, known) in images().filter(|(name, _)| name != "snap-fan-60") {
+        let inner = inner(&known);
+        for pair in inner.windows(2) {
+            let case = format!("{name}, blocks {pair:?}");
+            free += u64::from(lose(&known, pair, &case).refused == 0);
+        }
+    }
+    assert!(free >= 20, "only {free} pairs cost nothing");
+}
+
+/// The way down from the root to a leaf is lost from end to end, and with it the top-level tree or not.
+#[test]
+fn a_whole_way_down_that_is_lost_costs_no_more_than_is_in_doubt() {
+    for (name, known) in images() {
+        let top = get_u64(&known.image, 320);
+        for (block, leaf) in a_leaf_below(&known).into_iter().step_by(7) {
+            let parents = inner(&known);
+            let parent = parents
+                .into_iter()
+                .find(|&p| children(&known.image, p).contains(&block));
+            let way: Vec<u64> = parent.into_iter().chain([block, leaf]).collect();
+            lose(&known, &way, &format!("{name}, blocks {way:?}"));
+            let all: Vec<u64> = way.iter().copied().chain([top]).collect();
+            lose(&known, &all, &format!("{name}, blocks {all:?}"));
+        }
+    }
 }
