@@ -38,13 +38,11 @@ pub(crate) struct Known {
     pub(crate) nodes: BTreeSet<u64>,
 }
 
+/// Gets key, value, leaf, and all the blocks that lead to it.
+type Tell<'a> = dyn FnMut(u64, u64, u64, &BTreeSet<u64>) + 'a;
+
 /// Tells the entries of the leaves of the tree at `root`, each with its leaf and all the blocks that lead to it.
-fn walk(
-    image: &[u8],
-    root: u64,
-    path: &BTreeSet<u64>,
-    tell: &mut dyn FnMut(u64, u64, u64, &BTreeSet<u64>),
-) {
+fn walk(image: &[u8], root: u64, path: &BTreeSet<u64>, tell: &mut Tell<'_>) {
     let node = &image[root as usize * BLOCK_SIZE..][..BLOCK_SIZE];
     let (is_leaf, entries, max) = (
         get_u32(node, 4) & 2 != 0,
