@@ -37,6 +37,7 @@ mod replay_report;
 mod replay_threads;
 mod replay_verify;
 mod rescue;
+mod rescue_nodes;
 mod serve;
 mod shapes;
 mod support;

@@ -21,16 +21,16 @@ use crate::support::{Image, expand};
 
 /// A pool as a source tells it, with sharing written out.
 #[derive(Debug, Default, PartialEq)]
-struct Told {
+pub(crate) struct Told {
     pool: PoolInfo,
-    devices: BTreeMap<u64, (Device, Vec<Run>)>,
+    pub(crate) devices: BTreeMap<u64, (Device, Vec<Run>)>,
     definitions: HashMap<String, Vec<Run>>,
     defining: Option<String>,
     open: u64,
 }
 
 impl Told {
-    fn of(source: &dyn Source) -> Self {
+    pub(crate) fn of(source: &dyn Source) -> Self {
         let mut told = Self::default();
         source.emit(&mut told).expect("it can be told");
         told.definitions.clear();

@@ -19,30 +19,30 @@ use thintools::tools::repair;
 use thintools::units::{BLOCK_SIZE, MetadataBlock};
 
 /// A mapping, and the metadata blocks that lead to it, from the root of its device.
-struct Mapping {
-    thin_block: u64,
-    data_block: u64,
+pub(crate) struct Mapping {
+    pub(crate) thin_block: u64,
+    pub(crate) data_block: u64,
     path: BTreeSet<u64>,
+    /// The last of these.
+    pub(crate) leaf: u64,
 }
 
 /// What whole metadata holds, read without the library.
-struct Known {
-    image: Vec<u8>,
+pub(crate) struct Known {
+    pub(crate) image: Vec<u8>,
     block_size: u64,
-    thins: BTreeMap<u64, Vec<Mapping>>,
+    pub(crate) thins: BTreeMap<u64, Vec<Mapping>>,
     /// Nodes of the top-level tree.
     top: BTreeSet<u64>,
     /// Nodes of the mapping trees.
-    nodes: BTreeSet<u64>,
+    pub(crate) nodes: BTreeSet<u64>,
 }
 
-/// Tells the entries of the leaves of the tree at `root`, each with the blocks that lead to it.
-fn walk(
-    image: &[u8],
-    root: u64,
-    path: &BTreeSet<u64>,
-    tell: &mut dyn FnMut(u64, u64, &BTreeSet<u64>),
-) {
+/// Gets key, value, leaf, and all the blocks that lead to it.
+type Tell<'a> = dyn FnMut(u64, u64, u64, &BTreeSet<u64>) + 'a;
+
+/// Tells the entries of the leaves of the tree at `root`, each with its leaf and all the blocks that lead to it.
+fn walk(image: &[u8], root: u64, path: &BTreeSet<u64>, tell: &mut Tell<'_>) {
     let node = &image[root as usize * BLOCK_SIZE..][..BLOCK_SIZE];
     let (is_leaf, entries, max) = (
         get_u32(node, 4) & 2 != 0,
@@ -56,14 +56,14 @@ fn walk(
             get_u64(node, 32 + 8 * (max as usize + at)),
         );
         match is_leaf {
-            true => tell(key, value, path),
+            true => tell(key, value, root, path),
             false => walk(image, value, path, tell),
         }
     }
 }
 
 impl Known {
-    fn of(image: Vec<u8>) -> Self {
+    pub(crate) fn of(image: Vec<u8>) -> Self {
         let mut thins: BTreeMap<u64, Vec<Mapping>> = BTreeMap::new();
         let (mut top, mut nodes) = (BTreeSet::new(), BTreeSet::new());
         let mut roots = Vec::new();
@@ -71,7 +71,7 @@ impl Known {
             &image,
             get_u64(&image, 320),
             &BTreeSet::new(),
-            &mut |id, root, path| {
+            &mut |id, root, _, path| {
                 top.extend(path);
                 roots.push((id, root));
             },
@@ -82,12 +82,13 @@ impl Known {
                 &image,
                 root,
                 &BTreeSet::new(),
-                &mut |thin_block, value, path| {
+                &mut |thin_block, value, leaf, path| {
                     nodes.extend(path);
                     mappings.push(Mapping {
                         thin_block,
                         data_block: value >> 24,
                         path: path.clone(),
+                        leaf,
                     });
                 },
             );
@@ -205,14 +206,14 @@ impl Known {
 }
 
 #[test]
-fn one_lost_block_of_metadata_costs_what_it_leads_to_and_no_more() {
+fn one_lost_block_of_metadata_costs_the_mappings_in_it_and_no_more() {
     for name in ["snap-mix-a", "crash-log", "needs-check-set"] {
         let known = Known::of(expand(&format!("{name}/meta.img")));
         let mut scene = known.scene();
         for block in known.in_use() {
             known.spoil(&scene, block, |bytes| bytes.fill(0xa5));
             known.expect(&mut scene, &format!("{name}, block {block}"), &|m| {
-                m.path.contains(&block)
+                m.leaf == block
             });
             known.spoil(&scene, block, |_| ());
         }

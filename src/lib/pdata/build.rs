@@ -363,16 +363,10 @@ impl<V: Value> TreeBuilder<V> {
         height: usize,
         n: usize,
     ) -> Result<()> {
-        let mut contents = [0; BLOCK_SIZE];
-        put_header(&mut contents, FLAG_INTERNAL, n, 8);
+        let items: Vec<Item> = self.levels[height - 1].drain(..n).collect();
+        let contents = inner_node(items.iter().map(|item| (item.key, item.block)));
         let mut children = Vec::new();
-        for (i, item) in self.levels[height - 1].drain(..n).enumerate() {
-            put_u64(&mut contents, NODE_HEADER + 8 * i, item.key);
-            put_u64(
-                &mut contents,
-                NODE_HEADER + 8 * (Self::INNER_MAX + i),
-                item.block.0,
-            );
+        for item in items {
             match item.shared {
                 Some(node) if self.record => children.push(node),
                 Some(node) => {
@@ -465,6 +459,21 @@ impl<V: Value> Default for TreeBuilder<V> {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// The contents, not sealed, of an inner node with these children, ascending by key; with the first ones if there are more than it
+/// has room for.
+pub fn inner_node(children: impl IntoIterator<Item = (u64, MetadataBlock)>) -> [u8; BLOCK_SIZE] {
+    const MAX: usize = max_entries(8);
+    let mut contents = [0; BLOCK_SIZE];
+    let mut entries = 0;
+    for (key, block) in children.into_iter().take(MAX) {
+        put_u64(&mut contents, NODE_HEADER + 8 * entries, key);
+        put_u64(&mut contents, NODE_HEADER + 8 * (MAX + entries), block.0);
+        entries += 1;
+    }
+    put_header(&mut contents, FLAG_INTERNAL, entries, 8);
+    contents
 }
 
 fn put_header(contents: &mut [u8], flag: u32, entries: usize, value_size: usize) {

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::io::{BlockEngine, sweep};
 use crate::observer::Observer;
 use crate::units::{MAX_METADATA_BLOCKS, MetadataBlock};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
 
@@ -171,6 +172,7 @@ pub struct Forest {
     index: Vec<u32>,
     nodes: Vec<NodeInfo>,
     edges: Vec<Edge>,
+    changed: BTreeSet<MetadataBlock>,
     /// Everything wrong with single blocks: where, in which tree, what.
     pub problems: Vec<(MetadataBlock, TreeKind, NodeProblem)>,
 }
@@ -207,13 +209,19 @@ impl Forest {
             index: vec![0; nr_blocks.min(MAX_METADATA_BLOCKS) as usize],
             nodes: Vec::new(),
             edges: Vec::new(),
+            changed: BTreeSet::new(),
             problems: Vec::new(),
         }
     }
 
-    /// Blocks of the metadata device.
+    /// Blocks of the metadata device, and behind them the nodes that no block holds.
     pub fn nr_blocks(&self) -> u64 {
         self.index.len() as u64
+    }
+
+    /// Nodes that are not, or not any more, what their blocks hold, ascending: taken out, put in, or with pointers taken out.
+    pub fn changed(&self) -> &BTreeSet<MetadataBlock> {
+        &self.changed
     }
 
     /// All nodes, in the order they were reached; the position is the node's number.
@@ -239,24 +247,28 @@ impl Forest {
                 edge.child = NOWHERE;
             }
         }
+        self.changed.insert(parent);
     }
 
     /// Takes the node at `block` out: it counts as damaged from here on.
     pub fn exclude(&mut self, block: MetadataBlock) {
         if let Some(number) = self.number(block) {
             self.nodes[number].shape = Shape::Bad;
+            self.changed.insert(block);
         }
     }
 
-    /// Puts an inner node with these children, ascending by key, in the place of the node at `block`, which was lost.
-    pub fn mend(&mut self, block: MetadataBlock, children: &[(u64, MetadataBlock)]) {
+    /// Puts an inner node with these children, ascending by key, in the place of the node at `block`, which was lost. No child
+    /// stands for one that may have been there.
+    pub fn mend(&mut self, block: MetadataBlock, children: &[(u64, Option<MetadataBlock>)]) {
         let Some(number) = self.number(block) else {
             return;
         };
+        self.changed.insert(block);
         let start = self.edges.len() as u32;
         self.edges.extend(children.iter().map(|&(key, child)| Edge {
             key,
-            child: child.0 as u32,
+            child: child.map_or(NOWHERE, |block| block.0 as u32),
         }));
         self.nodes[number].shape = Shape::Internal {
             start,
@@ -265,7 +277,11 @@ impl Forest {
     }
 
     /// Adds an inner node of `tree` that no block holds; it gets a number past the last block.
-    pub fn invent(&mut self, tree: TreeKind, children: &[(u64, MetadataBlock)]) -> MetadataBlock {
+    pub fn invent(
+        &mut self,
+        tree: TreeKind,
+        children: &[(u64, Option<MetadataBlock>)],
+    ) -> MetadataBlock {
         let block = MetadataBlock(self.index.len() as u64);
         self.index.push(0);
         self.add(block.0, tree, Shape::Bad);
@@ -281,7 +297,7 @@ impl Forest {
         }
     }
 
-    /// The child that an edge leads to; none if it points past the end of the metadata.
+    /// The child that an edge leads to; none if it points past the end of the metadata, or to what is not known.
     pub fn child(&self, edge: &Edge) -> Option<MetadataBlock> {
         (edge.child != NOWHERE).then(|| MetadataBlock(u64::from(edge.child)))
     }

@@ -10,7 +10,7 @@ mod space_map_build;
 pub mod txn;
 mod writer;
 
-pub use build::{BlockSink, BuiltTree, SharedTree, TreeBuilder, Value};
+pub use build::{BlockSink, BuiltTree, SharedTree, TreeBuilder, Value, inner_node};
 pub use counts::{CountBatch, CountMap};
 pub use fold::{Structure, StructureFault, Summary};
 pub use forest::{Edge, Forest, Leaves, NodeInfo, NodeProblem, Shape, TreeKind, Walk};

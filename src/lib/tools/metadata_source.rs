@@ -197,7 +197,8 @@ pub fn held_root(
 pub struct Recovered {
     /// The trees, with damaged nodes taken out.
     pub forest: Forest,
-    /// Virtual blocks, by leaf and ascending, the mappings of which are left out.
+    /// Virtual blocks, by leaf and ascending, the mappings of which are left out. Of virtual blocks that such a leaf does not map it is
+    /// not known whether they are mapped.
     pub omitted: BTreeMap<MetadataBlock, Vec<u64>>,
 }
 

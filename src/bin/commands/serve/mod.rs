@@ -54,16 +54,21 @@ pub(crate) const PAGE: Page = Page {
         (
             "RESCUE",
             &[
-                "With --read-only a block is served if its way through the metadata is whole: from the superblock to the \
-                 top-level tree to the tree of its device. What lies behind a block of metadata that is lost is an I/O error, never \
-                 zeros, so that a copy tells what is missing (qemu-img convert --salvage, or ddrescue on a file of --fuse, go on behind \
-                 it). Space maps and device details are not needed. A block of metadata with one wrong bit is read as it was.",
-                "Where the superblock or a part of the top-level tree is lost, the devices are looked for as thin_repair does, \
-                 and what was found and guessed is printed; it stands in a temporary file ($TMPDIR). Without a superblock the size of data \
-                 blocks is needed: --block-size. Devices of which the details alone are left are exported, too, and all errors.",
+                "With --read-only a block is served if its leaf of the mapping tree is whole, and it is known where that belongs. What is \
+                 lost is an I/O error, never zeros, so that a copy tells what is missing (qemu-img convert --salvage, or ddrescue on a file of \
+                 --fuse, go on behind it). Space maps and device details are not needed. A block of metadata with one wrong bit is read as \
+                 it was.",
+                "At the start the inner nodes of all mapping trees are read, one block of metadata in a hundred and more. Where one of them, the root \
+                 of a device, the superblock or a part of the top-level tree is lost, all of the metadata is read, and what they led to is looked for as \
+                 thin_repair does; what was found and guessed is printed, and stands in a temporary file ($TMPDIR). What may belong to \
+                 several devices is left out and an I/O error, as thin_repair leaves it out without --include-ambiguous. Blocks that are not \
+                 mapped are zeros only if nothing can be missing there: in whole leaves, and, below a lost node, if a device has as many \
+                 mappings as its details say. Without a superblock the size of data blocks is needed: --block-size. Devices of which \
+                 the details alone are left are exported, too, and all errors.",
                 "A device without --thin ID:SIZE ends with the last block that is known to be mapped; where the end of its tree \
-                 is lost, that is the first block that is, and an event, size_unknown, says so. What is lost of mapping trees may still be \
-                 found by thin_repair: repair into a new file, and serve that. But what is lost after a repair reads as zeros.",
+                 is lost, that is the first block that is, and an event, size_unknown, says so. A leaf whose contents were written to the \
+                 wrong place is looked for only if something else is lost; thin_repair into a new file finds it in any case. But what is lost \
+                 after a repair reads as zeros.",
             ],
         ),
         (

@@ -13,6 +13,7 @@ use listenfd::ListenFd;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use thintools::io::{Access, AlignedBuffer, BlockEngine, open_read};
+use thintools::observer::Silent;
 use thintools::pool::{Features, Message};
 #[cfg(feature = "devtools")]
 use thintools::runtime::Faults;
@@ -265,15 +266,19 @@ fn open(args: &Args) -> anyhow::Result<Arc<Runtime>> {
     Ok(runtime)
 }
 
-/// Opens what can be read. Where superblock or top-level tree is lost, what they led to is looked for.
+/// Opens what can be read. Where the superblock, a part of the top-level tree or an inner node is lost, what they led to is looked for.
 fn open_to_read(args: &Args, options: &Options) -> anyhow::Result<Runtime> {
     let engine: Arc<dyn BlockEngine> = Arc::from(open_read(&args.metadata, Access::Exclusive)?);
     let mending = Arc::new(repair::Mending(Arc::clone(&engine)));
-    let why = match Runtime::open_to_read(mending, options) {
+    let opened = Runtime::open_to_read(Arc::clone(&mending) as _, options).and_then(|runtime| {
+        repair::refuse_lost_nodes(&*mending, &Silent)?;
+        Ok(runtime)
+    });
+    let why = match opened {
         Err(e) if e.kind() == ErrorKind::Damaged => e,
         other => return Ok(other?),
     };
-    let session = Session::new("Looking for the devices", args.quiet)?;
+    let session = Session::new("Looking for what is left", args.quiet)?;
     let why = anyhow::Error::from(why);
     session.say(&format!("{}: {why:#}", output::program()));
     let wanted = repair::Options {

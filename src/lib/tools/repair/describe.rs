@@ -382,7 +382,7 @@ impl Work {
         let mut lost: BTreeMap<ThinId, Vec<Affected>> = BTreeMap::new();
         let ranges = affected(&self.forest, &by_device, &self.damaged);
         let ranges = ranges.into_values().flat_map(|(list, _)| list);
-        for range in ranges.chain(self.gaps()) {
+        for range in ranges {
             if let Some(device) = range.device {
                 lost.entry(device).or_default().push(range);
             }
@@ -399,38 +399,6 @@ impl Work {
         }
         lost.values_mut().for_each(|list| list.sort_unstable());
         lost
-    }
-
-    /// Ranges between the children that were found of lost nodes, of devices that lack mappings.
-    fn gaps(&self) -> Vec<Affected> {
-        let mut gaps = Vec::new();
-        for hole in self.orphans.holes.iter().filter(|h| !h.filled.is_empty()) {
-            let lacking = hole
-                .devices
-                .iter()
-                .filter(|d| self.orphans.lacking.get(d) != Some(&0));
-            let lacking: Vec<ThinId> = lacking.copied().collect();
-            let mut begin = hole.begin;
-            let mut ranges = Vec::new();
-            for &o in hole.filled.values() {
-                if let Some((first, last)) = self.orphans.orphans[o].keys {
-                    ranges.push((begin, Some(first)));
-                    begin = last.saturating_add(1);
-                }
-            }
-            ranges.push((begin, hole.end));
-            for (begin, end) in ranges
-                .into_iter()
-                .filter(|r| r.1.is_none_or(|end| r.0 < end))
-            {
-                gaps.extend(lacking.iter().map(|&d| Affected {
-                    device: Some(d),
-                    begin,
-                    end,
-                }));
-            }
-        }
-        gaps
     }
 
     fn reattached(&self, device: ThinId) -> Vec<Reattached> {

@@ -37,7 +37,7 @@ pub use attribute::Evidence;
 pub use in_place::{InPlace, InPlaceReport, plan_in_place};
 pub use mend::{Mend, Mending};
 pub use report::{Ambiguous, Candidate, Mended, Reattached, RecoveredDevice, RepairReport};
-pub use rescue::{Rescue, rescue};
+pub use rescue::{Rescue, refuse_lost_nodes, rescue};
 pub use undelete::{DeletedDevice, DeletedList, Deletions, Remains, Undeleted, Wanted};
 pub use undo::{Undone, undo};
 

@@ -151,19 +151,40 @@ impl Orphans {
         }
     }
 
+    /// The children of a lost node: those that were found, and none where there may have been others. There were none if a device that
+    /// the node belongs to has all of its mappings.
+    fn children(&self, hole: &Hole) -> Vec<(u64, Option<MetadataBlock>)> {
+        let is_all = hole
+            .devices
+            .iter()
+            .any(|device| self.lacking.get(device) == Some(&0));
+        let mut children = Vec::new();
+        let mut end = Some(hole.begin);
+        for &orphan in hole.filled.values() {
+            let orphan = &self.orphans[orphan];
+            let Some((first, last)) = orphan.keys else {
+                return vec![(hole.begin, is_all.then_some(orphan.block))];
+            };
+            children.extend(
+                end.filter(|&end| !is_all && end < first)
+                    .map(|end| (end, None)),
+            );
+            children.push((first, Some(orphan.block)));
+            end = last.checked_add(1);
+        }
+        let is_open = |end: &u64| !is_all && hole.end.is_none_or(|limit| *end < limit);
+        children.extend(end.filter(is_open).map(|end| (end, None)));
+        children
+    }
+
     /// Mends the forest: lost nodes get the children that were found. Returns the roots of devices that had none.
     pub(super) fn mend(&self, forest: &mut Forest) -> BTreeMap<ThinId, MetadataBlock> {
         let mut roots = BTreeMap::new();
-        for hole in &self.holes {
-            let children = hole
-                .filled
-                .iter()
-                .map(|(&key, &o)| (key, self.orphans[o].block));
-            let children: Vec<(u64, MetadataBlock)> = children.collect();
+        for hole in self.holes.iter().filter(|h| !h.filled.is_empty()) {
+            let children = self.children(hole);
             match (hole.block, &children[..]) {
-                (_, []) => {}
                 (Some(block), _) => forest.mend(block, &children),
-                (None, [(_, root)]) => {
+                (None, [(_, Some(root))]) => {
                     roots.extend(hole.devices.iter().map(|&d| (d, *root)));
                 }
                 (None, _) => {

@@ -489,7 +489,7 @@ impl Judged {
         judgements: &HashMap<MetadataBlock, Judgement>,
         omitted: &Omitted,
         new_id: ThinId,
-    ) -> (Vec<(u64, MetadataBlock)>, Vec<Affected>) {
+    ) -> (Vec<(u64, Option<MetadataBlock>)>, Vec<Affected>) {
         let mut kept: Vec<&Leaf> = self.sorted.shared.iter().collect();
         let mut ranges: Vec<(u64, u64)> = Vec::new();
         let mut lose = |leaf: &Leaf| ranges.push((leaf.first, leaf.last.saturating_add(1)));
@@ -504,7 +504,7 @@ impl Judged {
         let keys = kept.iter().filter_map(|leaf| omitted.get(&leaf.block));
         ranges.extend(keys.flatten().map(|&key| (key, key.saturating_add(1))));
         kept.sort_unstable_by_key(|leaf| leaf.first);
-        let kept = kept.into_iter().map(|leaf| (leaf.first, leaf.block));
+        let kept = kept.into_iter().map(|leaf| (leaf.first, Some(leaf.block)));
         (kept.collect(), joined(ranges, new_id))
     }
 
