@@ -6,7 +6,6 @@ use super::dump::Dump;
 use super::input::Input;
 use super::lines::{BATCH, Fill, Sink};
 use super::record;
-use super::tournament::Tournament;
 use crate::error::{Error, ErrorKind, Result};
 use crate::replay::event::{ControlEvent, TraceIo};
 
@@ -21,7 +20,8 @@ pub(super) struct Blktrace {
     /// Threads that decode the files; none where that is done as it is needed.
     crew: Option<Crew<Box<Decoder>>>,
     sink: Sink,
-    next: Tournament,
+    /// The keys of the requests that are merged.
+    keys: Vec<Key>,
     /// Control events that were found and not taken.
     controls: Vec<(Key, ControlEvent)>,
     /// The device of the last request, by its number in the trace and by ours.
@@ -73,10 +73,10 @@ impl Blktrace {
             false => Crew::new(decoders.len(), |decoder: &mut Box<Decoder>| decoder.find()),
         };
         let mut this = Self {
-            next: Tournament::new(decoders.len()),
             streams: decoders.into_iter().map(Stream::new).collect(),
             crew,
             sink: Sink::new(),
+            keys: Vec::new(),
             controls: Vec::new(),
             device: None,
             has_remap: false,
@@ -97,55 +97,57 @@ impl Blktrace {
         self.sink.warn(warning);
     }
 
-    /// Takes what is found up to where no file can have anything that comes before, as far as the batch has room. False at the end of
-    /// all.
+    /// Takes what is found up to where no file can have anything that comes before. False at the end of all.
     fn merge(&mut self) -> Result<bool> {
         let mut end = Key::MAX;
+        // Whoever plays a batch looks up afterwards.
+        let room = BATCH.saturating_sub(self.sink.batch.ios.len());
+        let share = (room / self.streams.len().max(1)).max(LEAST_AHEAD);
         for number in 0..self.streams.len() {
             if self.streams[number].is_used_up() {
                 self.find(number)?;
             }
-            let stream = &self.streams[number];
-            if !stream.found.is_last {
-                end = end.min(stream.found.until);
+            let Stream { found, taken, .. } = &self.streams[number];
+            if !found.is_last {
+                end = end.min(found.until);
             }
-            self.next.set(number, stream.next());
+            if let Some(&key) = found.keys.get(taken + share) {
+                end = end.min(key);
+            }
         }
-        loop {
-            let key = self.next.first();
-            // There is no request behind all.
-            if key > end || key == Key::MAX || self.sink.batch.ios.len() >= BATCH {
-                self.take_controls(end.min(key));
-                return Ok(end.min(key) != Key::MAX);
-            }
-            let number = Tournament::stream(key);
+        self.keys.clear();
+        for stream in &self.streams {
+            self.keys.extend_from_slice(stream.keys_until(end));
+        }
+        self.keys.sort();
+        for at in 0..self.keys.len() {
+            let number = (self.keys[at] & STREAM) as usize;
             let stream = &mut self.streams[number];
-            let io = stream.found.ios[stream.taken];
+            let mut io = stream.found.ios[stream.taken];
             stream.taken += 1;
-            self.next.set(number, stream.next());
-            let known = self.device.filter(|&(device, _)| device == io.device);
-            let device = match known {
-                Some((_, index)) => index,
-                None => match self.device_index(io.device, number)? {
-                    Some(index) => index,
-                    None => continue,
-                },
-            };
-            self.sink.batch.ios.push(TraceIo { device, ..io });
+            if let Some((_, index)) = self.device.filter(|&(device, _)| device == io.device) {
+                io.device = index;
+            } else if !self.place(&mut io, number)? {
+                continue;
+            }
+            self.sink.batch.ios.push(io);
         }
+        self.take_controls(end);
+        Ok(end != Key::MAX)
     }
 
-    /// Our number of a request's device. None if there is none, with lenient reading.
-    fn device_index(&mut self, device: u32, number: usize) -> Result<Option<u32>> {
-        let name = || record::device_name(device);
-        match self.sink.devices.index(&device.to_le_bytes(), name) {
+    /// Gives a request our number of its device. False if there is none, with lenient reading.
+    fn place(&mut self, io: &mut TraceIo, number: usize) -> Result<bool> {
+        let name = || record::device_name(io.device);
+        match self.sink.devices.index(&io.device.to_le_bytes(), name) {
             Ok(index) => {
-                self.device = Some((device, index));
-                Ok(Some(index))
+                self.device = Some((io.device, index));
+                io.device = index;
+                Ok(true)
             }
             Err(_) if self.is_lenient => {
                 self.sink.notes.malformed += 1;
-                Ok(None)
+                Ok(false)
             }
             Err(fault) => {
                 let message = format!("{}: {fault}", self.streams[number].name);
@@ -242,10 +244,10 @@ impl Stream {
         self.taken == self.found.ios.len() && !self.found.is_last
     }
 
-    /// The key of the next request that was found; the largest if there is none.
-    #[inline(always)]
-    fn next(&self) -> Key {
-        self.found.keys.get(self.taken).copied().unwrap_or(Key::MAX)
+    /// Keys of the requests that were found and not taken, up to and with `end`.
+    fn keys_until(&self, end: Key) -> &[Key] {
+        let keys = &self.found.keys[self.taken..];
+        &keys[..keys.partition_point(|&key| key <= end)]
     }
 }
 

@@ -31,7 +31,6 @@ mod rwbs;
 mod scan;
 mod siblings;
 mod spread;
-mod tournament;
 mod vscsi;
 mod window;
 
