@@ -123,31 +123,33 @@ impl Blktrace {
         for at in 0..self.keys.len() {
             let number = (self.keys[at] & STREAM) as usize;
             let stream = &mut self.streams[number];
-            let mut io = stream.found.ios[stream.taken];
+            let io = stream.found.ios[stream.taken];
             stream.taken += 1;
-            if let Some((_, index)) = self.device.filter(|&(device, _)| device == io.device) {
-                io.device = index;
-            } else if !self.place(&mut io, number)? {
-                continue;
-            }
-            self.sink.batch.ios.push(io);
+            let known = self.device.filter(|&(device, _)| device == io.device);
+            let device = match known {
+                Some((_, index)) => index,
+                None => match self.device_index(io.device, number)? {
+                    Some(index) => index,
+                    None => continue,
+                },
+            };
+            self.sink.batch.ios.push(TraceIo { device, ..io });
         }
         self.take_controls(end);
         Ok(end != Key::MAX)
     }
 
-    /// Gives a request our number of its device. False if there is none, with lenient reading.
-    fn place(&mut self, io: &mut TraceIo, number: usize) -> Result<bool> {
-        let name = || record::device_name(io.device);
-        match self.sink.devices.index(&io.device.to_le_bytes(), name) {
+    /// Our number of a request's device. None if there is none, with lenient reading.
+    fn device_index(&mut self, device: u32, number: usize) -> Result<Option<u32>> {
+        let name = || record::device_name(device);
+        match self.sink.devices.index(&device.to_le_bytes(), name) {
             Ok(index) => {
-                self.device = Some((io.device, index));
-                io.device = index;
-                Ok(true)
+                self.device = Some((device, index));
+                Ok(Some(index))
             }
             Err(_) if self.is_lenient => {
                 self.sink.notes.malformed += 1;
-                Ok(false)
+                Ok(None)
             }
             Err(fault) => {
                 let message = format!("{}: {fault}", self.streams[number].name);
