@@ -175,6 +175,10 @@ pub trait Exports: Send + Sync {
         }
     }
 
+    /// Nothing more is asked for: what waits for something that may never come, such as space, fails from now on. For servers that stop, when
+    /// what was under way has had its time.
+    fn end_waits(&self) {}
+
     /// The names with their descriptions.
     fn list(&self) -> Vec<(String, String)>;
 }

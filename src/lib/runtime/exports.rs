@@ -47,6 +47,11 @@ impl Exports for Runtime {
         }
     }
 
+    fn end_waits(&self) {
+        // Whoever stops the pool is told how it went.
+        self.finish().ok();
+    }
+
     fn list(&self) -> Vec<(String, String)> {
         // A client that asks while the metadata cannot be read finds nothing.
         let ids = self.exported().unwrap_or_default();

@@ -196,7 +196,8 @@ impl Submitter {
         let (mut at, end) = (sectors.start, sectors.end);
         let size = self.thin.block_sectors();
         let is_long = end - at > size * DISCARD_BLOCKS;
-        while at < end {
+        // A pool that is being stopped holds back what comes, without end.
+        while at < end && !request.has_failed() {
             if is_long {
                 // A device of exbibytes may have a block here and there: what lies between takes no time.
                 let Some(next) = self.thin.mapped(at * SECTOR..end * SECTOR).next() else {
@@ -363,6 +364,10 @@ impl Submitter {
             Mapped::Deferred(reason) => {
                 self.owes_turn |= takes_turn;
                 self.thin.counts.count_deferred(reason);
+                if driver.parts.is_closed() {
+                    request.result = Err(BioError::Io);
+                    return;
+                }
                 let transfer = Arc::clone(request.share(&self.thin));
                 transfer.begin();
                 table.insert(
