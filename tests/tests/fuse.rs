@@ -671,6 +671,27 @@ fn after_kill_9_the_folder_is_mounted_again_and_has_what_was_durable() {
     served.stop();
 }
 
+#[test]
+fn a_server_stops_while_a_write_to_a_file_waits_for_space() {
+    if !can(&[FUSE]) {
+        return;
+    }
+    let mut served = Served::new(2);
+    served.serve(&["--create", "--thin", "0:1m", "--queue-when-full", "0"]);
+    let file = served.open("0", OFlags::empty());
+    file.write_all_at(&vec![1; 2 * BLOCK], 0).expect("written");
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| file.write_all_at(&[2; 512], 5 * BLOCK as u64));
+        let end = Instant::now() + Duration::from_secs(60);
+        while !served.0.asked(&["status"]).contains("out_of_data_space") {
+            assert!(Instant::now() < end, "it is never full");
+        }
+        served.stop();
+        let told = waiting.join().expect("no panic").expect_err("no space");
+        assert_eq!(told.raw_os_error(), Some(ENOSPC));
+    });
+}
+
 /// A file system that somebody forgot to unmount does not keep the server; what was synced is there.
 #[test]
 fn a_server_that_is_told_to_stop_stops_while_its_files_are_in_use() {

@@ -2,16 +2,24 @@
 
 use rustix::io::Errno;
 use std::collections::BTreeMap;
+#[cfg(feature = "devtools")]
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
 use std::ops::Range;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Output};
 use std::sync::Arc;
+#[cfg(feature = "devtools")]
+use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 use thintools::runtime::export::{Connection, Export, Exports, Extent, Replier, Request};
 use thintools::runtime::memory_export::MemoryExport;
 use thintools::runtime::nbd::{Listener, Server};
+#[cfg(feature = "devtools")]
+use thintools::runtime::{Activation, DeviceRequest, Interceptor, Options, PoolDevice, Runtime};
+#[cfg(feature = "devtools")]
+use thintools::units::ThinId;
 
 const SIZE: u64 = 16 << 20;
 const EINVAL: u32 = 22;
@@ -389,6 +397,119 @@ fn zeros_of_a_hole_are_told_and_not_sent() {
     let (flags, kind, payload) = client.chunk();
     assert_eq!((flags, kind), (1, 1), "DF is kept");
     assert!(payload[8..] == vec![0; 1 << 20]);
+}
+
+/// Keeps flushes of the metadata from ending as long as it is closed.
+#[cfg(feature = "devtools")]
+#[derive(Debug, Default)]
+struct Gate {
+    /// Whether it is closed, and how many wait.
+    state: Mutex<(bool, usize)>,
+    changed: Condvar,
+}
+
+#[cfg(feature = "devtools")]
+impl Gate {
+    fn set(&self, is_closed: bool) {
+        self.state.lock().unwrap().0 = is_closed;
+        self.changed.notify_all();
+    }
+
+    fn wait_for_one(&self) {
+        let state = self.state.lock().unwrap();
+        let (state, _) = (self.changed)
+            .wait_timeout_while(state, Duration::from_secs(60), |state| state.1 == 0)
+            .unwrap();
+        assert!(state.1 > 0, "nothing is flushed");
+    }
+}
+
+#[cfg(feature = "devtools")]
+impl Interceptor for Gate {
+    fn begin(&self, device: PoolDevice, request: &DeviceRequest<'_>) -> std::io::Result<u64> {
+        if matches!(
+            (device, request),
+            (PoolDevice::Metadata, DeviceRequest::Flush)
+        ) {
+            let mut state = self.state.lock().unwrap();
+            state.1 += 1;
+            self.changed.notify_all();
+            let waited = self.changed.wait_while(state, |state| state.0);
+            waited.unwrap().1 -= 1;
+        }
+        Ok(0)
+    }
+
+    fn end(&self, _: u64) {}
+}
+
+/// Opens a gate, also after a failure.
+#[cfg(feature = "devtools")]
+struct Opens(Arc<Gate>);
+
+#[cfg(feature = "devtools")]
+impl Drop for Opens {
+    fn drop(&mut self) {
+        self.0.set(false);
+    }
+}
+
+#[cfg(feature = "devtools")]
+#[test]
+fn who_reads_asks_or_connects_does_not_wait_for_the_disk_of_a_commit() {
+    const BLOCK: usize = 65536;
+    let folder = tempfile::tempdir().unwrap();
+    let (metadata, data) = (folder.path().join("meta"), folder.path().join("data"));
+    for (path, len) in [(&metadata, 1 << 20), (&data, 64 * BLOCK as u64)] {
+        File::create(path).unwrap().set_len(len).unwrap();
+    }
+    let gate = Arc::new(Gate::default());
+    let options = Options {
+        create: Some(128),
+        interceptor: Some(Arc::clone(&gate) as _),
+        ..Options::new(&metadata, &data)
+    };
+    let runtime = Runtime::open(&options).unwrap();
+    for id in 0..2 {
+        let size = Some(1 << 20);
+        let activation = Activation { size, origin: None };
+        let create = format!("create_thin {id}").parse().unwrap();
+        runtime.message(create).unwrap();
+        runtime.activate(ThinId(id), activation).unwrap();
+    }
+    let scene = Scene::of(runtime);
+    let allocation = ["base:allocation"];
+    let mut reader = scene.open("0", STRUCTURED, &allocation);
+    let mut other = scene.open("1", STRUCTURED, &allocation);
+    let mut writer = scene.open("0", 0, &[]);
+    let data = vec![1; 2 * BLOCK];
+    let range = (BLOCK as u64, 2 * BLOCK as u32);
+    assert_eq!(writer.simple(1, 0, range, &data), 0);
+    let opens = Opens(Arc::clone(&gate));
+    gate.set(true);
+    writer.request(3, 0, (0, 0), &[]);
+    gate.wait_for_one();
+    let expected = [&vec![0; BLOCK][..], &data, &vec![0; BLOCK]].concat();
+    let (found, chunks) = reader.read_chunks(0..4 * BLOCK);
+    assert!(found == expected, "what is mapped was not read");
+    assert_eq!(chunks, 3, "a hole, data, a hole");
+    let told = |extents: &[(u32, u32)]| {
+        let mut payload = 1_u32.to_be_bytes().to_vec();
+        for number in extents.iter().flat_map(|(len, status)| [len, status]) {
+            payload.extend(number.to_be_bytes());
+        }
+        (1, 5, payload)
+    };
+    let block = BLOCK as u32;
+    reader.request(7, 0, (0, 4 * block), &[]);
+    let extents = [(block, 3), (2 * block, 0), (block, 3)];
+    assert_eq!(reader.chunk(), told(&extents));
+    other.request(7, 0, (0, 1 << 20), &[]);
+    assert_eq!(other.chunk(), told(&[(1 << 20, 3)]));
+    let mut late = scene.open("0", STRUCTURED, &allocation);
+    assert!(late.read_chunks(0..4 * BLOCK).0 == expected);
+    drop(opens);
+    assert_eq!(writer.simple_reply(), 0);
 }
 
 #[test]

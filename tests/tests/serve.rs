@@ -21,7 +21,7 @@ use tempfile::TempDir;
 use crate::support::{
     BINARY, Finished, check, expand, folder, get_u32, peer, program, restore, thintools,
 };
-use client::{Client, FUA, TRIM, WRITE};
+use client::{Client, FUA, TRIM, WRITE, request};
 
 pub(crate) const BLOCK: usize = 65536;
 const ENOSPC: Option<u32> = Some(28);
@@ -128,7 +128,11 @@ impl Scene {
             if let Some(status) = server.try_wait().expect("waiting works") {
                 break status;
             }
-            assert!(Instant::now() < end, "it did not end");
+            if Instant::now() > end {
+                server.kill().ok();
+                server.wait().ok();
+                panic!("it did not end");
+            }
             std::thread::sleep(Duration::from_millis(5));
         };
         assert_eq!(status.code(), Some(0));
@@ -782,6 +786,99 @@ h.flush()
     });
     drop(client);
     scene.stop();
+}
+
+/// What was acknowledged stays, and whoever waits for space, with or without an end, is told that there is none.
+#[test]
+fn a_server_whose_writes_wait_for_space_stops() {
+    for patience in ["0", "3600"] {
+        let mut scene = Scene::new(2, 512 << 10);
+        scene.serve(&["--create", "--thin", "0:1m", "--queue-when-full", patience]);
+        let mut client = scene.connect("0");
+        client.write(0, &vec![1; 2 * BLOCK]).expect("written");
+        client.flush().expect("flushed");
+        let mut gone = scene.connect("0");
+        gone.send(&request(WRITE, 5 * BLOCK as u64, 512));
+        gone.send(&[3; 512]);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| client.write(3 * BLOCK as u64, &[2; 512]));
+            wait_until(|| deferred(&scene, "unprovisioned") >= 4);
+            wait_until(|| scene.asked(&["status"]).contains("out_of_data_space"));
+            drop(gone);
+            scene.stop();
+            assert_eq!(waiting.join().expect("no panic"), Err(ENOSPC));
+        });
+        scene.serve(&["--thin", "0:1m"]);
+        let mut client = scene.connect("0");
+        let found = client.read(0, 6 * BLOCK).expect("read");
+        assert_eq!(found[..2 * BLOCK], vec![1; 2 * BLOCK]);
+        assert!(found[2 * BLOCK..].iter().all(|&byte| byte == 0));
+        drop(client);
+        scene.stop();
+    }
+}
+
+/// What was held back is not done after all: the files may have been copied since.
+#[test]
+fn a_server_that_is_suspended_stops_and_fails_what_it_has_held_back() {
+    let mut scene = Scene::new(8, 512 << 10);
+    scene.serve(&["--create", "--thin", "0:1m"]);
+    let mut client = scene.connect("0");
+    client.write(0, &vec![1; BLOCK]).expect("written");
+    scene.asked(&["suspend"]);
+    let metadata = fs::read(scene.path("meta")).expect("read");
+    std::thread::scope(|scope| {
+        let mut other = scene.connect("0");
+        let writes = scope.spawn(|| client.write(100, &[2; 512]));
+        let trims = scope.spawn(move || other.ask(TRIM, 0, 0, BLOCK as u32, &[]));
+        wait_until(|| deferred(&scene, "suspended") + deferred(&scene, "discard") >= 2);
+        scene.stop();
+        assert_eq!(writes.join().expect("no panic"), Err(EIO));
+        assert_eq!(trims.join().expect("no panic"), Err(EIO));
+    });
+    assert_eq!(fs::read(scene.path("meta")).expect("read"), metadata);
+    scene.serve(&["--thin", "0:1m"]);
+    let mut client = scene.connect("0");
+    assert_eq!(client.read(0, BLOCK).expect("read"), vec![1; BLOCK]);
+    drop(client);
+    scene.stop();
+}
+
+#[test]
+fn the_command_that_was_run_leaves_no_write_that_waits() {
+    let scene = Scene::new(1, 512 << 10);
+    let mut all = scene.arguments(&["--create", "--thin", "0:1m", "--queue-when-full", "0"]);
+    let script = r#"
+import nbd, os
+h = nbd.NBD()
+h.connect_uri(os.environ["uri"])
+h.pwrite(b"\x01" * 65536, 0)
+w = h.aio_pwrite(b"x" * 512, 3 * 65536)
+h.flush()
+os._exit(7)
+"#;
+    fs::write(scene.path("script"), script).expect("written");
+    let run = format!("/usr/bin/python3 {}", scene.path("script").display());
+    all.extend(["--run".into(), run.into()]);
+    thintools(all).run().expect(7);
+    scene.assert_sound();
+}
+
+/// Waits for what has to come.
+#[track_caller]
+fn wait_until(is_so: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !is_so() {
+        assert!(Instant::now() < end, "it does not come to it");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Bios of the first device that were left to the worker for a reason.
+fn deferred(scene: &Scene, reason: &str) -> u64 {
+    let stats: Value = serde_json::from_str(&scene.asked(&["stats"])).expect("JSON");
+    let deferred = &stats["thins"][0]["io"]["deferred"];
+    deferred[reason].as_u64().unwrap_or(0)
 }
 
 #[test]

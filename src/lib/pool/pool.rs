@@ -178,6 +178,11 @@ impl Pool {
         self.metadata.inspect(look)
     }
 
+    /// The same, if nobody changes or commits it now.
+    pub fn try_inspect<T>(&self, look: impl FnOnce(&PoolMetadata) -> T) -> Option<T> {
+        self.metadata.try_inspect(look)
+    }
+
     /// What was read from the metadata device, and written to it, since it was opened.
     pub fn block_io(&self) -> BlockIo {
         self.metadata.block_io()

@@ -109,7 +109,7 @@ fn done(job: JobId, result: std::io::Result<()>) -> Event {
     Event::Done { job, result }
 }
 
-fn gone() -> Error {
+pub(super) fn gone() -> Error {
     Error::new(ErrorKind::Io, "the pool is being stopped")
 }
 

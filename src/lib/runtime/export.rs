@@ -129,6 +129,16 @@ pub trait Export: Send + Sync {
     /// `INVAL` for a context that it does not have, `IO` where it cannot be found out.
     fn extents(&self, context: &str, range: Range<u64>, most: usize) -> Result<Vec<Extent>, Errno>;
 
+    /// The same in the context `base:allocation`; none if a change of the metadata would have to be waited for.
+    fn try_allocation(&self, range: Range<u64>, most: usize) -> Option<Result<Vec<Extent>, Errno>> {
+        Some(self.extents("base:allocation", range, most))
+    }
+
+    /// True for a context that it has at any time, so that nobody has to look.
+    fn always_has(&self, _context: &str) -> bool {
+        false
+    }
+
     /// Bytes that have space of their own.
     ///
     /// # Errors
@@ -144,6 +154,12 @@ pub trait Connection: Send {
     /// Carries a request out. It is answered within the call if nothing has to be waited for, otherwise from another thread.
     /// It may be held back until [`start`](Self::start), to be carried out together with others.
     fn submit(&mut self, request: Request, reply: Replier);
+
+    /// What is known without a wait of the bytes of `range`, from its start on, with the statuses of `base:allocation`: what cannot be told
+    /// at once counts as allocated, and all of it does where this ends.
+    fn holes(&mut self, _range: Range<u64>) -> Vec<Extent> {
+        Vec::new()
+    }
 
     /// Starts what was held back. Whoever submits calls this before it waits for anything.
     fn start(&mut self) {}
@@ -174,6 +190,10 @@ pub trait Exports: Send + Sync {
             ..Space::default()
         }
     }
+
+    /// Nothing more is asked for: what waits for something that may never come, such as space, fails from now on. For servers that stop, when
+    /// what was under way has had its time.
+    fn end_waits(&self) {}
 
     /// The names with their descriptions.
     fn list(&self) -> Vec<(String, String)>;

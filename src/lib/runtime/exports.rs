@@ -47,6 +47,11 @@ impl Exports for Runtime {
         }
     }
 
+    fn end_waits(&self) {
+        // Whoever stops the pool is told how it went.
+        self.finish().ok();
+    }
+
     fn list(&self) -> Vec<(String, String)> {
         // A client that asks while the metadata cannot be read finds nothing.
         let ids = self.exported().unwrap_or_default();
@@ -89,6 +94,15 @@ impl Export for ThinExport {
         }
     }
 
+    fn try_allocation(&self, range: Range<u64>, most: usize) -> Option<Result<Vec<Extent>, Errno>> {
+        let found = self.try_allocation(&range, most)?;
+        Some(found.map_err(|_| Errno::IO))
+    }
+
+    fn always_has(&self, context: &str) -> bool {
+        thin_contexts::ALWAYS.contains(&context)
+    }
+
     fn allocated(&self) -> Result<u64, Errno> {
         let id = self.thin.id();
         let details = self.driver.pool.inspect(|pool| pool.details(id));
@@ -104,6 +118,10 @@ impl Export for ThinExport {
 impl Connection for Submitter {
     fn start(&mut self) {
         Self::start(self);
+    }
+
+    fn holes(&mut self, range: Range<u64>) -> Vec<Extent> {
+        Self::holes(self, range)
     }
 
     fn submit(&mut self, request: Request, reply: Replier) {

@@ -2,7 +2,7 @@
 
 use super::control::ThinStats;
 use super::data_device::{DataDevice, SECTOR};
-use super::driver::{Driver, Threads};
+use super::driver::{Driver, Threads, gone};
 use super::event_log::EventLog;
 #[cfg(feature = "devtools")]
 use super::seam::{Interceptor, PassedEngine, PoolDevice, Seam};
@@ -11,8 +11,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Access, AlignedBuffer, BlockEngine, FileEngine, file_id, open_pool, open_read};
 use crate::pdata::txn::LockScheme;
 use crate::pool::{
-    Event, Features, Line, Message, PoolMode, PoolStatusLine, PoolTable, Settings, ThinStatus,
-    ThinTable, Worker,
+    BioError, Event, Features, Line, Message, PoolMode, PoolStatusLine, PoolTable, Settings,
+    ThinStatus, ThinTable, Worker,
 };
 use crate::thin::{DEFAULT_CACHE, PoolMetadata, Superblock};
 use crate::units::{MetadataBlock, ThinId, is_legal_data_block_size};
@@ -95,6 +95,8 @@ pub struct Runtime {
     metadata: Option<Arc<FileEngine>>,
     is_read_only: bool,
     thins: Mutex<Thins>,
+    /// Held while the pool is suspended or resumed; true once it is suspended for good.
+    is_finished: Mutex<bool>,
 }
 
 impl Runtime {
@@ -201,6 +203,7 @@ impl Runtime {
             metadata,
             is_read_only: options.is_read_only,
             thins: Mutex::default(),
+            is_finished: Mutex::default(),
         };
         if !runtime.is_read_only {
             runtime.resume(None)?;
@@ -254,6 +257,11 @@ impl Runtime {
     /// # Errors
     /// `InvalidArgument` if it is suspended already.
     pub fn suspend(&self) -> Result<()> {
+        let _running = self.running()?;
+        self.ask_to_suspend()
+    }
+
+    fn ask_to_suspend(&self) -> Result<()> {
         self.driver.ask(|tag| Event::Suspend {
             tag,
             is_noflush: false,
@@ -265,6 +273,7 @@ impl Runtime {
     /// # Errors
     /// `InvalidArgument` for a device that has become smaller; `Io`, `NoSpace`.
     pub fn resume(&self, features: Option<Features>) -> Result<()> {
+        let _running = self.running()?;
         if let Some(metadata) = &self.metadata {
             let measured = metadata.measure();
             measured.map_err(|e| Error::io("cannot measure the metadata device", e))?;
@@ -505,7 +514,44 @@ impl Runtime {
         self.thins.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Finishes what was accepted, commits, and ends the threads.
+    /// Keeps the pool from being suspended or resumed by others.
+    fn suspension(&self) -> MutexGuard<'_, bool> {
+        self.is_finished
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same of a pool that is not suspended for good.
+    fn running(&self) -> Result<MutexGuard<'_, bool>> {
+        let suspension = self.suspension();
+        match *suspension {
+            true => Err(gone()),
+            false => Ok(suspension),
+        }
+    }
+
+    /// Finishes what was accepted and commits, for good. What waits for space or for a resumption fails, and so does what comes later.
+    pub(super) fn finish(&self) -> Result<()> {
+        let mut is_finished = self.suspension();
+        if std::mem::replace(&mut *is_finished, true) {
+            return Ok(());
+        }
+        let committed = self.ask_to_suspend().or_else(|e| match e.kind() {
+            // A pool that is suspended has committed everything.
+            ErrorKind::InvalidArgument => Ok(()),
+            _ => Err(e),
+        });
+        // What ended in the last turn is told first.
+        self.driver.call(|_| ()).ok();
+        let error = match self.mode() {
+            PoolMode::OutOfDataSpace => BioError::NoSpace,
+            _ => BioError::Io,
+        };
+        self.driver.parts.close(error);
+        committed
+    }
+
+    /// Finishes what was accepted, commits, and ends the threads. What waits for space or for a resumption fails.
     ///
     /// # Errors
     /// `Io` if something could not be committed.
@@ -514,14 +560,7 @@ impl Runtime {
         let Some(threads) = threads.take() else {
             return Ok(());
         };
-        let committed = match self.is_read_only {
-            true => Ok(()),
-            // A pool that is suspended has committed everything.
-            false => self.suspend().or_else(|e| match e.kind() {
-                ErrorKind::InvalidArgument => Ok(()),
-                _ => Err(e),
-            }),
-        };
+        let committed = self.finish();
         self.driver.events.end();
         self.driver.stop(threads);
         committed

@@ -4,16 +4,23 @@ use super::buffers;
 use super::cut::cut;
 use super::data_device::SECTOR;
 use super::driver::Driver;
+use super::export::{Extent, add_extent};
+use super::thin_contexts::{ALLOCATED, HOLE};
 use super::thin_export::ThinExport;
 use super::transfer::{Part, Payload, Told, Transfer, bio_error};
 use super::turn::before_a_turn;
-use crate::pool::{Bio, BioError, BioResult, DISCARD_BLOCKS, Event, Mapped, Mapper, Op, pieces};
+use crate::pool::{
+    Bio, BioError, BioResult, DISCARD_BLOCKS, Event, Mapped, Mapper, Op, Passed, pieces,
+};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Bios that are started together.
 const MOST_TOGETHER: usize = 64;
+
+/// Blocks that are looked up for holes at once.
+const MOST_LOOKUPS: usize = 4096;
 
 /// One for each thread that submits.
 pub(super) struct Submitter {
@@ -196,7 +203,8 @@ impl Submitter {
         let (mut at, end) = (sectors.start, sectors.end);
         let size = self.thin.block_sectors();
         let is_long = end - at > size * DISCARD_BLOCKS;
-        while at < end {
+        // A pool that is being stopped holds back what comes, without end.
+        while at < end && !request.has_failed() {
             if is_long {
                 // A device of exbibytes may have a block here and there: what lies between takes no time.
                 let Some(next) = self.thin.mapped(at * SECTOR..end * SECTOR).next() else {
@@ -296,6 +304,30 @@ impl Submitter {
         })
     }
 
+    /// What of a range of bytes is a hole, as far as it is looked: the blocks are looked up as those of a read that is mapped. So what
+    /// is told is true at this moment, and neither a commit nor a disk is waited for.
+    pub(super) fn holes(&mut self, bytes: Range<u64>) -> Vec<Extent> {
+        let size = self.thin.block_sectors() * SECTOR;
+        let (mut extents, mut at) = (Vec::new(), bytes.start);
+        for _ in 0..MOST_LOOKUPS {
+            if at >= bytes.end {
+                break;
+            }
+            let end = (at - at % size).saturating_add(size).min(bytes.end);
+            let status = match self.mapper.pass(&self.thin.thin, Op::Read, at / SECTOR) {
+                Passed::Zero => HOLE,
+                Passed::Left => ALLOCATED,
+                Passed::Remapped { passage, .. } => {
+                    self.thin.driver.pool.end_passage(passage);
+                    ALLOCATED
+                }
+            };
+            add_extent(&mut extents, end - at, status);
+            at = end;
+        }
+        extents
+    }
+
     fn bio(&self, op: Op, sector: u64, sectors: u64) -> Box<Bio> {
         Box::new(Bio::new(
             self.thin.driver.parts.number(),
@@ -365,6 +397,10 @@ impl Submitter {
                 // Somebody else may be on the way to it, but this thread is here.
                 self.owes_turn |= takes_turn;
                 self.thin.counts.count_deferred(reason);
+                if driver.parts.is_closed() {
+                    request.result = Err(BioError::Io);
+                    return;
+                }
                 let transfer = Arc::clone(request.share(&self.thin));
                 transfer.begin();
                 table.insert(

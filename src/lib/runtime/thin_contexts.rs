@@ -19,6 +19,18 @@ use std::ops::Range;
 /// Mappings that one answer looks at.
 const MOST_MAPPINGS: usize = 4096;
 
+/// Contexts that every device has.
+pub(super) const ALWAYS: [&str; 4] = [
+    "base:allocation",
+    "qemu:allocation-depth",
+    "dm-thin:time",
+    "dm-thin:shared",
+];
+
+/// The statuses of `base:allocation`.
+pub(super) const HOLE: u32 = 3;
+pub(super) const ALLOCATED: u32 = 0;
+
 /// A context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Context {
@@ -58,16 +70,11 @@ struct Run {
 pub(super) fn names(pool: &PoolMetadata, id: ThinId) -> Vec<String> {
     let others = pool.devices().unwrap_or_default();
     let since = others.into_iter().filter(|other| *other != id);
-    [
-        "base:allocation",
-        "qemu:allocation-depth",
-        "dm-thin:time",
-        "dm-thin:shared",
-    ]
-    .map(String::from)
-    .into_iter()
-    .chain(since.map(|other| format!("{SINCE}{other}")))
-    .collect()
+    ALWAYS
+        .map(String::from)
+        .into_iter()
+        .chain(since.map(|other| format!("{SINCE}{other}")))
+        .collect()
 }
 
 /// Goes through the blocks of `range` from the first: each mapping is a run, and each stretch without any. It ends early where mappings
@@ -145,13 +152,40 @@ impl ThinExport {
         let Some(context) = Context::find(context) else {
             return Ok(None);
         };
+        let (id, blocks) = (self.thin.id(), self.blocks(range));
+        let pool = &self.driver.pool;
+        let runs = pool.inspect(|pool| runs(pool, id, context, blocks))?;
+        self.extents_of(context, runs, range, most).map(Some)
+    }
+
+    /// The status of bytes in the context of allocation; none if somebody changes or commits the metadata now.
+    pub(super) fn try_allocation(
+        &self,
+        range: &Range<u64>,
+        most: usize,
+    ) -> Option<Result<Vec<Extent>>> {
+        let (id, blocks) = (self.thin.id(), self.blocks(range));
+        let context = Context::Allocation;
+        let pool = &self.driver.pool;
+        let runs = pool.try_inspect(|pool| runs(pool, id, context, blocks))?;
+        Some(runs.and_then(|runs| self.extents_of(context, runs, range, most)))
+    }
+
+    /// The blocks that a range of bytes touches.
+    fn blocks(&self, range: &Range<u64>) -> Range<u64> {
         let size = self.block_sectors() * SECTOR;
-        let blocks = range.start / size..range.end.div_ceil(size);
-        let id = self.thin.id();
-        let runs = self
-            .driver
-            .pool
-            .inspect(|pool| runs(pool, id, context, blocks))?;
+        range.start / size..range.end.div_ceil(size)
+    }
+
+    /// What a context says of runs of blocks, cut to a range of bytes.
+    fn extents_of(
+        &self,
+        context: Context,
+        runs: Vec<Run>,
+        range: &Range<u64>,
+        most: usize,
+    ) -> Result<Vec<Extent>> {
+        let size = self.block_sectors() * SECTOR;
         let of_origin = match &self.origin {
             Some(origin) => origin.sectors()? * SECTOR,
             None => 0,
@@ -167,7 +201,7 @@ impl ThinExport {
                 Some(_) => begin,
             };
             let in_origin = match context {
-                Context::Allocation => 0,
+                Context::Allocation => ALLOCATED,
                 Context::Depth => 2,
                 _ => status,
             };
@@ -178,15 +212,16 @@ impl ThinExport {
                 break;
             }
         }
-        Ok(Some(extents))
+        Ok(extents)
     }
 
     fn status(&self, context: Context, run: &Run) -> Result<u32> {
         let is_shared = |block: DataBlock| self.driver.pool.is_shared(block);
         Ok(match (context, run.mapping) {
-            (Context::Allocation, None) if run.is_lost => 0,
-            (Context::Allocation, None) => 3,
-            (Context::Allocation, Some(_)) | (Context::Depth | Context::Shared, None) => 0,
+            (Context::Allocation, None) if run.is_lost => ALLOCATED,
+            (Context::Allocation, None) => HOLE,
+            (Context::Allocation, Some(_)) => ALLOCATED,
+            (Context::Depth | Context::Shared, None) => 0,
             (Context::Depth, Some(mapping)) => 1 + u32::from(is_shared(mapping.block)?),
             (Context::Shared, Some(mapping)) => is_shared(mapping.block)?.into(),
             (Context::Since(_), _) => run.differs.into(),

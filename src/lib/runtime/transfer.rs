@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Parts of one request that are under way at once.
@@ -239,6 +239,8 @@ const TABLES: u64 = 64;
 pub(super) struct Parts {
     tables: Vec<Mutex<HashMap<u64, Part>>>,
     last: AtomicU64,
+    /// The worker does nothing any more: no part is added.
+    is_closed: AtomicBool,
 }
 
 impl Default for Parts {
@@ -246,6 +248,7 @@ impl Default for Parts {
         Self {
             tables: (0..TABLES).map(|_| Mutex::default()).collect(),
             last: AtomicU64::new(0),
+            is_closed: AtomicBool::new(false),
         }
     }
 }
@@ -260,6 +263,21 @@ impl Parts {
     pub(super) fn table(&self, id: u64) -> MutexGuard<'_, HashMap<u64, Part>> {
         let table = &self.tables[(id % TABLES) as usize];
         table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// True if the worker looks at no part any more. To be asked with a table locked, before a part is added to it.
+    pub(super) fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::Acquire)
+    }
+
+    /// The worker does nothing any more: what it has fails.
+    pub(super) fn close(&self, error: BioError) {
+        self.is_closed.store(true, Ordering::Release);
+        for id in 0..TABLES {
+            let left = std::mem::take(&mut *self.table(id));
+            left.into_values()
+                .for_each(|part| part.transfer.end(Err(error)));
+        }
     }
 
     /// The part of a bio.

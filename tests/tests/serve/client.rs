@@ -11,6 +11,22 @@ pub(crate) const TRIM: u16 = 4;
 pub(crate) const ZEROES: u16 = 6;
 pub(crate) const FUA: u16 = 1;
 
+/// The head of a request.
+fn head(kind: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+    let mut head = 0x2560_9513_u32.to_be_bytes().to_vec();
+    head.extend(flags.to_be_bytes());
+    head.extend(kind.to_be_bytes());
+    head.extend(cookie.to_be_bytes());
+    head.extend(offset.to_be_bytes());
+    head.extend(len.to_be_bytes());
+    head
+}
+
+/// The head of a request that is [sent](Client::send) as it is.
+pub(crate) fn request(kind: u16, offset: u64, len: u32) -> Vec<u8> {
+    head(kind, 0, 0, offset, len)
+}
+
 /// A connection to an export.
 pub(crate) struct Client {
     stream: UnixStream,
@@ -53,12 +69,7 @@ impl Client {
         data: &[u8],
     ) -> Reply {
         self.next += 1;
-        let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
-        request.extend(flags.to_be_bytes());
-        request.extend(kind.to_be_bytes());
-        request.extend(self.next.to_be_bytes());
-        request.extend(offset.to_be_bytes());
-        request.extend(len.to_be_bytes());
+        let mut request = head(kind, flags, self.next, offset, len);
         request.extend(data);
         self.exchange(&request, if kind == READ { len as usize } else { 0 })
             .map_err(|_| None)?

@@ -29,7 +29,8 @@ pub(crate) const PAGE: Page = Page {
          kernel would have written: a pool may be used by one today and by the other tomorrow, but \
          not by both at once. Devices are opened exclusively, files are locked.",
         "It stays in the foreground until SIGTERM, SIGINT or SIGHUP; then it commits, and ends with \
-         status 0. A second signal ends it at once, which loses what was not flushed, as a crash \
+         status 0. Requests have a second to end by themselves; those that wait for space, or for a \
+         resume, fail then. A second signal ends it at once, which loses what was not flushed, as a crash \
          would, and no more.",
         "Without --thin every thin device of the pool is exported under its id, those included that \
          are made later; it ends with its last mapped block. With --thin the devices that are named \

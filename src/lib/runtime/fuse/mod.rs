@@ -18,7 +18,7 @@ use super::export::Exports;
 use crate::error::{Error, Result};
 use fuser::{Config, MountOption, Session, SessionUnmounter};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -32,6 +32,7 @@ const LAST_USERS: Duration = Duration::from_secs(5);
 /// A folder in which exports are files, until it is [stopped](Self::stop).
 pub struct Fuse {
     folder: PathBuf,
+    exports: Arc<dyn Exports>,
     unmounter: SessionUnmounter,
     /// Held to read while requests are submitted; true when no more are taken.
     is_over: Arc<RwLock<bool>>,
@@ -60,7 +61,7 @@ impl Fuse {
             Error::io(what, e)
         };
         let is_over = Arc::new(RwLock::new(false));
-        let files = Folder::new(exports, Arc::clone(&is_over));
+        let files = Folder::new(Arc::clone(&exports), Arc::clone(&is_over));
         let mut session = Session::new(files, folder, &config()).map_err(failed)?;
         let unmounter = session.unmount_callable();
         let (ends, ended) = mpsc::channel();
@@ -73,6 +74,7 @@ impl Fuse {
         let thread = std::thread::Builder::new().name("fuse".into());
         let mut this = Self {
             folder: folder.to_owned(),
+            exports,
             unmounter,
             is_over,
             ended,
@@ -87,7 +89,8 @@ impl Fuse {
         }
     }
 
-    /// Unmounts, gives those who have files open a few seconds, and takes no more requests then: they are answered with `EIO`.
+    /// Unmounts, gives those who have files open a few seconds, and takes no more requests then: they are answered with `EIO`, and the
+    /// exports are told to [end waits](Exports::end_waits).
     pub fn stop(mut self) {
         self.end();
     }
@@ -95,7 +98,10 @@ impl Fuse {
     fn end(&mut self) {
         self.unmount();
         // Nothing is sent: this waits for the session to end, or until time is up.
-        let _ = self.ended.recv_timeout(LAST_USERS);
+        if self.ended.recv_timeout(LAST_USERS) == Err(RecvTimeoutError::Timeout) {
+            // Their threads may wait, too.
+            self.exports.end_waits();
+        }
         *self.is_over.write().unwrap_or_else(PoisonError::into_inner) = true;
     }
 

@@ -7,6 +7,7 @@ use super::wire::{
     name, option,
 };
 use crate::runtime::export::{Export, Exports, MOST_PAYLOAD};
+use std::cell::LazyCell;
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 
@@ -261,18 +262,10 @@ impl Client<'_, '_> {
         let Some(export) = self.terms.exports.find(query.export) else {
             return self.reply(answer::UNKNOWN, b"there is no export of this name");
         };
-        let asks_all = !is_set && query.queries.is_empty();
-        let is_asked = |context: &String| {
-            query.queries.iter().any(|&asked| {
-                // Only a list answers wildcards: a namespace, or the first part of what has several.
-                asked == context || !is_set && asked.ends_with(':') && context.starts_with(asked)
-            })
+        let chosen = match is_set {
+            true => chosen(&*export, &query.queries),
+            false => listed(&*export, &query.queries),
         };
-        let chosen = export.contexts().into_iter();
-        let chosen: Vec<String> = chosen
-            .filter(|context| asks_all || is_asked(context))
-            .take(MOST_CONTEXTS)
-            .collect();
         for (place, context) in chosen.iter().enumerate() {
             let id = if is_set { place as u32 + 1 } else { 0 };
             let data = [&id.to_be_bytes(), context.as_bytes()].concat();
@@ -283,6 +276,30 @@ impl Client<'_, '_> {
         }
         self.reply(answer::ACK, &[])
     }
+}
+
+/// The contexts of an export that are asked for by name. Those that it always has are not looked for.
+fn chosen(export: &dyn Export, queries: &[&str]) -> Vec<String> {
+    let all = LazyCell::new(|| export.contexts());
+    let mut chosen: Vec<String> = Vec::new();
+    for &asked in queries {
+        let is_new = chosen.len() < MOST_CONTEXTS && chosen.iter().all(|old| old != asked);
+        if is_new && (export.always_has(asked) || all.iter().any(|known| known == asked)) {
+            chosen.push(asked.to_owned());
+        }
+    }
+    chosen
+}
+
+/// The contexts of an export that match: all, or by name, or by a wildcard: a namespace, or the first part of what has several.
+fn listed(export: &dyn Export, queries: &[&str]) -> Vec<String> {
+    let is_asked = |context: &String| {
+        let is_it =
+            |asked: &&str| *asked == context || asked.ends_with(':') && context.starts_with(asked);
+        queries.is_empty() || queries.iter().any(is_it)
+    };
+    let all = export.contexts().into_iter();
+    all.filter(is_asked).take(MOST_CONTEXTS).collect()
 }
 
 /// What transmission can do with an export.

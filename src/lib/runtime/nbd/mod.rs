@@ -34,7 +34,9 @@ const MOST_STRANGERS: usize = 64;
 const MOST_CONNECTIONS: usize = MOST_CLIENTS + 2 * MOST_STRANGERS;
 /// Within this time a client has to have opened an export.
 const HANDSHAKE: Duration = Duration::from_secs(30);
-/// Clients have this time to take their last replies when the server stops.
+/// Requests have this time to end by themselves when the server stops.
+const LAST_REQUESTS: Duration = Duration::from_secs(1);
+/// Clients have this time to take their last replies then.
 const LAST_REPLIES: Duration = Duration::from_secs(5);
 
 /// A socket that clients connect to.
@@ -104,6 +106,18 @@ impl Shared {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Waits until all have left, for so long.
+    fn wait_for_all<'a>(
+        &self,
+        connections: MutexGuard<'a, Connections>,
+        most: Duration,
+    ) -> MutexGuard<'a, Connections> {
+        let waited = self
+            .has_left
+            .wait_timeout_while(connections, most, |c| c.count > 0);
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
 }
 
 /// A running server.
@@ -150,8 +164,8 @@ impl Server {
         Ok(this)
     }
 
-    /// Takes no more clients and no more requests, waits until those under way have ended, and hangs up. Clients that do not take
-    /// their replies within a few seconds lose them.
+    /// Takes no more clients and no more requests, waits until those under way have ended, and hangs up. Where some do not end soon, the
+    /// exports are told to [end waits](Exports::end_waits). Clients that do not take their replies within a few seconds lose them.
     pub fn stop(self) {
         let Self { shared, acceptors } = self;
         shared.is_over.store(true, Ordering::Release);
@@ -165,13 +179,16 @@ impl Server {
         }
         let connections = shared.connections();
         connections.streams().for_each(|s| s.end_requests());
-        let waited = shared
-            .has_left
-            .wait_timeout_while(connections, LAST_REPLIES, |c| c.count > 0);
-        let connections = waited.unwrap_or_else(PoisonError::into_inner).0;
+        let connections = shared.wait_for_all(connections, LAST_REQUESTS);
+        if connections.count == 0 {
+            return;
+        }
+        drop(connections);
+        shared.exports.end_waits();
+        let connections = shared.wait_for_all(shared.connections(), LAST_REPLIES);
         connections.streams().for_each(|s| s.hang_up());
-        let waited = shared.has_left.wait_while(connections, |c| c.count > 0);
-        drop(waited);
+        // Whoever is left waits for a disk.
+        drop(shared.wait_for_all(connections, LAST_REPLIES));
     }
 }
 

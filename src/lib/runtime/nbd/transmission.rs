@@ -10,6 +10,7 @@ use crate::runtime::buffers;
 use crate::runtime::export::{Connection, Extent, MOST_PAYLOAD, Replier, Request, add_extent};
 use rustix::io::Errno;
 use std::io::{self, BufReader, Read};
+use std::ops::Range;
 use std::sync::{Arc, mpsc};
 
 /// What is read of the data of a request that is refused, before the client is left alone.
@@ -178,12 +179,10 @@ impl Requests<'_> {
     }
 
     /// What of a read is a hole, and what has to be read.
-    fn parts(&self, head: &Head) -> Vec<Extent> {
+    fn parts(&mut self, head: &Head) -> Vec<Extent> {
         let (range, mut found) = (head.offset..head.offset + head.len, Vec::new());
         if head.len >= LEAST_SEARCHED {
-            // Where it cannot be found out, whoever reads is told.
-            let extents = (self.session.export).extents("base:allocation", range, MOST_EXTENTS);
-            found = extents.unwrap_or_default();
+            found = self.connection.holes(range);
         }
         let told: u64 = found.iter().map(|extent| extent.len).sum();
         add_extent(&mut found, head.len.saturating_sub(told), 0);
@@ -297,7 +296,8 @@ impl Requests<'_> {
     }
 
     fn block_status(&mut self, head: &Head) -> io::Result<()> {
-        let contexts = &self.session.contexts;
+        let session = self.session;
+        let contexts = &session.contexts;
         let most = match head.flags & flag::REQ_ONE {
             0 => MOST_EXTENTS / contexts.len(),
             _ => 1,
@@ -307,15 +307,31 @@ impl Requests<'_> {
         let begun = self.begin(most * contexts.len() * (size_of::<Extent>() + 16))?;
         let found: Result<Vec<_>, Errno> = (1..)
             .zip(contexts)
-            .map(|(id, context)| {
-                let extents = self.session.export.extents(context, range.clone(), most)?;
-                Ok((id, extents))
-            })
+            .map(|(id, context)| Ok((id, self.extents(context, range.clone(), most)?)))
             .collect();
         match found {
             Ok(contexts) => self.outbox.reply_extents(head, begun, &contexts),
             Err(error) => self.outbox.reply(head, begun, Err(error)),
         }
         Ok(())
+    }
+
+    /// The status of bytes in a context: what is allocated is told while others change the metadata, too.
+    fn extents(
+        &mut self,
+        context: &str,
+        range: Range<u64>,
+        most: usize,
+    ) -> Result<Vec<Extent>, Errno> {
+        if context != "base:allocation" {
+            self.connection.start();
+            return self.session.export.extents(context, range, most);
+        }
+        let told = (self.session.export).try_allocation(range.clone(), most);
+        told.unwrap_or_else(|| {
+            let mut found = self.connection.holes(range);
+            found.truncate(most);
+            Ok(found)
+        })
     }
 }
