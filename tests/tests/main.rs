@@ -38,6 +38,7 @@ mod replay_threads;
 mod replay_verify;
 mod rescue;
 mod serve;
+mod serve_start;
 mod shapes;
 mod support;
 #[cfg(feature = "tls")]

@@ -1,5 +1,6 @@
 //! `thin_serve`: a thin pool without the kernel, its devices served to NBD clients and as files.
 
+mod new_pool;
 mod ready;
 mod run;
 
@@ -47,6 +48,9 @@ pub(crate) const PAGE: Page = Page {
                  device that is smaller than the pool; metadata and data given the wrong way round. With \
                  --check all of the metadata is checked first, as thin_check does. A device that is \
                  larger than the pool is used at once.",
+                "--create makes only what is not there, and takes a pool as it is: --block-size has to be that of the pool, and \
+                 --data-size changes no file that exists, which is told. A new pool that cannot be served, for instance since its \
+                 data has more than 2^40 blocks, is not left behind, nor are files that were made for it.",
                 "--read-only opens both devices to read, and never writes anything. It serves metadata \
                  that needs a check or is damaged, see RESCUE.",
             ],

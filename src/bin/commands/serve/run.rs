@@ -1,6 +1,6 @@
 //! From the command line to a pool that is served, and to its end.
 
-use std::fs::{self, File};
+use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -21,20 +21,16 @@ use thintools::runtime::fuse::Fuse;
 use thintools::runtime::nbd::{Listener, Server, Tls};
 use thintools::runtime::{Activation, DataDevice, Options, Runtime, bind_socket};
 use thintools::tools::{Overrides, repair};
-use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MetadataBlock, ThinId};
+use thintools::units::{MetadataBlock, ThinId};
 use thintools::{Error, ErrorKind};
 
+use super::new_pool::Made;
 use super::{Args, Nbd, ready};
 use crate::commands::ctl::refuse_damage;
 use crate::commands::repair::say_report;
 use crate::exit::Exit;
 use crate::output;
 use crate::session::Session;
-
-/// Bytes of metadata that a new file has for each data block, as LVM reckons.
-const METADATA_BYTES: u64 = 64;
-/// The smallest new metadata file: 2 MiB.
-const LEAST_METADATA: u64 = 2 << 20;
 
 /// Why it ends.
 enum End {
@@ -144,8 +140,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let tls = certificates
         .map(|folder| Tls::open(folder, args.tls_verify_peer))
         .transpose()?;
+    let made = Made::files(&args)?;
     let runtime = open(&args)?;
     let mut sockets = Sockets::open(&args)?;
+    // From here on somebody may use it.
+    made.keep();
     let control = args
         .control
         .as_deref()
@@ -230,9 +229,6 @@ fn watch_signals(end: Sender<End>) -> anyhow::Result<()> {
 
 /// Opens the pool, or makes it, with the devices that are to be exported.
 fn open(args: &Args) -> anyhow::Result<Arc<Runtime>> {
-    if args.create {
-        make_files(args)?;
-    }
     let mut features = Features::from_words(&args.feature)?;
     features.error_if_no_space |= args.queue_when_full.is_none();
     let mut options = Options {
@@ -317,35 +313,6 @@ fn activate(args: &Args, runtime: &Runtime, id: ThinId, size: Option<u64>) -> an
                 .into());
         }
         other => other?,
-    }
-    Ok(())
-}
-
-/// Makes the files of a new pool that are not there.
-fn make_files(args: &Args) -> anyhow::Result<()> {
-    let make = |path: &Path, bytes: u64| -> anyhow::Result<()> {
-        let shown = path.display();
-        let file = File::create_new(path).with_context(|| format!("cannot make {shown}"))?;
-        file.set_len(bytes)
-            // What is too short would be taken for all of it.
-            .inspect_err(|_| drop(fs::remove_file(path)))
-            .with_context(|| {
-                format!("cannot make {shown} {bytes} bytes long; make room, or give another file")
-            })
-    };
-    if let Some(sectors) = args.data_size
-        && !args.data.exists()
-    {
-        make(&args.data, sectors * 512)?;
-    }
-    if !args.metadata.exists() {
-        let sectors = DataDevice::open(&args.data, false)?.sectors()?;
-        let blocks = sectors / u64::from(args.new_block_size());
-        let most = MAX_METADATA_BLOCKS * BLOCK_SIZE as u64;
-        let bytes = blocks
-            .saturating_mul(METADATA_BYTES)
-            .next_multiple_of(BLOCK_SIZE as u64);
-        make(&args.metadata, bytes.clamp(LEAST_METADATA, most))?;
     }
     Ok(())
 }
