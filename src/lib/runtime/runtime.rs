@@ -163,7 +163,13 @@ impl Runtime {
                 .write(MetadataBlock(0), blank.blocks(1))
                 .and_then(|()| engine.sync());
         }
-        started
+        started.map_err(|e| match is_new {
+            true => e.context(format!(
+                "cannot make a pool of {}",
+                options.metadata.display()
+            )),
+            false => e,
+        })
     }
 
     fn start_pool(
@@ -625,8 +631,15 @@ fn open_metadata(
         // What is there already need not be made.
         _ => {}
     }
-    let superblock =
-        superblock.map_err(|e| e.context(format!("cannot use the metadata {shown}")))?;
+    let unusable = |e: Error| {
+        match options.is_read_only {
+        true => e.context(format!("cannot use the metadata {shown}")),
+        false => e.context(format!(
+            "cannot use the metadata {shown} to write; --read-only serves what there is, and thin_check {shown} says what puts it right"
+        )),
+    }
+    };
+    let superblock = superblock.map_err(unusable)?;
     if !is_legal_data_block_size(superblock.data_block_size) {
         return Err(Error::new(
             ErrorKind::Damaged,
@@ -649,10 +662,11 @@ fn open_metadata(
     }
     let pool = match options.is_read_only {
         true => PoolMetadata::open_to_rescue(engine, options.cache_bytes),
-        false => PoolMetadata::open(engine, options.cache_bytes),
+        // A bitmap that turned out to be lost later would fail a write, and make the pool read-only.
+        false => PoolMetadata::open(engine, options.cache_bytes)
+            .and_then(|pool| pool.verify_space_maps().map(|()| pool)),
     };
-    let pool = pool.map_err(|e| e.context(format!("cannot use the metadata {shown}")))?;
-    Ok((pool, false))
+    Ok((pool.map_err(unusable)?, false))
 }
 
 /// Refuses data of which no pool can use all. To try would set needs_check.
