@@ -2,14 +2,16 @@
 
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Command;
+use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
 use listenfd::ListenFd;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use thintools::io::{Access, AlignedBuffer, BlockEngine, open_read};
@@ -24,8 +26,10 @@ use thintools::tools::{Overrides, repair};
 use thintools::units::{MetadataBlock, ThinId};
 use thintools::{Error, ErrorKind};
 
+use super::child::Running;
 use super::new_pool::Made;
-use super::{Args, Nbd, ready};
+use super::ready::Ready;
+use super::{Args, Nbd};
 use crate::commands::ctl::refuse_damage;
 use crate::commands::repair::say_report;
 use crate::exit::Exit;
@@ -33,8 +37,9 @@ use crate::output;
 use crate::session::Session;
 
 /// Why it ends.
-enum End {
-    Signal,
+pub(super) enum End {
+    /// The first signal, or what is to the same effect.
+    Signal(i32),
     /// The command of --run ended, with this status.
     Command(u8),
 }
@@ -57,10 +62,21 @@ enum Address {
     Tcp(String),
 }
 
+/// What a path cannot have in a URI.
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'/')
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
+
 impl Address {
     fn uri(&self, export: &str) -> String {
         match self {
-            Self::Unix(path) => format!("nbd+unix:///{export}?socket={}", path.display()),
+            Self::Unix(path) => {
+                let path = percent_encode(path.as_os_str().as_bytes(), ENCODED);
+                format!("nbd+unix:///{export}?socket={path}")
+            }
             Self::Tcp(address) => format!("nbd://{address}/{export}"),
         }
     }
@@ -131,6 +147,7 @@ impl Drop for Sockets {
 
 /// Serves a pool until a signal comes or the command ends.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
+    let ready = Ready::take(args.ready_fd)?;
     let (end, ends) = mpsc::channel();
     watch_signals(end.clone())?;
     if args.check {
@@ -162,15 +179,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         .map(|folder| mount(folder, &runtime, is_only_fuse.then(|| end.clone())))
         .transpose()?;
     say_events(&runtime, args.quiet)?;
-    ready::tell(args.ready_fd)?;
+    ready.tell()?;
     let child = match &args.run {
         Some(command) => Some(start(command, &args, &runtime, &sockets, end)?),
         None => None,
     };
-    let why = ends.recv().unwrap_or(End::Signal);
-    if let (Some(child), End::Signal) = (child, &why) {
-        // It may have ended by itself.
-        let _ = child.lock().unwrap_or_else(PoisonError::into_inner).kill();
+    let why = ends.recv().unwrap_or(End::Signal(SIGTERM));
+    if let (Some(child), End::Signal(signal)) = (child, &why) {
+        child.stop(*signal);
     }
     if let Some(fuse) = fuse {
         fuse.stop();
@@ -181,7 +197,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     drop(sockets);
     stopped.context("what was not flushed may be lost")?;
     Ok(match why {
-        End::Signal | End::Command(0) => Exit::Ok,
+        End::Signal(_) | End::Command(0) => Exit::Ok,
         End::Command(status) => Exit::Command(status),
     })
 }
@@ -190,7 +206,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
 fn mount(folder: &Path, runtime: &Arc<Runtime>, end: Option<Sender<End>>) -> anyhow::Result<Fuse> {
     let at_end = move || {
         // Whoever unmounts what is served nowhere else wants it to end.
-        let _ = end.map(|end| end.send(End::Signal));
+        let _ = end.map(|end| end.send(End::Signal(SIGTERM)));
     };
     Ok(Fuse::mount(folder, runtime.clone(), at_end)?)
 }
@@ -218,8 +234,8 @@ fn watch_signals(end: Sender<End>) -> anyhow::Result<()> {
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
-            for (n, _) in signals.forever().enumerate() {
-                if n > 0 || end.send(End::Signal).is_err() {
+            for (n, signal) in signals.forever().enumerate() {
+                if n > 0 || end.send(End::Signal(signal)).is_err() {
                     std::process::exit(Exit::Interrupted.code().into());
                 }
             }
@@ -352,7 +368,7 @@ fn start(
     runtime: &Runtime,
     sockets: &Sockets,
     end: Sender<End>,
-) -> anyhow::Result<Arc<Mutex<Child>>> {
+) -> anyhow::Result<Running> {
     let export = match args.thin.first() {
         Some((id, _)) => id.to_string(),
         None => runtime
@@ -371,32 +387,5 @@ fn start(
             shell.env("unixsocket", path);
         }
     }
-    let child = shell.spawn().context("cannot start the command of --run")?;
-    let child = Arc::new(Mutex::new(child));
-    let waited = Arc::clone(&child);
-    std::thread::Builder::new()
-        .name("run".into())
-        .spawn(move || {
-            loop {
-                let status = waited
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .try_wait();
-                match status {
-                    Ok(None) => std::thread::sleep(Duration::from_millis(20)),
-                    Ok(Some(status)) => {
-                        let code = status.code().and_then(|code| u8::try_from(code).ok());
-                        // As shells tell it.
-                        let signal =
-                            std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or(0);
-                        let code = code.unwrap_or_else(|| {
-                            128_u8.saturating_add(signal.try_into().unwrap_or(0))
-                        });
-                        return end.send(End::Command(code)).ok();
-                    }
-                    Err(_) => return end.send(End::Command(Exit::Failure.code())).ok(),
-                }
-            }
-        })?;
-    Ok(child)
+    Running::start(shell, end)
 }
