@@ -39,6 +39,7 @@ mod replay_verify;
 mod rescue;
 mod rescue_nodes;
 mod serve;
+mod serve_start;
 mod shapes;
 mod support;
 #[cfg(feature = "tls")]

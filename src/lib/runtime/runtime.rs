@@ -15,7 +15,7 @@ use crate::pool::{
     ThinStatus, ThinTable, Worker,
 };
 use crate::thin::{DEFAULT_CACHE, PoolMetadata, Superblock};
-use crate::units::{MetadataBlock, ThinId, is_legal_data_block_size};
+use crate::units::{MAX_DATA_BLOCKS, MetadataBlock, ThinId, is_legal_data_block_size};
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -156,7 +156,31 @@ impl Runtime {
             true => e.with_kind(ErrorKind::Damaged),
             false => e,
         };
-        let pool = open_metadata(engine, &data, options).map_err(lost)?;
+        let (pool, is_new) = open_metadata(engine.clone(), &data, options).map_err(lost)?;
+        let started = Self::start_pool(pool, metadata, data, options, lost);
+        if is_new && started.is_err() {
+            // The next try shall find what this one has found. Should that not be possible, it finds a pool without blocks.
+            let blank = AlignedBuffer::new(1);
+            let _ = engine
+                .write(MetadataBlock(0), blank.blocks(1))
+                .and_then(|()| engine.sync());
+        }
+        started.map_err(|e| match is_new {
+            true => e.context(format!(
+                "cannot make a pool of {}",
+                options.metadata.display()
+            )),
+            false => e,
+        })
+    }
+
+    fn start_pool(
+        pool: PoolMetadata,
+        metadata: Option<Arc<FileEngine>>,
+        data: Arc<DataDevice>,
+        options: &Options,
+        lost: impl Fn(Error) -> Error,
+    ) -> Result<Self> {
         let status = pool.status().map_err(lost)?;
         let table = PoolTable {
             metadata_device: options.metadata.display().to_string(),
@@ -169,6 +193,9 @@ impl Runtime {
             },
         };
         let data_blocks = data.sectors()? / u64::from(status.data_block_size);
+        if !options.is_read_only {
+            refuse_too_many(&data, status.data_block_size)?;
+        }
         let is_short = data_blocks < status.data_blocks;
         let short = format!(
             "{} has {data_blocks} blocks of {} sectors, and the pool {}: this is not all of its data",
@@ -583,12 +610,12 @@ fn open_data(options: &Options) -> Result<DataDevice> {
     open(&options.data, !options.is_read_only)
 }
 
-/// Opens the metadata, or makes it.
+/// Opens the metadata, or makes it; within, true if it was made.
 fn open_metadata(
     engine: Arc<dyn BlockEngine>,
     data: &DataDevice,
     options: &Options,
-) -> Result<PoolMetadata> {
+) -> Result<(PoolMetadata, bool)> {
     let shown = options.metadata.display();
     let mut block = AlignedBuffer::new(1);
     let is_blank = match engine.read(MetadataBlock(0), block.blocks_mut(1)) {
@@ -615,7 +642,9 @@ fn open_metadata(
         // What is read only is looked for behind a superblock that was zeroed, too.
         _ if options.is_read_only => {}
         Some(block_sectors) if is_blank => {
-            return PoolMetadata::format(engine, block_sectors, options.cache_bytes).map_err(|e| {
+            refuse_too_many(data, block_sectors)?;
+            let made = PoolMetadata::format(engine, block_sectors, options.cache_bytes);
+            return made.map(|pool| (pool, true)).map_err(|e| {
                 let next = match is_full(&e) {
                     true => ": the file system of this file has no room for it; make room, or give another file, and run the command with --create again",
                     false => "",
@@ -641,8 +670,15 @@ fn open_metadata(
         // What is there already need not be made.
         _ => {}
     }
-    let superblock =
-        superblock.map_err(|e| e.context(format!("cannot use the metadata {shown}")))?;
+    let unusable = |e: Error| {
+        match options.is_read_only {
+        true => e.context(format!("cannot use the metadata {shown}")),
+        false => e.context(format!(
+            "cannot use the metadata {shown} to write; --read-only serves what there is, and thin_check {shown} says what puts it right"
+        )),
+    }
+    };
+    let superblock = superblock.map_err(unusable)?;
     if !is_legal_data_block_size(superblock.data_block_size) {
         return Err(Error::new(
             ErrorKind::Damaged,
@@ -665,9 +701,27 @@ fn open_metadata(
     }
     let pool = match options.is_read_only {
         true => PoolMetadata::open_to_rescue(engine, options.cache_bytes),
-        false => PoolMetadata::open(engine, options.cache_bytes),
+        // A bitmap that turned out to be lost later would fail a write, and make the pool read-only.
+        false => PoolMetadata::open(engine, options.cache_bytes)
+            .and_then(|pool| pool.verify_space_maps().map(|()| pool)),
     };
-    pool.map_err(|e| e.context(format!("cannot use the metadata {shown}")))
+    Ok((pool.map_err(unusable)?, false))
+}
+
+/// Refuses data of which no pool can use all. To try would set needs_check.
+fn refuse_too_many(data: &DataDevice, block_sectors: u32) -> Result<()> {
+    let blocks = data.sectors()? / u64::from(block_sectors.max(1));
+    if blocks <= MAX_DATA_BLOCKS {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Unsuitable,
+        format!(
+            "{} has {blocks} blocks of {block_sectors} sectors, and a pool can have {MAX_DATA_BLOCKS}: \
+             make it smaller, or make a pool of larger blocks (--block-size)",
+            data.path().display()
+        ),
+    ))
 }
 
 /// True if it is the file system that keeps a file from getting longer.

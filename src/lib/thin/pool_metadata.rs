@@ -153,6 +153,14 @@ impl PoolMetadata {
         }
     }
 
+    /// Reads both space maps: indexes and bitmaps, which are 4 KiB for 16320 blocks, but not the trees of counts of three and more.
+    ///
+    /// # Errors
+    /// `Damaged` with the first block that cannot be used, `Io`.
+    pub fn verify_space_maps(&self) -> Result<()> {
+        self.txn.verify_maps()
+    }
+
     /// Opens metadata that may be damaged, to be read only. Neither space maps nor device details need be there; a device whose
     /// details are lost has made-up ones: everything in it is shared, and all up to its last block mapped.
     ///

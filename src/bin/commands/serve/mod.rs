@@ -1,8 +1,11 @@
 //! `thin_serve`: a thin pool without the kernel, its devices served to NBD clients and as files.
 
+mod child;
+mod new_pool;
 mod ready;
 mod run;
 
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -48,6 +51,9 @@ pub(crate) const PAGE: Page = Page {
                  device that is smaller than the pool; metadata and data given the wrong way round. With \
                  --check all of the metadata is checked first, as thin_check does. A device that is \
                  larger than the pool is used at once.",
+                "--create makes only what is not there, and takes a pool as it is: --block-size has to be that of the pool, and \
+                 --data-size changes no file that exists, which is told. A new pool that cannot be served, for instance since its \
+                 data has more than 2^40 blocks, is not left behind, nor are files that were made for it.",
                 "--read-only opens both devices to read, and never writes anything. It serves metadata \
                  that needs a check or is damaged, see RESCUE.",
             ],
@@ -92,6 +98,10 @@ pub(crate) const PAGE: Page = Page {
                 "--run CMD runs CMD with sh when clients can connect, with the URI of the first export in \
                  $uri, the path of the socket in $unixsocket and the folder of --fuse in $fuse, and ends with its status when it ends. \
                  Without --nbd it makes a socket in a folder of its own.",
+                "A signal ends the command, too, before the server stops: the command and all that it has started get SIGTERM, \
+                 three seconds later SIGHUP, of which interactive shells take notice, and after three more SIGKILL. Where there is a \
+                 terminal, the command shares it with the server, and its Ctrl-C reaches both. What has to be undone, such as a mount, is so \
+                 if the command heeds signals.",
             ],
         ),
         (
@@ -176,7 +186,7 @@ pub(crate) const PAGE: Page = Page {
         (
             "Mount the file system on thin device 0 until the end of a shell:",
             &[
-                "thin_serve --metadata meta --data data --fuse dir --run 'mount -o loop $fuse/0 /mnt && bash; umount /mnt'",
+                "thin_serve --metadata meta --data data --fuse dir --run 'trap : TERM HUP; mount -o loop $fuse/0 /mnt && bash; umount /mnt'",
             ],
         ),
         (
@@ -291,8 +301,8 @@ pub(crate) struct Args {
     metadata_cache: u64,
 
     /// Write a line to this file descriptor when clients can connect.
-    #[arg(long, value_name = "N")]
-    ready_fd: Option<u32>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
+    ready_fd: Option<RawFd>,
 
     /// Run this command with sh when clients can connect, and end with it.
     #[arg(long, value_name = "CMD")]

@@ -1,15 +1,17 @@
 //! From the command line to a pool that is served, and to its end.
 
-use std::fs::{self, File};
+use std::fs;
 use std::net::TcpListener;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Command;
+use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
 use listenfd::ListenFd;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use thintools::io::{Access, AlignedBuffer, BlockEngine, open_read};
@@ -22,24 +24,23 @@ use thintools::runtime::fuse::Fuse;
 use thintools::runtime::nbd::{Listener, Server, Tls};
 use thintools::runtime::{Activation, DataDevice, Options, Runtime, bind_socket};
 use thintools::tools::{Overrides, repair};
-use thintools::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MetadataBlock, ThinId};
+use thintools::units::{MetadataBlock, ThinId};
 use thintools::{Error, ErrorKind};
 
-use super::{Args, Nbd, ready};
+use super::child::Running;
+use super::new_pool::Made;
+use super::ready::Ready;
+use super::{Args, Nbd};
 use crate::commands::ctl::refuse_damage;
 use crate::commands::repair::say_report;
 use crate::exit::Exit;
 use crate::output;
 use crate::session::Session;
 
-/// Bytes of metadata that a new file has for each data block, as LVM reckons.
-const METADATA_BYTES: u64 = 64;
-/// The smallest new metadata file: 2 MiB.
-const LEAST_METADATA: u64 = 2 << 20;
-
 /// Why it ends.
-enum End {
-    Signal,
+pub(super) enum End {
+    /// The first signal, or what is to the same effect.
+    Signal(i32),
     /// The command of --run ended, with this status.
     Command(u8),
 }
@@ -62,10 +63,21 @@ enum Address {
     Tcp(String),
 }
 
+/// What a path cannot have in a URI.
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'/')
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
+
 impl Address {
     fn uri(&self, export: &str) -> String {
         match self {
-            Self::Unix(path) => format!("nbd+unix:///{export}?socket={}", path.display()),
+            Self::Unix(path) => {
+                let path = percent_encode(path.as_os_str().as_bytes(), ENCODED);
+                format!("nbd+unix:///{export}?socket={path}")
+            }
             Self::Tcp(address) => format!("nbd://{address}/{export}"),
         }
     }
@@ -136,6 +148,7 @@ impl Drop for Sockets {
 
 /// Serves a pool until a signal comes or the command ends.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
+    let ready = Ready::take(args.ready_fd)?;
     let (end, ends) = mpsc::channel();
     watch_signals(end.clone())?;
     if args.check {
@@ -145,8 +158,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let tls = certificates
         .map(|folder| Tls::open(folder, args.tls_verify_peer))
         .transpose()?;
+    let made = Made::files(&args)?;
     let runtime = open(&args)?;
     let mut sockets = Sockets::open(&args)?;
+    // From here on somebody may use it.
+    made.keep();
     let control = args
         .control
         .as_deref()
@@ -164,15 +180,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         .map(|folder| mount(folder, &runtime, is_only_fuse.then(|| end.clone())))
         .transpose()?;
     say_events(&runtime, args.quiet)?;
-    ready::tell(args.ready_fd)?;
+    ready.tell()?;
     let child = match &args.run {
         Some(command) => Some(start(command, &args, &runtime, &sockets, end)?),
         None => None,
     };
-    let why = ends.recv().unwrap_or(End::Signal);
-    if let (Some(child), End::Signal) = (child, &why) {
-        // It may have ended by itself.
-        let _ = child.lock().unwrap_or_else(PoisonError::into_inner).kill();
+    let why = ends.recv().unwrap_or(End::Signal(SIGTERM));
+    if let (Some(child), End::Signal(signal)) = (child, &why) {
+        child.stop(*signal);
     }
     if let Some(fuse) = fuse {
         fuse.stop();
@@ -183,7 +198,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     drop(sockets);
     stopped.context("what was not flushed may be lost")?;
     Ok(match why {
-        End::Signal | End::Command(0) => Exit::Ok,
+        End::Signal(_) | End::Command(0) => Exit::Ok,
         End::Command(status) => Exit::Command(status),
     })
 }
@@ -192,7 +207,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
 fn mount(folder: &Path, runtime: &Arc<Runtime>, end: Option<Sender<End>>) -> anyhow::Result<Fuse> {
     let at_end = move || {
         // Whoever unmounts what is served nowhere else wants it to end.
-        let _ = end.map(|end| end.send(End::Signal));
+        let _ = end.map(|end| end.send(End::Signal(SIGTERM)));
     };
     Ok(Fuse::mount(folder, runtime.clone(), at_end)?)
 }
@@ -220,8 +235,8 @@ fn watch_signals(end: Sender<End>) -> anyhow::Result<()> {
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
-            for (n, _) in signals.forever().enumerate() {
-                if n > 0 || end.send(End::Signal).is_err() {
+            for (n, signal) in signals.forever().enumerate() {
+                if n > 0 || end.send(End::Signal(signal)).is_err() {
                     std::process::exit(Exit::Interrupted.code().into());
                 }
             }
@@ -231,9 +246,6 @@ fn watch_signals(end: Sender<End>) -> anyhow::Result<()> {
 
 /// Opens the pool, or makes it, with the devices that are to be exported.
 fn open(args: &Args) -> anyhow::Result<Arc<Runtime>> {
-    if args.create {
-        make_files(args)?;
-    }
     let mut features = Features::from_words(&args.feature)?;
     features.error_if_no_space |= args.queue_when_full.is_none();
     let mut options = Options {
@@ -326,35 +338,6 @@ fn activate(args: &Args, runtime: &Runtime, id: ThinId, size: Option<u64>) -> an
     Ok(())
 }
 
-/// Makes the files of a new pool that are not there.
-fn make_files(args: &Args) -> anyhow::Result<()> {
-    let make = |path: &Path, bytes: u64| -> anyhow::Result<()> {
-        let shown = path.display();
-        let file = File::create_new(path).with_context(|| format!("cannot make {shown}"))?;
-        file.set_len(bytes)
-            // What is too short would be taken for all of it.
-            .inspect_err(|_| drop(fs::remove_file(path)))
-            .with_context(|| {
-                format!("cannot make {shown} {bytes} bytes long; make room, or give another file")
-            })
-    };
-    if let Some(sectors) = args.data_size
-        && !args.data.exists()
-    {
-        make(&args.data, sectors * 512)?;
-    }
-    if !args.metadata.exists() {
-        let sectors = DataDevice::open(&args.data, false)?.sectors()?;
-        let blocks = sectors / u64::from(args.new_block_size());
-        let most = MAX_METADATA_BLOCKS * BLOCK_SIZE as u64;
-        let bytes = blocks
-            .saturating_mul(METADATA_BYTES)
-            .next_multiple_of(BLOCK_SIZE as u64);
-        make(&args.metadata, bytes.clamp(LEAST_METADATA, most))?;
-    }
-    Ok(())
-}
-
 /// Prints events on standard error.
 fn say_events(runtime: &Arc<Runtime>, quiet: bool) -> anyhow::Result<()> {
     let runtime = Arc::downgrade(runtime);
@@ -390,7 +373,7 @@ fn start(
     runtime: &Runtime,
     sockets: &Sockets,
     end: Sender<End>,
-) -> anyhow::Result<Arc<Mutex<Child>>> {
+) -> anyhow::Result<Running> {
     let export = match args.thin.first() {
         Some((id, _)) => id.to_string(),
         None => runtime
@@ -409,32 +392,5 @@ fn start(
             shell.env("unixsocket", path);
         }
     }
-    let child = shell.spawn().context("cannot start the command of --run")?;
-    let child = Arc::new(Mutex::new(child));
-    let waited = Arc::clone(&child);
-    std::thread::Builder::new()
-        .name("run".into())
-        .spawn(move || {
-            loop {
-                let status = waited
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .try_wait();
-                match status {
-                    Ok(None) => std::thread::sleep(Duration::from_millis(20)),
-                    Ok(Some(status)) => {
-                        let code = status.code().and_then(|code| u8::try_from(code).ok());
-                        // As shells tell it.
-                        let signal =
-                            std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or(0);
-                        let code = code.unwrap_or_else(|| {
-                            128_u8.saturating_add(signal.try_into().unwrap_or(0))
-                        });
-                        return end.send(End::Command(code)).ok();
-                    }
-                    Err(_) => return end.send(End::Command(Exit::Failure.code())).ok(),
-                }
-            }
-        })?;
-    Ok(child)
+    Running::start(shell, end)
 }

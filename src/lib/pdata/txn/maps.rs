@@ -5,6 +5,7 @@
 
 use super::block_manager::{BlockManager, WriteGuard};
 use super::block_set::BlockSet;
+use super::map_blocks::missing;
 use super::transaction::{Pending, Transaction};
 use super::validator::Validator;
 use super::view::cell;
@@ -121,7 +122,7 @@ impl Map {
     }
 }
 
-fn entry_of(number: u64, words: [u64; 3]) -> Result<IndexEntry> {
+pub(super) fn entry_of(number: u64, words: [u64; 3]) -> Result<IndexEntry> {
     let entry = IndexEntry {
         block: MetadataBlock(words[0]),
         nr_free: words[1] as u32,
@@ -160,6 +161,14 @@ impl Transaction {
         }
     }
 
+    /// Where the bitmaps of the metadata map are.
+    pub(super) fn metadata_bitmaps(&self) -> impl Iterator<Item = MetadataBlock> {
+        self.metadata
+            .index
+            .values()
+            .map(|cached| cached.entry.block)
+    }
+
     fn map_mut(&mut self, which: Which) -> &mut Map {
         match which {
             Which::Metadata => &mut self.metadata,
@@ -178,18 +187,12 @@ impl Transaction {
         if let Some(cached) = self.map(which).index.get(&number) {
             return Ok(cached.entry);
         }
-        let missing = || {
-            Error::new(
-                ErrorKind::Damaged,
-                format!("the space map has no bitmap {number}; run thin_check"),
-            )
-        };
         if which == Which::Metadata {
-            return Err(missing());
+            return Err(missing(number));
         }
         let root = self.data.root.bitmap_root;
         let found = self.lookup(TreeKind::DataIndex, root, number)?;
-        let entry = entry_of(number, found.ok_or_else(missing)?)?;
+        let entry = entry_of(number, found.ok_or_else(|| missing(number))?)?;
         if self.data.index.len() >= MOST_CACHED {
             self.data.index.retain(|_, cached| cached.is_dirty);
         }

@@ -6,6 +6,7 @@ mod block_set;
 mod btree;
 mod cursor;
 mod epoch;
+mod map_blocks;
 mod maps;
 mod schemes;
 mod transaction;
