@@ -176,6 +176,63 @@ fn metadata_that_is_full_is_named_and_ends_all_forecasts() {
 }
 
 #[test]
+fn events_beside_a_trace_make_no_device_of_it_unknown() {
+    let place = folder();
+    let events = place.path().join("events");
+    for (beside, left_out) in [
+        ("1 phase-end x\n3 create_snap 1 0\n", 0),
+        ("", 0),
+        ("0 activate 254:1 0 4194304\n", 6677),
+    ] {
+        fs::write(&events, beside).expect("written");
+        let (_, report) = report(&["--data-size", "1g", "--events", text(&events)]);
+        assert_eq!(report.input.out_of_range, left_out, "{beside}");
+        // What was left out was not written, nor was it discarded.
+        if left_out > 0 {
+            assert_eq!(report.work.bytes_not_written, report.input.bytes_written);
+            assert_eq!(
+                report.input.bytes_discards_left_out,
+                report.input.bytes_discarded
+            );
+            assert!(report.input.bytes_discarded > 0);
+        }
+    }
+}
+
+#[test]
+fn the_pool_of_metadata_grows_to_the_data_device_and_does_not_shrink() {
+    let place = folder();
+    let metadata = place.path().join("metadata");
+    let kept = [&KERNEL[..], &["-o", text(&metadata)]].concat();
+    play(&kept).expect(0);
+    let begin = [
+        "--metadata",
+        text(&metadata),
+        "--map",
+        "254:1=0:2g",
+        "--data-size",
+    ];
+    let (said, report) = report(&[&begin[..], &["2g"]].concat());
+    assert_eq!(report.setup.data_blocks, 32_768);
+    assert_eq!(report.forecast.data.total, 32_768);
+    holds(&said, &["pool: 0 4194304 thin-pool ", "/32768 - rw "]);
+    play(&[&begin[..], &["512m"]].concat())
+        .expect(1)
+        .expect_stderr(&[
+            "8192 blocks are fewer than the 16384 ",
+            "give 2097152s or more",
+        ]);
+    // Metadata that was damaged before is nobody's defect.
+    let mut bytes = fs::read(&metadata).expect("read");
+    bytes[7 * 4096..60 * 4096].fill(0x5a);
+    fs::write(&metadata, bytes).expect("written");
+    let said = play(&begin[..4]);
+    let said = said.stderr;
+    holds(&said, &["damaged"]);
+    assert!(!said.contains("defect"), "{said}");
+}
+
+#[test]
 fn what_has_no_times_of_its_own_is_not_forecast() {
     let place = folder();
     let [iolog, json] = ["iolog", "json"].map(|name| place.path().join(name));
