@@ -30,6 +30,7 @@ mod repair;
 mod repair_damage;
 mod repair_in_place;
 mod replay;
+mod replay_answers;
 mod replay_fleet;
 mod replay_kernel;
 mod replay_readers;

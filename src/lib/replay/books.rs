@@ -3,8 +3,9 @@
 use super::counts::{ByReason, InputCounts, Moments, WorkCounts};
 use super::device_heat::HeatByDevice;
 use super::latencies::LatencyClasses;
+use crate::error::ErrorKind;
 use crate::pool::{
-    BioError, BioResult, Effect, MapCounts, Notice, Pool, PoolMode, Source, WorkerCounts,
+    Bio, BioError, BioResult, Effect, MapCounts, Notice, Op, Pool, PoolMode, Source, WorkerCounts,
 };
 use crate::thin::PoolMetadata;
 use std::collections::BTreeMap;
@@ -67,6 +68,10 @@ pub(super) const MOST_TOLD: u64 = 100;
 pub(super) struct Books {
     pub(super) input: InputCounts,
     pub(super) work: WorkCounts,
+    /// Bytes that were written, and acknowledged.
+    pub(super) bytes_written: u64,
+    /// When the last request came, by the trace.
+    pub(super) last_io_ns: u64,
     pub(super) latencies: LatencyClasses,
     pub(super) moments: Moments,
     pub(super) heat: HeatByDevice,
@@ -83,6 +88,8 @@ impl Default for Books {
         Self {
             input: InputCounts::default(),
             work: WorkCounts::default(),
+            bytes_written: 0,
+            last_io_ns: 0,
             latencies: LatencyClasses::default(),
             moments: Moments::default(),
             heat: HeatByDevice::default(),
@@ -102,6 +109,8 @@ impl Books {
         self.work.completed += other.work.completed;
         self.work.failed += other.work.failed;
         self.work.no_space += other.work.no_space;
+        self.work.unsupported += other.work.unsupported;
+        self.bytes_written += other.bytes_written;
         self.latencies.add(&other.latencies);
         self.heat.add(&other.heat);
     }
@@ -146,11 +155,16 @@ impl Books {
     }
 
     /// Counts a bio that ended.
-    pub(super) fn count_end(&mut self, result: BioResult) {
+    pub(super) fn count_end(&mut self, bio: &Bio, result: BioResult) {
         self.work.completed += 1;
-        if let Err(error) = result {
-            self.work.failed += 1;
-            self.work.no_space += u64::from(error == BioError::NoSpace);
+        match result {
+            Ok(()) if bio.op == Op::Write => self.bytes_written += bio.sectors * 512,
+            Ok(()) => {}
+            Err(error) => {
+                self.work.failed += 1;
+                self.work.no_space += u64::from(error == BioError::NoSpace);
+                self.work.unsupported += u64::from(error == BioError::Unsupported);
+            }
         }
     }
 
@@ -211,7 +225,13 @@ impl Books {
                 format!("a deadlock of cells: {}", waits.join("; "))
             }
             Notice::NoSpaceTimeout => "writes waited for space too long and fail".into(),
-            Notice::MetadataFailed(e) => format!("the metadata failed: {e}"),
+            Notice::MetadataFailed(e) => {
+                self.moments.metadata_failed_ns.get_or_insert(now);
+                if e.kind() == ErrorKind::NoSpace {
+                    self.moments.metadata_full_ns.get_or_insert(now);
+                }
+                format!("the metadata failed: {e}")
+            }
         };
         self.tell(now, text);
     }

@@ -25,6 +25,9 @@ pub struct InputCounts {
     pub bytes_written: u64,
     /// Bytes that discards were about.
     pub bytes_discarded: u64,
+    /// Of these, bytes of discards that were left out.
+    #[serde(default)]
+    pub bytes_discards_left_out: u64,
     /// Of these, bytes at the edges of a discard that are no whole block, and stay.
     pub bytes_partly_discarded: u64,
     /// Discards with such edges.
@@ -60,9 +63,27 @@ impl InputCounts {
                 self.writes += 1;
                 self.bytes_written += size;
             }
-            TraceOp::Discard => self.discards += 1,
+            TraceOp::Discard => {
+                self.discards += 1;
+                self.bytes_discarded = self.bytes_discarded.saturating_add(size);
+            }
             TraceOp::Flush => {}
         }
+    }
+
+    /// Counts a request that goes to no thin device, or past the end of one.
+    pub(super) fn leave_out(&mut self, io: &TraceIo) {
+        self.out_of_range += 1;
+        if io.op == TraceOp::Discard {
+            let left_out = &mut self.bytes_discards_left_out;
+            *left_out = left_out.saturating_add(io.sectors.saturating_mul(512));
+        }
+    }
+
+    /// Flushes without data: those in front of a write are no requests of their own.
+    pub fn lone_flushes(&self) -> u64 {
+        let others = [self.reads, self.writes, self.discards];
+        others.into_iter().fold(self.requests, u64::saturating_sub)
     }
 
     /// Counts a flush, also one in front of a write.
@@ -89,6 +110,9 @@ impl InputCounts {
         self.bytes_read += other.bytes_read;
         self.bytes_written += other.bytes_written;
         self.bytes_discarded = self.bytes_discarded.saturating_add(other.bytes_discarded);
+        self.bytes_discards_left_out = self
+            .bytes_discards_left_out
+            .saturating_add(other.bytes_discards_left_out);
         self.bytes_partly_discarded = self
             .bytes_partly_discarded
             .saturating_add(other.bytes_partly_discarded);
@@ -112,9 +136,6 @@ impl InputCounts {
         let first = io.sector.div_ceil(block_sectors);
         let whole = (end / block_sectors).saturating_sub(first) * block_sectors;
         let partly = io.sectors.saturating_sub(whole).saturating_mul(512);
-        self.bytes_discarded = self
-            .bytes_discarded
-            .saturating_add(io.sectors.saturating_mul(512));
         self.bytes_partly_discarded = self.bytes_partly_discarded.saturating_add(partly);
         self.partial_discards += u64::from(partly > 0);
     }
@@ -127,6 +148,10 @@ pub struct Moments {
     pub low_water_ns: Option<u64>,
     /// A write found no data block.
     pub out_of_space_ns: Option<u64>,
+    /// The metadata could not be changed any more, for whatever reason.
+    pub metadata_failed_ns: Option<u64>,
+    /// The reason was that no metadata block was left.
+    pub metadata_full_ns: Option<u64>,
 }
 
 /// Bios left to the worker, by reason.
@@ -206,6 +231,29 @@ pub struct WorkCounts {
     pub failed: u64,
     /// Bios that failed for want of space.
     pub no_space: u64,
+    /// Discards that failed because the pool ignores them.
+    #[serde(default)]
+    pub unsupported: u64,
+    /// Bios that had not ended when all was over, since they waited for space.
+    #[serde(default)]
+    pub waiting_for_space: u64,
+    /// Those that waited for the pool's resumption.
+    #[serde(default)]
+    pub waiting_for_resume: u64,
+    /// Those that waited for something else, such as a cell.
+    #[serde(default)]
+    pub waiting: u64,
+    /// Bytes that requests asked to write and that were not written: they were left out, failed, or had not ended.
+    #[serde(default)]
+    pub bytes_not_written: u64,
     /// Times that every cell was held by somebody who waited for another one.
     pub deadlocks: u64,
+}
+
+impl WorkCounts {
+    /// Bios that had not ended when all was over.
+    pub fn unended(&self) -> u64 {
+        let waiting = [self.waiting_for_space, self.waiting_for_resume];
+        waiting.into_iter().fold(self.waiting, u64::saturating_add)
+    }
 }

@@ -184,6 +184,9 @@ impl Engine {
         let mapper = self.mapper(io.cpu);
         match self.mappers[mapper].pass(thin, op, io.sector) {
             Passed::Remapped { passage, .. } => {
+                if op == Op::Write {
+                    self.books.bytes_written += io.sectors * 512;
+                }
                 let takes = self.device.bio(op, io.sectors, false);
                 let plain = Plain {
                     passage,
@@ -222,7 +225,7 @@ impl Engine {
                 submitted: Some(self.now),
                 then,
                 deferred: Some(Reason::Flush),
-                is_zero: false,
+                ..About::default()
             },
         });
         let bio = self.spare.flush(request.into());
@@ -396,8 +399,11 @@ impl Engine {
             return self.of_others.push((bio, result));
         };
         self.watch.end(&bio, result);
-        self.books.count_end(result);
+        self.books.count_end(&bio, result);
         self.spare.keep(bio);
+        if result.is_err() {
+            self.requests.note_failed(number);
+        }
         let Some(request) = self.requests.end(number) else {
             return;
         };
@@ -407,7 +413,9 @@ impl Engine {
             let (thin, io) = &*then;
             return self.submit(thin, io, request.submitted, request.deferred, false);
         }
-        if let Some(submitted) = request.submitted {
+        if let Some(submitted) = request.submitted
+            && !request.has_failed
+        {
             let nanos = self.now - submitted;
             self.books
                 .latencies

@@ -114,6 +114,9 @@ pub struct TraceNotes {
     pub regressed: u64,
     /// The last record is cut off.
     pub is_truncated: bool,
+    /// The format has no times: those of the events say in which order they came, and nothing else.
+    #[serde(default)]
+    pub has_no_times: bool,
     /// What a reader of the report should know.
     pub warnings: Vec<String>,
 }

@@ -42,8 +42,8 @@ pub use manifest::{FLEET_SCHEMA, FleetPool, MANIFEST, Manifest, Volume, shard};
 pub use player::{PlayOptions, Player};
 pub use prefill::{Prefill, Prefilled};
 pub use report::{
-    Contention, Fill, Forecast, Map, Metadata, Noticed, Report, SCHEMA, Setup, Space, Topic,
-    Verdict, best_block_size, bytes, cell_pools, compare, csv, html, jsonl, merge, schemes,
+    Contention, Fill, Forecast, Map, Metadata, NoForecast, Noticed, Report, SCHEMA, Setup, Space,
+    Topic, Verdict, best_block_size, bytes, cell_pools, compare, csv, html, jsonl, merge, schemes,
     seconds, ways,
 };
 pub use run::{SnapshotSchedule, play, side_events};

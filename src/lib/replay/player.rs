@@ -95,6 +95,16 @@ impl Player {
         self.engine.books.moments
     }
 
+    /// Bytes that were written, and acknowledged.
+    pub(super) fn bytes_written(&self) -> u64 {
+        self.engine.books.bytes_written
+    }
+
+    /// When the last request came, by the trace, in nanoseconds; under the virtual clock.
+    pub(super) fn last_io_ns(&self) -> u64 {
+        self.engine.books.last_io_ns
+    }
+
     /// Where requests went, and when.
     pub fn heat(&self) -> HeatMap {
         self.engine.books.heat.sum()
@@ -191,11 +201,12 @@ impl Player {
         self.engine.run_until(io.time_ns);
         self.engine.sample(false);
         self.engine.books.input.count(io);
+        self.engine.books.last_io_ns = io.time_ns;
         if self.devices.is_unknown(io.device) {
             self.resolve(device, io.device)?;
         }
         let Some(thin) = self.devices.target(io) else {
-            self.engine.books.input.out_of_range += 1;
+            self.engine.books.input.leave_out(io);
             return Ok(());
         };
         self.engine.books.heat.record(io);
@@ -378,6 +389,7 @@ impl Player {
             Some((device.clone(), Line { sectors, words }.to_string()))
         });
         let thins = thins.collect();
+        self.engine.sample(true);
         let status = self.engine.pool.inspect(PoolMetadata::status)?;
         self.engine.books.marks.push(Mark {
             source: None,

@@ -15,6 +15,8 @@ pub(super) struct About {
     pub(super) deferred: Option<Reason>,
     /// A part of it was read as zeros at once.
     pub(super) is_zero: bool,
+    /// A part of it failed: how long that took says nothing.
+    pub(super) has_failed: bool,
 }
 
 /// A request, whose bios have not all ended.
@@ -63,6 +65,14 @@ impl Requests {
     pub(super) fn note_zero(&mut self, number: u32) {
         if let Some(request) = self.slots.get_mut(number as usize) {
             request.about.is_zero = true;
+        }
+    }
+
+    /// One of its bios failed.
+    #[cold]
+    pub(super) fn note_failed(&mut self, number: u32) {
+        if let Some(request) = self.slots.get_mut(number as usize) {
+            request.about.has_failed = true;
         }
     }
 

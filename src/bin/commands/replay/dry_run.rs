@@ -37,7 +37,11 @@ pub(super) fn run(trace: &TraceArgs, session: &Session) -> anyhow::Result<Exit> 
         is_complete = !session.is_cancelled();
     }
     let notes = reader.notes();
-    let mut text = format!(
+    let mut text = match is_complete {
+        true => String::new(),
+        false => "INCOMPLETE  the reading was interrupted; this is how far it came\n".into(),
+    };
+    text.push_str(&format!(
         "dry run   {format}; nothing was played\n\
          trace     {} requests in {}, {controls} control events, {} other records, {} left out, {} lost, {} malformed, {} back in time",
         notes.events,
@@ -47,7 +51,7 @@ pub(super) fn run(trace: &TraceArgs, session: &Session) -> anyhow::Result<Exit> 
         notes.lost,
         notes.malformed,
         notes.regressed,
-    );
+    ));
     if notes.is_truncated {
         text.push_str(", the last one cut off");
     }

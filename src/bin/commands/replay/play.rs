@@ -55,7 +55,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZES", default_value = "32m", value_parser = sectors, value_delimiter = ',')]
     cache: Vec<u64>,
 
-    /// Size of the data device; without it, that of the metadata given, or 1 TiB.
+    /// Size of the data device; without it, that of the metadata given, or 1 TiB. The pool of metadata that is given grows to it; one that
+    /// is larger is refused.
     #[arg(long, value_name = "SIZE", value_parser = sectors)]
     data_size: Option<u64>,
 
@@ -85,7 +86,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SECTORS", value_parser = clap::value_parser!(u64).range(1..))]
     max_sectors: Option<u64>,
 
-    /// Control events: on each line a time in seconds and the event.
+    /// Control events: on each line a time in seconds and the event. Without --map, and without activate and create_thin among them, the
+    /// devices of the trace become thin devices all the same.
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
 
@@ -206,6 +208,10 @@ pub(super) fn time(text: &str) -> Result<Duration, String> {
     }
 }
 
+fn first_word(text: &str) -> &str {
+    text.split_ascii_whitespace().next().unwrap_or_default()
+}
+
 /// Time between snapshots; none is never.
 #[derive(Clone, Copy, Debug)]
 struct Schedule(Option<Duration>);
@@ -314,7 +320,27 @@ impl Args {
             let engine = Arc::new(OverlayEngine::over(below));
             let metadata = PoolMetadata::open(Arc::clone(&engine) as _, way.cache(&*engine));
             let shown = || path.display().to_string();
-            return Ok((engine, metadata.with_context(shown)?));
+            let mut metadata = metadata.with_context(shown)?;
+            let status = metadata.status()?;
+            if let Some(blocks) = data_blocks(status.data_block_size.into()) {
+                // As the kernel does when the pool is activated.
+                if blocks < status.data_blocks {
+                    bail!(
+                        "--data-size: {blocks} blocks are fewer than the {} that the pool of {} has; give {} or more",
+                        status.data_blocks,
+                        path.display(),
+                        format_args!(
+                            "{}s",
+                            status
+                                .data_blocks
+                                .saturating_mul(status.data_block_size.into())
+                        )
+                    );
+                }
+                metadata.resize_data(blocks)?;
+                metadata.commit()?;
+            }
+            return Ok((engine, metadata));
         }
         let size = u32::try_from(way.block_size).unwrap_or(u32::MAX);
         let blocks = self.metadata_size / 8;
@@ -332,7 +358,15 @@ impl Args {
         Ok((engine, metadata))
     }
 
-    fn options(&self, metadata: &PoolMetadata, way: &Way) -> anyhow::Result<PlayOptions> {
+    /// `beside` are the events of --events.
+    fn options(
+        &self,
+        metadata: &PoolMetadata,
+        way: &Way,
+        beside: &[ControlEvent],
+    ) -> anyhow::Result<PlayOptions> {
+        let says_what_is_what =
+            |event: &ControlEvent| ["activate", "create_thin"].contains(&first_word(&event.text));
         let status = metadata.status()?;
         let block_sectors = status.data_block_size;
         let table = PoolTable {
@@ -361,7 +395,7 @@ impl Args {
             cpus: usize::from(self.cpus),
             device: DeviceModel::default(),
             devices: devices.map(|(name, id, size)| (name, (id, size))).collect(),
-            makes_devices: self.map.is_empty() && self.events.is_none(),
+            makes_devices: self.map.is_empty() && !beside.iter().any(says_what_is_what),
             seed: self.seed,
         })
     }
@@ -565,8 +599,8 @@ fn replay(
         }
         None => Vec::new(),
     };
-    let (engine, mut metadata) = args.start(way, below)?;
-    let mut options = args.options(&metadata, way)?;
+    let (engine, mut metadata) = args.start(way, below.clone())?;
+    let mut options = args.options(&metadata, way, &beside)?;
     let prefilled = args.prefill(&beside, &mut metadata, &mut options, observer)?;
     let mut player = Player::new(metadata, options.clone())?;
     if let Some(one_of) = args.verify {
@@ -613,7 +647,7 @@ fn replay(
     report.options = Some(args.given.clone());
     // Whoever wishes to stop does not wish to wait for it.
     if is_complete {
-        judge(&*engine)?;
+        judge(&*engine, below.as_deref())?;
         report.metadata_is_sound();
     }
     if let Some(path) = &args.output {
@@ -629,16 +663,26 @@ pub(super) fn file_name(mark: &str) -> String {
     plain.collect()
 }
 
-/// Whatever was played, the metadata is sound.
-fn judge(engine: &dyn BlockEngine) -> anyhow::Result<()> {
+/// The first damage of metadata, if it has any.
+fn damage(engine: &dyn BlockEngine) -> thintools::Result<Option<String>> {
     let report = check(engine, &CheckOptions::default(), &Silent)?.report;
     let worst = report.damages.iter().find(|d| d.severity > Severity::Leak);
-    match worst {
-        Some(damage) => {
-            bail!("the metadata is damaged after the replay, which is a defect: {damage}")
-        }
-        None => Ok(()),
+    Ok(worst.map(ToString::to_string))
+}
+
+/// Whatever was played, the metadata is sound, unless that `below`, with which the pool began, was not.
+fn judge(engine: &dyn BlockEngine, below: Option<&dyn BlockEngine>) -> anyhow::Result<()> {
+    let Some(after) = damage(engine)? else {
+        return Ok(());
+    };
+    let before = below.map(damage).transpose()?.flatten();
+    if let Some(before) = before {
+        let message = format!(
+            "the metadata was damaged before the replay: {before}; see thin_check, and give what thin_repair makes of it"
+        );
+        return Err(thintools::Error::new(thintools::ErrorKind::Damaged, message).into());
     }
+    bail!("the metadata is damaged after the replay, which is a defect: {after}")
 }
 
 fn dump(engine: &dyn BlockEngine, path: &Path) -> thintools::Result<()> {

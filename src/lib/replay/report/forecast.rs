@@ -3,6 +3,7 @@
 use crate::replay::books::Sample;
 use crate::replay::counts::Moments;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// When data and metadata are full. All times are of the report's clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,6 +14,31 @@ pub struct Forecast {
     pub metadata: Fill,
     /// When the pool first was low, or a write found no block.
     pub moments: Moments,
+    /// Why nothing is forecast, if that is so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub none_because: Option<NoForecast>,
+}
+
+/// Why nothing is said of how it would go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NoForecast {
+    /// The trace has no times.
+    NoTimes,
+    /// By the clock of threads it is played as fast as it goes: that is no speed of the load.
+    SpeedOfReplay,
+    /// The metadata failed on the way.
+    MetadataFailed,
+}
+
+impl fmt::Display for NoForecast {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NoTimes => "the trace has no times",
+            Self::SpeedOfReplay => "the speed is that of this replay, not of the load",
+            Self::MetadataFailed => "the metadata failed on the way",
+        })
+    }
 }
 
 /// How one kind of blocks fills up. Nanoseconds are counted from the end of the replay; none if there is no end in sight.
@@ -38,13 +64,33 @@ impl Forecast {
         data_blocks: u64,
         metadata_blocks: u64,
         moments: Moments,
+        none_because: Option<NoForecast>,
     ) -> Self {
-        let data = |sample: &Sample| sample.used_data_blocks;
-        let metadata = |sample: &Sample| sample.used_metadata_blocks;
+        let data: fn(&Sample) -> u64 = |sample| sample.used_data_blocks;
+        let metadata: fn(&Sample) -> u64 = |sample| sample.used_metadata_blocks;
+        let failed = moments
+            .metadata_failed_ns
+            .map(|_| NoForecast::MetadataFailed);
+        let none_because = none_because.or(failed);
+        // Between two samples a pool may be full, and be emptied again.
+        let fill = |total, used: fn(&Sample) -> u64, full: Option<u64>| {
+            let fill = Fill::new(timeline, total, used);
+            let full_at_ns = fill.full_at_ns.into_iter().chain(full).min();
+            match none_because {
+                None => Fill { full_at_ns, ..fill },
+                Some(_) => Fill {
+                    used: fill.used,
+                    total: fill.total,
+                    full_at_ns,
+                    ..Fill::default()
+                },
+            }
+        };
         Self {
-            data: Fill::new(timeline, data_blocks, data),
-            metadata: Fill::new(timeline, metadata_blocks, metadata),
+            data: fill(data_blocks, data, moments.out_of_space_ns),
+            metadata: fill(metadata_blocks, metadata, moments.metadata_full_ns),
             moments,
+            none_because,
         }
     }
 
@@ -66,7 +112,10 @@ impl Forecast {
             moments: Moments {
                 low_water_ns: first(a.low_water_ns, b.low_water_ns),
                 out_of_space_ns: first(a.out_of_space_ns, b.out_of_space_ns),
+                metadata_failed_ns: first(a.metadata_failed_ns, b.metadata_failed_ns),
+                metadata_full_ns: first(a.metadata_full_ns, b.metadata_full_ns),
             },
+            none_because: self.none_because.and(other.none_because),
         }
     }
 }

@@ -1,8 +1,10 @@
 //! The report of what a player did. It alone knows the player.
 
-use super::{Contention, Forecast, Map, Metadata, Noticed, Report, SCHEMA, Setup, Space};
+use super::{
+    Clock, Contention, Forecast, Map, Metadata, NoForecast, Noticed, Report, SCHEMA, Setup, Space,
+};
 use crate::pdata::txn::LookupCounts;
-use crate::pool::{AllocationOrder, MapCounts};
+use crate::pool::{AllocationOrder, MapCounts, PoolMode, Reason};
 use crate::replay::counts::ByReason;
 use crate::replay::event::TraceNotes;
 use crate::replay::player::{PlayOptions, Player};
@@ -53,6 +55,31 @@ impl Report {
         };
         let [prison, deferred_sets] = pool.lock_counts();
         let (commit_stalls, commit_stall_ns) = pool.commit_stalls();
+        let mut work = player.work().clone();
+        let unended = counts.bios.saturating_sub(work.completed);
+        *match (pool.is_suspended(), pool.mode()) {
+            (true, _) => &mut work.waiting_for_resume,
+            (false, PoolMode::OutOfDataSpace) => &mut work.waiting_for_space,
+            (false, _) => &mut work.waiting,
+        } = unended;
+        let asked = player.input().bytes_written;
+        work.bytes_not_written = asked.saturating_sub(player.bytes_written());
+        let has_no_times =
+            trace.has_no_times || player.input().requests > 1 && player.last_io_ns() == 0;
+        let none_because = match player.clock() {
+            Clock::Threads => Some(NoForecast::SpeedOfReplay),
+            Clock::Virtual => has_no_times.then_some(NoForecast::NoTimes),
+        };
+        if player.clock() == Clock::Virtual {
+            // There is one thread, so what holds a lock against a lookup is a commit that is played.
+            locks.would_block_root += counts.deferred[Reason::RootBusy as usize];
+            for n in [&mut locks.contended, &mut locks.root_contended] {
+                *n += work.root_waits;
+            }
+            for ns in [&mut locks.wait_ns, &mut locks.root_wait_ns] {
+                *ns += work.root_wait_ns;
+            }
+        }
         let one_by_one = options.settings.allocation_order == AllocationOrder::OneByOne;
         let mut report = Self {
             schema: SCHEMA.into(),
@@ -91,7 +118,7 @@ impl Report {
                 commit_stalls,
                 commit_stall_ns,
             },
-            work: player.work().clone(),
+            work,
             worker: *player.worker().counts(),
             metadata: Metadata {
                 blocks_read: last.metadata_blocks_read - first.metadata_blocks_read,
@@ -105,6 +132,7 @@ impl Report {
                 status.data_blocks,
                 status.metadata_blocks,
                 player.moments(),
+                none_because,
             ),
             space,
             latency: player.latencies().by_name(),

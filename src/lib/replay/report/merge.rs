@@ -136,8 +136,10 @@ fn add(all: &mut Report, report: &Report) -> Result<()> {
         all.setup.table = "several tables".into();
     }
     let is_truncated = all.trace.is_truncated || report.trace.is_truncated;
+    let has_no_times = all.trace.has_no_times || report.trace.has_no_times;
     all.trace = sum(&all.trace, &report.trace)?;
     all.trace.is_truncated = is_truncated;
+    all.trace.has_no_times = has_no_times;
     all.input = sum(&all.input, &report.input)?;
     all.map = sum::<Map>(&all.map, &report.map)?;
     all.locks = sum(&all.locks, &report.locks)?;

@@ -27,7 +27,7 @@ use super::verify::Verified;
 use crate::pdata::txn::LookupCounts;
 use crate::pool::{LockCounts, WorkerCounts};
 pub use compare::{best_block_size, compare, ways};
-pub use forecast::{Fill, Forecast};
+pub use forecast::{Fill, Forecast, NoForecast};
 pub use html::html;
 pub use merge::merge;
 pub use rows::{csv, jsonl};

@@ -142,7 +142,7 @@ pub fn schemes(reports: &[Report]) -> String {
     }
     if reports.iter().any(|r| r.setup.clock == Clock::Virtual) {
         text.push_str(
-            "One thread plays the trace in virtual time, so nobody contends for a lock there; --clock threads shows what does.\n",
+            "One thread plays the trace in virtual time: commits alone hold locks against lookups there; --clock threads shows who else does.\n",
         );
     }
     text

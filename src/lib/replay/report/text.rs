@@ -217,15 +217,16 @@ impl InputCounts {
     fn fmt_line(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "input     {} requests: {} reads ({}), {} writes ({}), {} discards ({}), {} flushes; {} map calls; {} control events, {} refused, {} unknown",
+            "input     {} requests: {} reads ({}), {} writes ({}; {} of them behind a flush), {} discards ({}), {} flushes without data; {} map calls; {} control events, {} refused, {} unknown",
             self.requests,
             self.reads,
             bytes(self.bytes_read),
             self.writes,
             bytes(self.bytes_written),
+            self.flushes.saturating_sub(self.lone_flushes()),
             self.discards,
             bytes(self.bytes_discarded),
-            self.flushes,
+            self.lone_flushes(),
             self.map_calls,
             self.controls,
             self.refused_controls,

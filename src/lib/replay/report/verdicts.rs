@@ -1,7 +1,7 @@
 //! The answers to what a replay is made for, a sentence each.
 
 use super::text::{bytes, per, percent, seconds};
-use super::{Clock, Fill, Report};
+use super::{Clock, Fill, NoForecast, Report};
 use crate::pool::Reason;
 use crate::replay::latencies::{Latencies, MAPPED, is_fast};
 use crate::replay::verify::Verified;
@@ -81,6 +81,12 @@ impl fmt::Display for Verdict {
 }
 
 impl Report {
+    /// Bytes that requests wrote, and that were acknowledged.
+    fn bytes_written(&self) -> u64 {
+        let asked = self.input.bytes_written;
+        asked.saturating_sub(self.work.bytes_not_written)
+    }
+
     /// Comes to verdicts anew.
     pub(super) fn judge(&mut self) {
         let clock = self.setup.clock;
@@ -126,11 +132,11 @@ impl Report {
         if let Some(low) = moments.low_water_ns {
             text.push_str(&format!(
                 "; down to the low-water mark after {}",
-                seconds(low)
+                self.moment(low)
             ));
         }
         if let Some(out) = moments.out_of_space_ns {
-            text.push_str(&format!("; out of space after {}", seconds(out)));
+            text.push_str(&format!("; out of space after {}", self.moment(out)));
         }
         text
     }
@@ -148,6 +154,14 @@ impl Report {
         )
     }
 
+    /// A time since the start, and what is to be known of it.
+    fn moment(&self, nanos: u64) -> String {
+        match self.forecast.none_because {
+            Some(NoForecast::NoTimes) => format!("{} of the modelled device", seconds(nanos)),
+            _ => seconds(nanos),
+        }
+    }
+
     /// When it is full, if it goes on as it did.
     fn when_full(&self, fill: &Fill) -> String {
         let whose = match self.space.pools {
@@ -155,7 +169,10 @@ impl Report {
             _ => "the first of the pools ",
         };
         if let Some(at) = fill.full_at_ns {
-            return format!("{whose}full after {}", seconds(at));
+            return format!("{whose}full after {}", self.moment(at));
+        }
+        if let Some(why) = self.forecast.none_because {
+            return format!("no forecast: {why}");
         }
         let rates = [
             (fill.linear_ns, "the rate of the whole replay"),
@@ -188,7 +205,7 @@ impl Report {
             bytes(work.copies.saturating_mul(self.block_bytes())),
             ratio(
                 work.copies.saturating_mul(self.block_bytes()),
-                input.bytes_written
+                self.bytes_written()
             ),
             bytes(held.saturating_mul(self.block_bytes())),
             signed(self.metadata.grown_blocks)
@@ -204,7 +221,7 @@ impl Report {
         let kept = worker.unmapped.saturating_sub(worker.freed);
         let mut text = format!(
             "{} asked for {}, of which {} is no whole block ({} had such edges); {} mapped blocks were unmapped, which freed {} ({}); {} \
-             stay in use because a snapshot has them; {} went on to the data device",
+             were not freed then because a snapshot had them; {} went on to the data device",
             input.discards,
             bytes(input.bytes_discarded),
             bytes(input.bytes_partly_discarded),
@@ -221,17 +238,31 @@ impl Report {
                 worker.left_mapped
             ));
         }
+        if input.bytes_discards_left_out > 0 {
+            text.push_str(&format!(
+                "; {} of what was asked for were left out: to no thin device of this pool, or past its end",
+                bytes(input.bytes_discards_left_out)
+            ));
+        }
         text
     }
 
     fn on_writes(&self) -> String {
         let work = &self.work;
-        let asked = self.input.bytes_written;
+        let asked = self.bytes_written();
         let metadata = self.metadata.blocks_written.saturating_mul(4096);
         let beside = [work.bytes_zeroed, work.bytes_copied, metadata];
         let all = beside.iter().fold(asked, |sum, &n| sum.saturating_add(n));
+        let of = match self.work.bytes_not_written {
+            0 => "asked for".into(),
+            left => format!(
+                "written of {} asked for, of which {} failed, waited to the end or were left out,",
+                bytes(self.input.bytes_written),
+                bytes(left)
+            ),
+        };
         format!(
-            "{} asked for became {}, {} times as much: {} of zeros for {} new blocks ({} more were filled by one write), {} of copies, {} of \
+            "{} {of} became {}, {} times as much: {} of zeros for {} new blocks ({} more were filled by one write), {} of copies, {} of \
              metadata",
             bytes(asked),
             bytes(all),
@@ -373,12 +404,35 @@ impl Report {
 
     fn on_failures(&self) -> Option<String> {
         let (work, input) = (&self.work, &self.input);
+        let moments = self.forecast.moments;
+        let why = match (moments.metadata_full_ns, moments.metadata_failed_ns) {
+            (Some(at), _) => format!(
+                "bios failed for another reason: the metadata device was full after {}",
+                self.moment(at)
+            ),
+            (None, Some(at)) => format!(
+                "bios failed for another reason: the metadata failed after {}",
+                self.moment(at)
+            ),
+            (None, None) => "bios failed for other reasons".into(),
+        };
+        let known = work.no_space.saturating_add(work.unsupported);
         let counts = [
+            (
+                work.waiting_for_space,
+                "bios still wait for space at the end",
+            ),
+            (
+                work.waiting_for_resume,
+                "bios still wait for the pool's resumption at the end",
+            ),
+            (work.waiting, "bios have not ended at the end"),
             (work.no_space, "bios failed for want of space"),
             (
-                work.failed.saturating_sub(work.no_space),
-                "bios failed for other reasons",
+                work.unsupported,
+                "discards failed because the pool ignores them",
             ),
+            (work.failed.saturating_sub(known), &*why),
             (
                 input.out_of_range,
                 "requests were left out: to no thin device of this pool, or past its end",

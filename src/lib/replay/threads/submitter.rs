@@ -160,7 +160,7 @@ impl Submitter {
     fn play(&mut self, mapper: &mut Mapper, io: &TraceIo, yard: &Yard<'_>) {
         self.books.input.count(io);
         let Some((thin, end)) = yard.player.devices.find(io) else {
-            self.books.input.out_of_range += 1;
+            self.books.input.leave_out(io);
             return;
         };
         self.seen.note(io.device, end);
@@ -190,7 +190,7 @@ impl Submitter {
                 submitted,
                 then,
                 deferred: Some(Reason::Flush),
-                is_zero: false,
+                ..About::default()
             },
         });
         let bio = self.spare.flush(self.id(request));
@@ -300,7 +300,10 @@ impl Submitter {
         bio: Box<Bio>,
         result: BioResult,
     ) {
-        self.books.count_end(result);
+        self.books.count_end(&bio, result);
+        if result.is_err() {
+            self.requests.note_failed(bio.id as u32);
+        }
         let ended = self.requests.end(bio.id as u32);
         self.spare.keep(bio);
         let Some(request) = ended else {
@@ -312,7 +315,9 @@ impl Submitter {
             let (thin, io) = &*then;
             return self.submit(mapper, pool, thin, io, request.submitted, request.deferred);
         }
-        if let Some(submitted) = request.submitted {
+        if let Some(submitted) = request.submitted
+            && !request.has_failed
+        {
             let nanos = (self.start.elapsed().as_nanos() as u64).saturating_sub(submitted);
             self.books
                 .latencies

@@ -32,7 +32,7 @@ pub(super) struct LogWrites {
 }
 
 impl RecordFormat for LogWrites {
-    fn head(&mut self, input: &mut Input, _sink: &mut Sink) -> Result<bool> {
+    fn head(&mut self, input: &mut Input, sink: &mut Sink) -> Result<bool> {
         if !input.want(SUPER)? || !is_log(input.data()) {
             return Err(bad(input, "no superblock of dm-log-writes"));
         }
@@ -42,6 +42,7 @@ impl RecordFormat for LogWrites {
             return Err(bad(input, "its sectors are not of 512 to 65536 bytes"));
         }
         (self.entries, self.sector) = (entries, sector);
+        sink.notes.has_no_times = true;
         input.skip(sector as u64)
     }
 

@@ -86,6 +86,7 @@ impl Merge {
             sum.malformed += notes.malformed;
             sum.lost = sum.lost.saturating_add(notes.lost);
             sum.is_truncated |= notes.is_truncated;
+            sum.has_no_times |= notes.has_no_times;
             for warning in &notes.warnings {
                 if !sum.warnings.contains(warning) {
                     sum.warnings.push(warning.clone());
