@@ -1199,6 +1199,8 @@ fn hostile_lines_on_the_control_socket_are_answered_with_errors() {
         let _ = stream.read_to_string(&mut said);
         said
     };
+    let missing = answer(b"{\"command\":\"message\"}\n");
+    assert_eq!(missing.matches("missing field").count(), 1, "{missing}");
     for line in [
         &b"x\n"[..],
         b"{}\n",
@@ -1208,6 +1210,13 @@ fn hostile_lines_on_the_control_socket_are_answered_with_errors() {
         b"{\"command\":\"status\"",
     ] {
         assert!(answer(line).contains("EINVAL"), "{line:?}");
+    }
+    for what in ["data", "metadata"] {
+        for blocks in [1_u64 << 62, u64::MAX] {
+            let line = format!("{{\"command\":\"resize\",\"{what}\":{blocks}}}\n");
+            let said = answer(line.as_bytes());
+            assert!(said.contains("EINVAL") && said.contains("up to"), "{said}");
+        }
     }
     let deep = [vec![b'['; 60_000], vec![b'\n']].concat();
     assert!(answer(&deep).contains("EINVAL"));

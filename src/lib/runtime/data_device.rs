@@ -190,7 +190,7 @@ impl DataDevice {
     /// Makes a regular file larger; the new part takes no room yet.
     ///
     /// # Errors
-    /// `Unsuitable` for a block device, `Io`.
+    /// `Unsuitable` for a block device, `InvalidArgument` for more than its file system takes, `NoSpace`, `Io`.
     pub fn grow(&self, sectors: u64) -> Result<()> {
         let shown = self.path.display();
         if !self.is_file {
@@ -201,7 +201,7 @@ impl DataDevice {
         }
         if sectors > self.sectors()? {
             let grown = self.file.set_len(sectors.saturating_mul(SECTOR));
-            grown.map_err(|e| Error::io(format!("cannot grow {shown}"), e))?;
+            grown.map_err(|e| not_grown(&shown.to_string(), e))?;
         }
         Ok(())
     }
@@ -371,6 +371,16 @@ impl DataDevice {
             None => Ok(()),
         }
     }
+}
+
+/// Why a file was not made larger.
+pub(super) fn not_grown(file: &str, error: io::Error) -> Error {
+    let kind = match error.kind() {
+        io::ErrorKind::FileTooLarge | io::ErrorKind::InvalidInput => ErrorKind::InvalidArgument,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+        _ => ErrorKind::Io,
+    };
+    Error::with_source(kind, format!("cannot grow {file}"), error)
 }
 
 #[cfg(test)]

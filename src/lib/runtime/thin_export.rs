@@ -152,5 +152,5 @@ impl ThinExport {
     }
 }
 
-/// The last byte that a signed offset can name.
-const MOST_BYTES: u64 = i64::MAX as u64;
+/// The last byte that a signed offset can name: of a device, and of a file.
+pub(super) const MOST_BYTES: u64 = i64::MAX as u64;

@@ -93,9 +93,8 @@ impl Request {
     /// # Errors
     /// `InvalidArgument`.
     pub fn from_json(line: &[u8]) -> Result<Self> {
-        serde_json::from_slice(line).map_err(|e| {
-            Error::with_source(ErrorKind::InvalidArgument, format!("no request: {e}"), e)
-        })
+        serde_json::from_slice(line)
+            .map_err(|e| Error::with_source(ErrorKind::InvalidArgument, "no request", e))
     }
 
     /// Does what is wanted; `Events` is the server's own.
