@@ -6,7 +6,7 @@ use super::driver::{Driver, Threads, gone};
 use super::event_log::EventLog;
 #[cfg(feature = "devtools")]
 use super::seam::{Interceptor, PassedEngine, PoolDevice, Seam};
-use super::thin_export::{MOST_BYTES, ThinExport};
+use super::thin_export::{MOST_BYTES, ThinExport, check_size};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Access, AlignedBuffer, BlockEngine, FileEngine, file_id, open_pool, open_read};
 use crate::pdata::txn::LockScheme;
@@ -404,17 +404,10 @@ impl Runtime {
     /// Exports a thin device.
     ///
     /// # Errors
-    /// `NotFound`; `Exists` if it is active already; `InvalidArgument` for a size that is no multiple of 512.
+    /// `NotFound`; `Exists` if it is active already; `InvalidArgument` for a size that is no multiple of 512, or past 2^63 - 512.
     pub fn activate(&self, id: ThinId, activation: Activation) -> Result<()> {
-        if let Some(size) = activation.size
-            && !size.is_multiple_of(SECTOR)
-        {
-            return Err(Error::new(
-                ErrorKind::InvalidArgument,
-                format!(
-                    "a size of {size} bytes for thin device {id}: it has to be a multiple of {SECTOR}"
-                ),
-            ));
+        if let Some(size) = activation.size {
+            check_size(id, size)?;
         }
         self.driver.pool.inspect(|pool| pool.details(id))?;
         let mut thins = self.thins();
