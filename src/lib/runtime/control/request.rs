@@ -122,7 +122,7 @@ impl Request {
             }
             Self::Resize { data, metadata } => runtime.grow(data, metadata).map(nothing),
             Self::Activate { thin, size, origin } => {
-                let open = |path: PathBuf| DataDevice::open(&path, false).map(Arc::new);
+                let open = |path: PathBuf| DataDevice::open_origin(&path).map(Arc::new);
                 let origin = origin.map(open).transpose()?;
                 runtime
                     .activate(thin_id(thin)?, Activation { size, origin })
