@@ -1191,7 +1191,7 @@ fn sizes_that_cannot_be_served_are_refused_when_they_are_given() {
     assert!(refused.stderr.contains("up to"), "{}", refused.stderr);
     refused.expect(1);
     scene.serve(&["--create", "--thin", "0:1m"]);
-    scene.asked(&["create-thin", "1"]);
+    scene.asked(&["create_thin", "1"]);
     let activate = |size: u64| {
         use std::io::Write;
         let socket = scene.path("control");
