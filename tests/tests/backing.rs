@@ -157,7 +157,7 @@ fn lives_on_an_origin(origin: &Path, content: &[u8]) {
     let size = 20 * BLOCK;
     let mut model = vec![0; size];
     let whole_sectors = content.len() / 512 * 512;
-    model[..whole_sectors].copy_from_slice(&content[..whole_sectors]);
+    model[..content.len()].copy_from_slice(content);
     let of = ["--create", "--thin", "0:1280k", "--origin", &given];
     scene.serve(&of);
     let mut client = scene.connect("0");
@@ -168,7 +168,7 @@ fn lives_on_an_origin(origin: &Path, content: &[u8]) {
         (1000, 3000),
         (3 * BLOCK - 700, 1400),
         (5 * BLOCK, BLOCK),
-        (whole_sectors - 100, 200),
+        (whole_sectors - 100, 150),
         (15 * BLOCK + 17, 33),
         (8 * BLOCK + 1, 1),
     ] {
@@ -234,7 +234,8 @@ fn a_device_with_an_origin_that_is_shorter_reads_it_and_zeros_behind_it() {
     );
     if can(&[LOOP]) {
         let device = Loop::on(&origin);
-        lives_on_an_origin(&device.0, &content);
+        // It has whole sectors only.
+        lives_on_an_origin(&device.0, &content[..content.len() / 512 * 512]);
         assert!(
             fs::read(&origin).expect("read") == content,
             "the origin was written to"

@@ -411,6 +411,9 @@ fn a_file_is_as_long_as_its_device_and_comes_and_goes_with_it() {
     assert_eq!(errno(file.write_at(&[1; 512], 9 * BLOCK as u64)), ENOSPC);
     assert_eq!(errno(File::create(served.file("new"))), EPERM);
     assert_eq!(errno(fs::remove_file(served.file("0"))), EPERM);
+    assert_eq!(errno(fs::create_dir(served.file("new"))), EPERM);
+    let renamed = fs::rename(served.file("0"), served.file("new"));
+    assert_eq!(errno(renamed), EPERM);
     // Devices come and go, but not those that somebody has open.
     assert!(fs::metadata(served.file("1")).is_err());
     served.0.asked(&["message", "create_thin", "1"]);

@@ -703,6 +703,25 @@ fn an_error_in_a_piece_is_told_where_it_is() {
 }
 
 #[test]
+fn replies_are_not_held_back_until_the_data_of_the_next_write_have_come() {
+    let scene = Scene::new();
+    let mut client = scene.open("disk", 0, &[]);
+    // One that is carried out, one that is too long for what is gathered, one that is refused, and parts of their data.
+    for (at, len, error) in [(0, 4096, 0), (4096, 1 << 20, 0), (SIZE, 4096, 28)] {
+        for sent in [0, 1000] {
+            let data = vec![9; len as usize];
+            let (first, rest) = data.split_at(sent);
+            let requests = [request(0, 0, (0, 512)), request(1, 0, (at, len))].concat();
+            client.send(&[&requests, first]);
+            assert_eq!(client.simple_reply(), 0);
+            client.bytes(512);
+            client.send(&[rest]);
+            assert_eq!(client.simple_reply(), error);
+        }
+    }
+}
+
+#[test]
 fn refusals_leave_the_requests_that_follow_in_step() {
     let scene = Scene::new();
     let mut client = scene.open("disk", 0, &[]);

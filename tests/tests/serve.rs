@@ -1185,6 +1185,35 @@ fn managers_get_the_errors_of_the_kernel() {
 
 /// Requests that are none, and clients that hang up in the middle, do no harm.
 #[test]
+fn sizes_that_cannot_be_served_are_refused_when_they_are_given() {
+    let mut scene = Scene::new(8, 1 << 20);
+    let refused = scene.run(&["--create", "--thin", "0:8388608t", "--run", "true"]);
+    assert!(refused.stderr.contains("up to"), "{}", refused.stderr);
+    refused.expect(1);
+    scene.serve(&["--create", "--thin", "0:1m"]);
+    scene.asked(&["create_thin", "1"]);
+    let activate = |size: u64| {
+        use std::io::Write;
+        let socket = scene.path("control");
+        let mut stream = std::os::unix::net::UnixStream::connect(socket).expect("connected");
+        let line = format!("{{\"command\":\"activate\",\"thin\":1,\"size\":{size}}}\n");
+        stream.write_all(line.as_bytes()).expect("sent");
+        let mut said = String::new();
+        BufReader::new(stream).read_line(&mut said).expect("read");
+        said
+    };
+    for size in [1 << 63, u64::MAX - 511, 511] {
+        assert!(activate(size).contains("EINVAL"), "{size}");
+    }
+    assert_eq!(scene.asked(&["exported"]), "[0]");
+    let most = (1 << 63) - 512;
+    assert_eq!(activate(most), "{\"ok\":null}\n");
+    assert_eq!(scene.connect("1").size, most);
+    scene.asked(&["table", "1"]);
+    scene.stop();
+}
+
+#[test]
 fn hostile_lines_on_the_control_socket_are_answered_with_errors() {
     use std::io::Write;
     let mut scene = Scene::of_kernel();
@@ -1199,6 +1228,8 @@ fn hostile_lines_on_the_control_socket_are_answered_with_errors() {
         let _ = stream.read_to_string(&mut said);
         said
     };
+    let missing = answer(b"{\"command\":\"message\"}\n");
+    assert_eq!(missing.matches("missing field").count(), 1, "{missing}");
     for line in [
         &b"x\n"[..],
         b"{}\n",
@@ -1208,6 +1239,13 @@ fn hostile_lines_on_the_control_socket_are_answered_with_errors() {
         b"{\"command\":\"status\"",
     ] {
         assert!(answer(line).contains("EINVAL"), "{line:?}");
+    }
+    for what in ["data", "metadata"] {
+        for blocks in [1_u64 << 62, u64::MAX] {
+            let line = format!("{{\"command\":\"resize\",\"{what}\":{blocks}}}\n");
+            let said = answer(line.as_bytes());
+            assert!(said.contains("EINVAL") && said.contains("up to"), "{said}");
+        }
     }
     let deep = [vec![b'['; 60_000], vec![b'\n']].concat();
     assert!(answer(&deep).contains("EINVAL"));

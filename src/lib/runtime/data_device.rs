@@ -49,6 +49,8 @@ pub struct DataDevice {
     flushes: Mutex<Flushes>,
     has_flushed: Condvar,
     seam: Seam,
+    /// It may end within a sector; behind that are zeros.
+    is_padded: bool,
     /// What the last flush took, in nanoseconds.
     last_flush_ns: AtomicU64,
 }
@@ -68,6 +70,17 @@ impl DataDevice {
     /// `Unsuitable` also for what takes no direct I/O.
     pub fn open_direct(path: &Path, is_written: bool) -> Result<Self> {
         Self::open_how(path, is_written, true)
+    }
+
+    /// Opens an external origin, to be read. It need not end with a whole sector: the last one is filled up with zeros.
+    ///
+    /// # Errors
+    /// `Unsuitable` for what is neither a block device nor a regular file, `Busy`, `Io`.
+    pub fn open_origin(path: &Path) -> Result<Self> {
+        Ok(Self {
+            is_padded: true,
+            ..Self::open(path, false)?
+        })
     }
 
     fn open_how(path: &Path, is_written: bool, is_direct: bool) -> Result<Self> {
@@ -131,6 +144,7 @@ impl DataDevice {
             flushes: Mutex::default(),
             has_flushed: Condvar::new(),
             seam: Seam::default(),
+            is_padded: false,
             last_flush_ns: AtomicU64::new(0),
         })
     }
@@ -184,13 +198,16 @@ impl DataDevice {
         let end = (&self.file).seek(SeekFrom::End(0));
         let bytes =
             end.map_err(|e| Error::io(format!("cannot measure {}", self.path.display()), e))?;
-        Ok(bytes / SECTOR)
+        Ok(match self.is_padded {
+            true => bytes.div_ceil(SECTOR),
+            false => bytes / SECTOR,
+        })
     }
 
     /// Makes a regular file larger; the new part takes no room yet.
     ///
     /// # Errors
-    /// `Unsuitable` for a block device, `Io`.
+    /// `Unsuitable` for a block device, `InvalidArgument` for more than its file system takes, `NoSpace`, `Io`.
     pub fn grow(&self, sectors: u64) -> Result<()> {
         let shown = self.path.display();
         if !self.is_file {
@@ -201,7 +218,7 @@ impl DataDevice {
         }
         if sectors > self.sectors()? {
             let grown = self.file.set_len(sectors.saturating_mul(SECTOR));
-            grown.map_err(|e| Error::io(format!("cannot grow {shown}"), e))?;
+            grown.map_err(|e| not_grown(&shown.to_string(), e))?;
         }
         Ok(())
     }
@@ -211,8 +228,28 @@ impl DataDevice {
         let _passage = self.seam.pass(DeviceRequest::Read { byte, len })?;
         match &self.direct {
             Some(direct) => direct.read(&self.file, buffer, byte),
+            None if self.is_padded => self.read_padded(buffer, byte),
             None => self.file.read_exact_at(buffer, byte),
         }
+    }
+
+    fn read_padded(&self, buffer: &mut [u8], byte: u64) -> io::Result<()> {
+        let mut there = 0;
+        while there < buffer.len() {
+            match self.file.read_at(&mut buffer[there..], byte + there as u64) {
+                Ok(0) => break,
+                Ok(n) => there += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        let (end, rest) = (byte + there as u64, &mut buffer[there..]);
+        // What is missing of more than a sector has been cut off meanwhile.
+        if rest.len() as u64 > end.next_multiple_of(SECTOR) - end {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        rest.fill(0);
+        Ok(())
     }
 
     pub(super) fn write(&self, data: &[u8], byte: u64) -> io::Result<()> {
@@ -371,6 +408,16 @@ impl DataDevice {
             None => Ok(()),
         }
     }
+}
+
+/// Why a file was not made larger.
+pub(super) fn not_grown(file: &str, error: io::Error) -> Error {
+    let kind = match error.kind() {
+        io::ErrorKind::FileTooLarge | io::ErrorKind::InvalidInput => ErrorKind::InvalidArgument,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+        _ => ErrorKind::Io,
+    };
+    Error::with_source(kind, format!("cannot grow {file}"), error)
 }
 
 #[cfg(test)]

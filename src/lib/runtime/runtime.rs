@@ -1,12 +1,12 @@
 //! A pool on real devices: opened, managed by the kernel's messages, and stopped with everything committed.
 
 use super::control::ThinStats;
-use super::data_device::{DataDevice, SECTOR};
+use super::data_device::{DataDevice, SECTOR, not_grown};
 use super::driver::{Driver, Threads, gone};
 use super::event_log::EventLog;
 #[cfg(feature = "devtools")]
 use super::seam::{Interceptor, PassedEngine, PoolDevice, Seam};
-use super::thin_export::ThinExport;
+use super::thin_export::{MOST_BYTES, ThinExport, check_size};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Access, AlignedBuffer, BlockEngine, FileEngine, file_id, open_pool, open_read};
 use crate::pdata::txn::LockScheme;
@@ -15,7 +15,7 @@ use crate::pool::{
     ThinStatus, ThinTable, Worker,
 };
 use crate::thin::{DEFAULT_CACHE, PoolMetadata, Superblock};
-use crate::units::{MAX_DATA_BLOCKS, MetadataBlock, ThinId, is_legal_data_block_size};
+use crate::units::{BLOCK_SIZE, MAX_DATA_BLOCKS, MetadataBlock, ThinId, is_legal_data_block_size};
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -334,13 +334,27 @@ impl Runtime {
     /// Makes backing files larger, to so many data blocks and metadata blocks, and uses what is there. Devices are looked at only.
     ///
     /// # Errors
-    /// `ReadOnly`, `Unsuitable`, `Io`, `NoSpace`.
+    /// `ReadOnly`, `Unsuitable`, `InvalidArgument` for more than a file can have, `Io`, `NoSpace`.
     pub fn grow(&self, data_blocks: Option<u64>, metadata_blocks: Option<u64>) -> Result<()> {
         if self.is_read_only {
             return Err(Error::new(
                 ErrorKind::ReadOnly,
                 "the pool is served to be read only, and does not grow",
             ));
+        }
+        let most = MOST_BYTES / SECTOR / self.driver.pool.block_sectors();
+        for (device, wanted, most) in [
+            ("data", data_blocks, most),
+            ("metadata", metadata_blocks, MOST_BYTES / BLOCK_SIZE as u64),
+        ] {
+            if let Some(blocks) = wanted
+                && blocks > most
+            {
+                return Err(Error::new(
+                    ErrorKind::InvalidArgument,
+                    format!("{blocks} {device} blocks: up to {most} are possible"),
+                ));
+            }
         }
         if let Some(blocks) = data_blocks {
             let sectors = blocks.saturating_mul(self.driver.pool.block_sectors());
@@ -350,7 +364,7 @@ impl Runtime {
         }
         if let (Some(blocks), Some(metadata)) = (metadata_blocks, &self.metadata) {
             let grown = metadata.grow(blocks);
-            grown.map_err(|e| Error::io("cannot grow the metadata file", e))?;
+            grown.map_err(|e| not_grown("the metadata file", e))?;
         }
         self.resume(None)
     }
@@ -417,17 +431,10 @@ impl Runtime {
     /// Exports a thin device.
     ///
     /// # Errors
-    /// `NotFound`; `Exists` if it is active already; `InvalidArgument` for a size that is no multiple of 512.
+    /// `NotFound`; `Exists` if it is active already; `InvalidArgument` for a size that is no multiple of 512, or past 2^63 - 512.
     pub fn activate(&self, id: ThinId, activation: Activation) -> Result<()> {
-        if let Some(size) = activation.size
-            && !size.is_multiple_of(SECTOR)
-        {
-            return Err(Error::new(
-                ErrorKind::InvalidArgument,
-                format!(
-                    "a size of {size} bytes for thin device {id}: it has to be a multiple of {SECTOR}"
-                ),
-            ));
+        if let Some(size) = activation.size {
+            check_size(id, size)?;
         }
         self.driver.pool.inspect(|pool| pool.details(id))?;
         let mut thins = self.thins();

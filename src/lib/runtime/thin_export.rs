@@ -76,15 +76,7 @@ impl ThinExport {
                 of_blocks.max(origin_sectors.unwrap_or(0) * SECTOR)
             }
         };
-        if export.size > MOST_BYTES {
-            return Err(Error::new(
-                ErrorKind::InvalidArgument,
-                format!(
-                    "a size of {} bytes for thin device {id}: up to {MOST_BYTES} are possible",
-                    export.size
-                ),
-            ));
-        }
+        check_size(id, export.size)?;
         Ok(Arc::new(export))
     }
 
@@ -152,5 +144,21 @@ impl ThinExport {
     }
 }
 
-/// The last byte that a signed offset can name.
-const MOST_BYTES: u64 = i64::MAX as u64;
+/// Whether a thin device can have so many bytes.
+///
+/// # Errors
+/// `InvalidArgument`.
+pub(super) fn check_size(id: ThinId, size: u64) -> Result<()> {
+    let bound = match size {
+        _ if size > MOST_BYTES => format!("up to {MOST_BYTES} are possible"),
+        _ if !size.is_multiple_of(SECTOR) => format!("it has to be a multiple of {SECTOR}"),
+        _ => return Ok(()),
+    };
+    Err(Error::new(
+        ErrorKind::InvalidArgument,
+        format!("a size of {size} bytes for thin device {id}: {bound}"),
+    ))
+}
+
+/// The last byte that a signed offset can name: of a device, and of a file.
+pub(super) const MOST_BYTES: u64 = i64::MAX as u64;

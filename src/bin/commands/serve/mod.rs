@@ -252,7 +252,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ID[:SIZE]", value_parser = thin)]
     thin: Vec<(ThinId, Option<u64>)>,
 
-    /// What was never written to this thin device is read from this file or device.
+    /// What was never written to this thin device is read from this file or device; behind its last byte are zeros.
     #[arg(long, value_name = "ID=FILE", value_parser = origin, requires = "thin")]
     origin: Vec<(ThinId, PathBuf)>,
 

@@ -318,7 +318,7 @@ fn open_to_read(args: &Args, options: &Options) -> anyhow::Result<Runtime> {
 
 fn activate(args: &Args, runtime: &Runtime, id: ThinId, size: Option<u64>) -> anyhow::Result<()> {
     let origin = args.origin.iter().find(|(of, _)| *of == id);
-    let open = |(_, path): &(ThinId, PathBuf)| DataDevice::open(path, false).map(Arc::new);
+    let open = |(_, path): &(ThinId, PathBuf)| DataDevice::open_origin(path).map(Arc::new);
     let activation = Activation {
         size,
         origin: origin.map(open).transpose()?,

@@ -93,9 +93,8 @@ impl Request {
     /// # Errors
     /// `InvalidArgument`.
     pub fn from_json(line: &[u8]) -> Result<Self> {
-        serde_json::from_slice(line).map_err(|e| {
-            Error::with_source(ErrorKind::InvalidArgument, format!("no request: {e}"), e)
-        })
+        serde_json::from_slice(line)
+            .map_err(|e| Error::with_source(ErrorKind::InvalidArgument, "no request", e))
     }
 
     /// Does what is wanted; `Events` is the server's own.
@@ -123,7 +122,7 @@ impl Request {
             }
             Self::Resize { data, metadata } => runtime.grow(data, metadata).map(nothing),
             Self::Activate { thin, size, origin } => {
-                let open = |path: PathBuf| DataDevice::open(&path, false).map(Arc::new);
+                let open = |path: PathBuf| DataDevice::open_origin(&path).map(Arc::new);
                 let origin = origin.map(open).transpose()?;
                 runtime
                     .activate(thin_id(thin)?, Activation { size, origin })

@@ -38,26 +38,29 @@ impl Control {
             path: path.to_owned(),
             is_over: Arc::clone(&is_over),
         };
-        let connections = Arc::new(AtomicUsize::new(0));
+        let places = Arc::default();
         let accept = move || {
             for stream in listener.incoming() {
                 if is_over.load(Ordering::Acquire) {
                     return;
                 }
-                let Ok(stream) = stream else { continue };
-                if connections.fetch_add(1, Ordering::AcqRel) >= MOST_CONNECTIONS {
-                    connections.fetch_sub(1, Ordering::AcqRel);
+                let Ok(stream) = stream else {
+                    // Out of descriptors, most likely: others have to leave first.
+                    std::thread::sleep(Duration::from_millis(10));
                     continue;
-                }
-                let (runtime, connections) = (Arc::clone(&runtime), Arc::clone(&connections));
+                };
+                let Some(place) = Place::take(&places) else {
+                    continue;
+                };
+                let runtime = Arc::clone(&runtime);
                 let is_over = Arc::clone(&is_over);
                 // Where there are no threads to be had, the client finds the connection closed.
                 let _ = std::thread::Builder::new()
                     .name("control".into())
                     .spawn(move || {
+                        let _place = place;
                         // Whoever hangs up in the middle of a line has nothing to be told.
                         let _ = answer(&stream, &runtime, &is_over);
-                        connections.fetch_sub(1, Ordering::AcqRel);
                     });
             }
         };
@@ -66,6 +69,24 @@ impl Control {
             .spawn(accept);
         spawned.map_err(|e| Error::io("cannot start the thread of the control socket", e))?;
         Ok(this)
+    }
+}
+
+/// The place of a connection. It is given back when this is dropped, whether a thread has come to it or not.
+struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    /// None if all are taken.
+    fn take(taken: &Arc<AtomicUsize>) -> Option<Self> {
+        let next = |n: usize| (n < MOST_CONNECTIONS).then_some(n + 1);
+        let place = taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+        place.is_ok().then(|| Self(Arc::clone(taken)))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -176,4 +197,21 @@ fn tell_events(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_that_no_thread_came_to_is_there_again() {
+        let taken = Arc::default();
+        let all: Vec<_> = (0..MOST_CONNECTIONS).map(|_| Place::take(&taken)).collect();
+        assert!(all.iter().all(Option::is_some) && Place::take(&taken).is_none());
+        // As a thread that cannot be started does.
+        for place in all {
+            drop(move || place);
+        }
+        assert!(Place::take(&taken).is_some());
+    }
 }

@@ -380,12 +380,17 @@ impl Outbox {
         out.borrowed > 0 && waited
     }
 
+    /// True if there is something to be sent.
+    pub(super) fn has_replies(&self) -> bool {
+        !self.out().segments.is_empty()
+    }
+
     /// Sends what there is.
     ///
     /// # Errors
     /// Of the stream.
     pub(super) fn send(&self) -> io::Result<()> {
-        if self.out().segments.is_empty() {
+        if !self.has_replies() {
             return Ok(());
         }
         // Whoever sends does so in the order in which replies were appended.

@@ -58,6 +58,22 @@ struct Requests<'a> {
     outbox: &'a Arc<Outbox>,
 }
 
+/// Data on their way from a client, which may wait for replies before it sends them.
+struct Data<'a, 'b> {
+    reader: &'a mut BufReader<&'b Stream>,
+    outbox: &'a Outbox,
+}
+
+impl Read for Data<'_, '_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let waits = || !self.reader.get_ref().is_readable();
+        if self.reader.buffer().is_empty() && self.outbox.has_replies() && waits() {
+            self.outbox.send()?;
+        }
+        self.reader.read(buffer)
+    }
+}
+
 impl Requests<'_> {
     fn serve(&mut self, reader: &mut BufReader<&Stream>) -> io::Result<()> {
         let style = self.session.style;
@@ -94,7 +110,8 @@ impl Requests<'_> {
                     return Err(bad("more data than may come with a request"));
                 }
                 self.connection.start();
-                let drained = io::copy(&mut reader.take(head.len), &mut io::sink())?;
+                let mut data = self.data_of(reader).take(head.len);
+                let drained = io::copy(&mut data, &mut io::sink())?;
                 if drained < head.len {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
@@ -230,7 +247,8 @@ impl Requests<'_> {
             if reader.buffer().len() < len {
                 self.connection.start();
             }
-            if let Err(e) = self.outbox.receive(|| reader.read_exact(&mut data)) {
+            let received = (self.outbox).receive(|| self.data_of(reader).read_exact(&mut data));
+            if let Err(e) = received {
                 self.outbox.forget(len);
                 return Err(e);
             }
@@ -244,6 +262,14 @@ impl Requests<'_> {
             (offset, left) = (offset + len as u64, left - len);
         }
         Ok(())
+    }
+
+    /// The data that come with a request.
+    fn data_of<'b, 'c>(&'b self, reader: &'b mut BufReader<&'c Stream>) -> Data<'b, 'c> {
+        Data {
+            reader,
+            outbox: self.outbox,
+        }
     }
 
     /// Why a request is not carried out.
