@@ -326,3 +326,160 @@ fn the_lines_on_locks_agree_with_what_was_left_because_of_them() {
         &["were not freed then because a snapshot had them"],
     );
 }
+
+#[test]
+fn a_report_says_what_it_is_of() {
+    let place = folder();
+    let metadata = place.path().join("metadata");
+    let (said, report) = report(&[&KERNEL[..], &["-o", text(&metadata)]].concat());
+    let played = report.played.as_ref().expect("one trace");
+    assert!(played.files[0].ends_with("thin.blktrace.0.zst"));
+    assert_eq!(played.format, "blktrace");
+    let tool = format!("thintools {}", env!("CARGO_PKG_VERSION"));
+    assert_eq!(report.tool, tool);
+    holds(
+        &said,
+        &[
+            "thin.blktrace.0.zst; format blktrace; thintools ",
+            "; seed 0; 4 cpus",
+        ],
+    );
+    holds(
+        &said,
+        &[
+            "device    254:1 is thin device 0; 2.0 GiB\n",
+            "model     read 80µs, write 20µs",
+        ],
+    );
+    // Nobody said which device of the pool it is.
+    let (said, report) = self::report(&["--metadata", text(&metadata)]);
+    let [device] = &report.devices[..] else {
+        panic!("{:?}", report.devices);
+    };
+    assert_eq!(
+        (device.id, device.is_made, device.is_size_seen),
+        (1, true, true)
+    );
+    assert!(device.sectors > 0 && device.sectors <= 4_194_304);
+    holds(
+        &said,
+        &[
+            "device    254:1 is the new, empty thin device 1; ",
+            " how far requests went; --map ",
+        ],
+    );
+    let events = place.path().join("events");
+    fs::write(
+        &events,
+        "4 deactivate 254:1\n5 activate 254:1 7 4096\n5 create_thin 7\n",
+    )
+    .expect("written");
+    let (_, report) = self::report(&[&KERNEL[..], &["--events", text(&events)]].concat());
+    let ids: Vec<u64> = report.devices.iter().map(|device| device.id).collect();
+    assert_eq!(ids, [0, 7]);
+}
+
+#[test]
+fn a_sweep_says_what_became_of_each_way() {
+    let place = folder();
+    let trace = testdata().join("../traces/oracle");
+    let expected = |mark: &str, file: &str| format!("{mark}={}", trace.join(file).display());
+    let wrong = expected("1-provision", "status-2-mixed.txt");
+    let right = expected("2-mixed", "status-2-mixed.txt");
+    let sweep = |options: &[&str], code| play(&[&KERNEL[..], options].concat()).expect(code).out();
+    let said = sweep(&["--locks", "kernel,a", "--expect", &wrong], 6);
+    holds(&said, &["VERDICT    all: 1 files expected, DIFFERENCES: "]);
+    let said = sweep(&["--locks", "kernel,a", "--expect", &right, "--verify"], 0);
+    holds(
+        &said,
+        &[
+            "VERDICT    all: 1 files expected, no difference; ",
+            " held what was written [virtual]",
+        ],
+    );
+    // Who stopped writing is not praised for it.
+    let options = [
+        "--data-size",
+        "30m",
+        "--metadata-size",
+        "16m",
+        "--map",
+        "254:1=0:2g",
+    ];
+    let said = play(&[&options[..], &["--snap-every", "never,2s"]].concat())
+        .expect(0)
+        .out();
+    holds(
+        &said,
+        &[
+            "VERDICT    no snapshots: data full after ",
+            "bios still wait for space",
+            "full after",
+        ],
+    );
+    holds(
+        &said,
+        &["NOTE       not compared, since not all was done that was asked for: all\n"],
+    );
+    assert!(!said.contains("fewest"), "{said}");
+    // What was asked comes first.
+    let said = sweep(&["--cell-pool", "2,3,64"], 0);
+    assert!(
+        said.starts_with("VERDICT    cells taken one by one: "),
+        "{said}"
+    );
+    assert!(!said.contains("fewest locks taken"), "{said}");
+    // What is equally good is named.
+    let said = sweep(&["--locks", "2013,kernel,a,optimistic"], 0);
+    holds(
+        &said,
+        &[
+            "fewest bios left to the worker: kernel, a and optimistic with 3472 each; 2013 has most with 3474 [virtual]",
+        ],
+    );
+    assert!(!said.contains("with 3.5 ms; "), "{said}");
+    let [json, page] = ["json", "page"].map(|name| place.path().join(name));
+    sweep(&["--json", text(&json), "--html", text(&page)], 0);
+    // The pool's fill is known at each mark, and is drawn as it was found.
+    let report = of_file(&json);
+    for mark in &report.marks {
+        let is_it = |sample: &&thintools::replay::Sample| sample.time_ns == mark.time_ns;
+        let sample = report.timeline.iter().find(is_it).expect("a sample");
+        holds(
+            &mark.pool,
+            &[&format!(" {}/16384 ", sample.used_data_blocks)],
+        );
+    }
+    let page = fs::read_to_string(&page).expect("text");
+    let line = page
+        .lines()
+        .find(|line| line.contains("<path class=\"line s0\""));
+    let line = line.expect("a line");
+    assert!(
+        line.contains('H') && line.contains('V') && !line.contains('L'),
+        "{line}"
+    );
+}
+
+#[test]
+fn what_was_interrupted_is_not_compared() {
+    let place = folder();
+    let [whole, part] = ["whole", "part"].map(|name| place.path().join(name));
+    play(&[&KERNEL[..], &["--json", text(&whole)]].concat()).expect(0);
+    let json = fs::read_to_string(&whole).expect("text");
+    let json = json.replace("\"is_complete\": true", "\"is_complete\": false");
+    let json = json.replace("\"requests\": 6677", "\"requests\": 600");
+    fs::write(&part, json).expect("written");
+    let said = thintools(["thin_replay", "compare", text(&whole), text(&part)])
+        .run()
+        .expect(0)
+        .out();
+    assert!(
+        said.starts_with("INCOMPLETE  1 of 2 replays were interrupted"),
+        "{said}"
+    );
+    assert!(
+        !said.contains("not replays of the same trace") && !said.contains("fewest"),
+        "{said}"
+    );
+}

@@ -420,17 +420,32 @@ fn an_interrupted_replay_reports_how_far_it_came() {
     // How long it takes to read what there is depends on the machine: it is given more time until that was enough.
     let waits = [200, 1_000, 5_000, 15_000].map(Duration::from_millis);
     let mut said = String::new();
-    let is_right = waits.into_iter().any(|wait| {
-        said = interrupted_after(wait);
-        said.starts_with("INCOMPLETE") && said.contains("input     500 requests")
-    });
-    assert!(is_right, "{said}");
+    let cases: [(&[&str], &str); 3] = [
+        (&[], "input     500 requests"),
+        (
+            &["--locks", "kernel,a"],
+            "not all was done that was asked for: all\n",
+        ),
+        (&["--dry-run"], "trace     500 requests"),
+    ];
+    for (options, part) in cases {
+        let is_right = waits.into_iter().any(|wait| {
+            said = interrupted_after(wait, options);
+            said.starts_with("INCOMPLETE") && said.contains(part)
+        });
+        assert!(is_right, "{options:?}: {said}");
+        assert!(
+            !said.contains("fewest") && !said.contains("not replays"),
+            "{said}"
+        );
+    }
 }
 
 /// What a replay says that is interrupted while its pipe has no more.
-fn interrupted_after(wait: Duration) -> String {
+fn interrupted_after(wait: Duration, options: &[&str]) -> String {
     let mut child = Command::new(BINARY)
         .args(["thin_replay", "--format", MADE_UP])
+        .args(options)
         .args(["--data-size", "4g", "-"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

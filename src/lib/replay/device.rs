@@ -1,6 +1,7 @@
 //! How long the data device takes, in virtual time.
 
 use crate::pool::Op;
+use std::fmt;
 use std::time::Duration;
 
 /// The modelled device: a time for each request and one for each 4 KiB of it. Requests do not wait for each other.
@@ -113,6 +114,23 @@ impl DeviceModel {
         ns(self.read)
             .saturating_add(ns(self.write))
             .saturating_add(moved)
+    }
+}
+
+impl fmt::Display for DeviceModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "read {:?}, write {:?}, flush {:?}, discard {:?}, {:?} more for each 4 KiB; metadata read {:?}, flush {:?}; worker {:?} a step",
+            self.read,
+            self.write,
+            self.flush,
+            self.discard,
+            self.each_4k,
+            self.metadata_read,
+            self.metadata_flush,
+            self.worker_step
+        )
     }
 }
 

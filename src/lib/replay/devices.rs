@@ -16,6 +16,23 @@ pub(super) struct Active {
     pub(super) origin_sectors: Option<u64>,
     /// The end of what was asked for until the last control event.
     pub(super) seen: u64,
+    /// Nobody said which thin device it is: it became a new one.
+    pub(super) is_made: bool,
+}
+
+/// Which thin device a device of the trace was.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct PlayedDevice {
+    /// The trace's name for it.
+    pub device: String,
+    /// The thin device.
+    pub id: u64,
+    /// Its size in sectors of 512 bytes.
+    pub sectors: u64,
+    /// Nobody said how large it is: that is where the furthest request ended.
+    pub is_size_seen: bool,
+    /// Nobody said which thin device it is: it became a new one, which was empty.
+    pub is_made: bool,
 }
 
 impl Active {
@@ -26,6 +43,19 @@ impl Active {
             sectors,
             origin_sectors,
             seen: 0,
+            is_made: false,
+        }
+    }
+
+    /// What it was, by its name.
+    fn played(&self, device: &str) -> PlayedDevice {
+        PlayedDevice {
+            device: device.into(),
+            id: self.id.0,
+            // A trace may say anything; reports have no larger numbers.
+            sectors: self.sectors.unwrap_or(self.seen).min(1 << 60),
+            is_size_seen: self.sectors.is_none(),
+            is_made: self.is_made,
         }
     }
 
@@ -79,10 +109,15 @@ fn find<'a>(targets: &'a [Target], io: &TraceIo) -> Option<(&'a Arc<Thin>, u64)>
     (end <= *sectors).then_some((thin, end))
 }
 
+/// Devices that are none any more and are told of; a trace may activate any number.
+const MOST_PAST: usize = 1000;
+
 /// All devices of the trace that are thin devices.
 #[derive(Debug, Default)]
 pub(super) struct Devices {
     pub(super) active: BTreeMap<String, Active>,
+    /// Those that were, and are not any more.
+    past: Vec<PlayedDevice>,
     /// By the trace's number for them.
     targets: Vec<Target>,
     seen: Seen,
@@ -157,6 +192,34 @@ impl Devices {
                 }
             }
         }
+    }
+
+    /// From here on it is no thin device, or another one.
+    pub(super) fn remove(&mut self, device: &str) -> Option<Active> {
+        let active = self.active.remove(device)?;
+        let played = active.played(device);
+        let is_it = |past: &PlayedDevice| past.device == device && past.id == played.id;
+        match self.past.iter().position(is_it) {
+            Some(at) => self.past[at].sectors = self.past[at].sectors.max(played.sectors),
+            None if active.thin.is_some() && self.past.len() < MOST_PAST => self.past.push(played),
+            None => {}
+        }
+        Some(active)
+    }
+
+    /// Which thin devices the trace's devices were, as far as requests before the last control event, or the end, tell.
+    pub(super) fn played(&self) -> Vec<PlayedDevice> {
+        let active = self.active.iter();
+        let mut all: Vec<PlayedDevice> = active.map(|(name, active)| active.played(name)).collect();
+        for past in &self.past {
+            let is_it = |of: &&mut PlayedDevice| of.device == past.device && of.id == past.id;
+            match all.iter_mut().find(is_it) {
+                Some(of) => of.sectors = of.sectors.max(past.sectors),
+                None => all.push(past.clone()),
+            }
+        }
+        all.sort_by(|a, b| (&a.device, a.id).cmp(&(&b.device, b.id)));
+        all
     }
 
     /// Ids of the thin devices.

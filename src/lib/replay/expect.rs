@@ -74,6 +74,20 @@ impl Compared {
 }
 
 /// As the report has it.
+impl Compared {
+    /// What came of it, in a few words.
+    pub(super) fn outcome(&self) -> String {
+        match (self.differences, self.first.first()) {
+            (0, _) => format!("{} files expected, no difference", self.files),
+            (n, None) => format!("{} files expected, DIFFERENCES: {n}", self.files),
+            (n, Some(first)) => format!(
+                "{} files expected, DIFFERENCES: {n}, the first: {first}",
+                self.files
+            ),
+        }
+    }
+}
+
 impl fmt::Display for Compared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.differences {

@@ -31,6 +31,7 @@ pub use control::Control;
 pub use counts::{ByReason, InputCounts, Moments, WorkCounts};
 pub use device::DeviceModel;
 pub use device_heat::DeviceHeat;
+pub use devices::PlayedDevice;
 pub use event::{Batch, ControlEvent, TraceIo, TraceNotes, TraceOp, TraceReader};
 pub use expect::{
     Compared, Difference, METADATA_TOLERANCE, MappedRun, Mappings, compare_mappings, compare_status,
@@ -42,9 +43,9 @@ pub use manifest::{FLEET_SCHEMA, FleetPool, MANIFEST, Manifest, Volume, shard};
 pub use player::{PlayOptions, Player};
 pub use prefill::{Prefill, Prefilled};
 pub use report::{
-    Contention, Fill, Forecast, Map, Metadata, NoForecast, Noticed, Report, SCHEMA, Setup, Space,
-    Topic, Verdict, best_block_size, bytes, cell_pools, compare, csv, html, jsonl, merge, schemes,
-    seconds, ways,
+    Contention, Fill, Forecast, Map, Metadata, NoForecast, Noticed, PlayedTrace, Report, SCHEMA,
+    Setup, Space, Topic, Verdict, best_block_size, bytes, cell_pools, compare, csv, html, jsonl,
+    merge, schemes, seconds, ways,
 };
 pub use run::{SnapshotSchedule, play, side_events};
 pub use split::split;

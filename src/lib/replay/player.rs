@@ -9,7 +9,7 @@ use super::control::Control;
 use super::counts::{InputCounts, Moments, WorkCounts};
 use super::device::DeviceModel;
 use super::device_heat::DeviceHeat;
-use super::devices::{Active, Devices};
+use super::devices::{Active, Devices, PlayedDevice};
 use super::engine::Engine;
 use super::event::{ControlEvent, TraceIo};
 use super::heat::HeatMap;
@@ -60,8 +60,12 @@ impl Player {
     /// Those of [`Worker::start`].
     pub fn new(metadata: PoolMetadata, options: PlayOptions) -> Result<Self> {
         let devices = options.devices.iter();
-        let active =
-            devices.map(|(name, &(id, sectors))| (name.clone(), Active::new(id, sectors, None)));
+        // Where devices are made, these are what was made before the trace began.
+        let is_made = options.makes_devices;
+        let active = devices.map(|(name, &(id, sectors))| {
+            let active = Active::new(id, sectors, None);
+            (name.clone(), Active { is_made, ..active })
+        });
         Ok(Self {
             devices: Devices::new(active.collect()),
             engine: Engine::new(metadata, &options)?,
@@ -133,6 +137,12 @@ impl Player {
     /// Ids of the thin devices that the trace's devices are now.
     pub fn ids(&self) -> Vec<ThinId> {
         self.devices.ids()
+    }
+
+    /// Which thin devices the trace's devices are, or were until a control event said otherwise. What is known of sizes that nobody gave is
+    /// as of the last control event, or the end.
+    pub fn played_devices(&self) -> Vec<PlayedDevice> {
+        self.devices.played()
     }
 
     /// How it went on.
@@ -230,6 +240,7 @@ impl Player {
         // A pool that must not commit has said so.
         self.engine.commit().ok();
         self.engine.sample(true);
+        self.devices.forget_targets();
         self.engine
             .pool
             .inspect(|pool| self.engine.watch.sweep(pool))
@@ -254,9 +265,11 @@ impl Player {
             tag,
             message: Message::CreateThin(id),
         })?;
-        self.devices
-            .active
-            .insert(device.into(), Active::new(id, None, None));
+        let active = Active {
+            is_made: true,
+            ..Active::new(id, None, None)
+        };
+        self.devices.active.insert(device.into(), active);
         Ok(())
     }
 
@@ -357,12 +370,7 @@ impl Player {
     }
 
     fn deactivate(&mut self, device: &str) {
-        if let Some(thin) = self
-            .devices
-            .active
-            .remove(device)
-            .and_then(|active| active.thin)
-        {
+        if let Some(thin) = self.devices.remove(device).and_then(|active| active.thin) {
             self.engine.worker.close_thin(&thin);
         }
     }

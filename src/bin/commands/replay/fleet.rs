@@ -14,7 +14,7 @@ use thintools::observer::Observer;
 use thintools::replay::{FleetPool, Format, Manifest, Report, shard};
 use thintools::{Error, ErrorKind};
 
-use super::{outputs, play, saved};
+use super::{outputs, play, saved, trace};
 use crate::exit::Exit;
 use crate::output;
 use crate::session::Session;
@@ -229,7 +229,10 @@ fn play_pool(
         .trace
         .part_of(&pool.files, Some(Format::Events))
         .with_context(shown)?;
-    let reports = play::reports(play, &mut *reader, &OfOne(session)).with_context(shown)?;
+    let mut reports = play::reports(play, &mut *reader, &OfOne(session)).with_context(shown)?;
+    for report in &mut reports {
+        report.played = Some(trace::played(&pool.files, &Format::Events));
+    }
     if reports.iter().any(|report| report.trace.is_truncated) {
         let message = format!(
             "{}: an event file of it is cut off; copy it again, or split the trace again",

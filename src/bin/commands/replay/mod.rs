@@ -88,7 +88,11 @@ pub(crate) const PAGE: Page = Page {
              field kind: sample, mark, notice, or summary for all the rest. The HTML page needs nothing \
              else, no script and no network. If there are several devices, JSON and HTML have heat maps of each: of the \
              8 with most requests among the first 16, or, merged, among all.",
-                "compare sets reports of the same trace side by side. merge-reports makes one report of those of \
+                "A report names the trace, the thin devices that its devices were, the seed and the modelled device. Bios that still wait \
+             when all is over, and those that failed, are told first among the failures; they count neither as written nor in latencies. \
+             Nothing is forecast of a trace without times, by the clock of threads, or once the metadata failed.",
+                "compare sets reports of the same trace side by side, as several ways to play it are. What did not do all that was asked \
+             for, since it failed, waits to the end, or was interrupted, is told and not compared: who stops writing writes least. merge-reports makes one report of those of \
              parts, each of which had a pool of its own: counts add up, timelines are laid over each other, \
              and the forecast is that of the first pool to fill.",
                 "When it is interrupted, thin_replay reports how far it came, marked as incomplete; a second signal \

@@ -73,7 +73,7 @@ pub(crate) struct Args {
     feature: Vec<String>,
 
     /// Which thin device a device of the trace is, and how large: 252:3=0, or 252:3=0:10g; may be repeated. Without it every device of
-    /// the trace becomes one, in order, unless control events say what they are.
+    /// the trace becomes a new, empty one, in order, also in the pool of --metadata, unless control events say what they are.
     #[arg(long, value_name = "DEV=ID[:SIZE]", value_parser = mapping)]
     map: Vec<(String, ThinId, Option<u64>)>,
 
@@ -337,6 +337,12 @@ impl Args {
                         )
                     );
                 }
+                if blocks > status.data_blocks && status.needs_check {
+                    bail!(
+                        "--data-size: a pool that needs a check does not grow; thin_check --clear-needs-check-flag {}",
+                        path.display()
+                    );
+                }
                 metadata.resize_data(blocks)?;
                 metadata.commit()?;
             }
@@ -464,8 +470,16 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     if args.prefill != Fill::None || args.clock == Clock::Threads && ways.len() > 1 {
         args.trace.refuse_streams()?;
     }
-    let (_, mut reader) = args.trace.open(&session)?;
-    let reports = reports(&args, &mut *reader, &session)?;
+    let (format, mut reader) = args.trace.open(&session)?;
+    if args.metadata.is_some() && args.map.is_empty() && args.events.is_none() {
+        session.say(
+            "no --map says which thin devices of the pool the trace's devices are: unless the trace does, they are new, empty ones",
+        );
+    }
+    let mut reports = reports(&args, &mut *reader, &session)?;
+    for report in &mut reports {
+        report.played = Some(args.trace.played(&format));
+    }
     for (name, ..) in &args.map {
         if !reader.devices().contains(name) {
             let known = reader.devices().join(", ");

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::bail;
-use thintools::replay::{Format, TraceOp, TraceReader, Window, open};
+use thintools::replay::{Format, PlayedTrace, TraceOp, TraceReader, Window, open};
 
 use super::play::time;
 use crate::session::Session;
@@ -57,6 +57,11 @@ impl TraceArgs {
     /// Opens it for another reading.
     pub(super) fn open_again(&self) -> anyhow::Result<Box<dyn TraceReader>> {
         Ok(self.open_part()?.1)
+    }
+
+    /// Its files, as a report has them.
+    pub(super) fn played(&self, format: &Format) -> PlayedTrace {
+        played(&self.traces, format)
     }
 
     /// Refuses what can be read once only.
@@ -113,5 +118,16 @@ impl TraceArgs {
             without,
         };
         Ok((format, window.of(reader)))
+    }
+}
+
+/// A trace of these files.
+pub(super) fn played(files: &[PathBuf], format: &Format) -> PlayedTrace {
+    PlayedTrace {
+        files: files
+            .iter()
+            .map(|path| path.display().to_string())
+            .collect(),
+        format: format.to_string(),
     }
 }

@@ -1,8 +1,10 @@
 //! Reports of the same trace beside each other: what differs, and which is better by what.
 
+use super::schemes::cells;
 use super::text::{bytes, seconds};
 use super::{Clock, Report, Topic, Verdict};
 use crate::pool::Reason;
+use crate::replay::expect::Compared;
 use crate::replay::latencies::{Latencies, MAPPED, is_fast};
 use std::fmt::Write;
 
@@ -171,9 +173,12 @@ const FIGURES: [Figure; 21] = [
     ),
 ];
 
+/// Figures that say something of lookups, if all have as many cells.
+const OF_LOOKUPS: [&str; 2] = ["locks taken", "atomic read-modify-writes"];
+
 /// A table that compares each report with the first, and which of them is best by what. Each has a name.
 pub fn compare(reports: &[(String, Report)]) -> String {
-    let mut text = String::new();
+    let mut text = interrupted(reports);
     let Some(((first_name, first), rest)) = reports.split_first() else {
         return text;
     };
@@ -213,59 +218,186 @@ pub fn compare(reports: &[(String, Report)]) -> String {
     text
 }
 
-/// Which of them is best by what.
+/// Those that were interrupted, in a line.
+fn interrupted(reports: &[(String, Report)]) -> String {
+    match reports.iter().filter(|(_, r)| !r.is_complete).count() {
+        0 => String::new(),
+        n => format!(
+            "INCOMPLETE  {n} of {} replays were interrupted; what they say is how far they came\n",
+            reports.len()
+        ),
+    }
+}
+
+/// What became of each, beside its costs, and which of those that did all they were asked for is best by what.
 fn judge(reports: &[(String, Report)]) -> String {
+    let clock = clocks_of(reports);
     let mut text = String::new();
-    if first_differs(reports) {
+    // A string takes whatever is written to it.
+    let _ = write!(text, "{}", outcomes(reports, clock));
+    let whole: Vec<&(String, Report)> = (reports.iter())
+        .filter(|(_, report)| report.is_whole())
+        .collect();
+    if whole.len() < reports.len() {
+        let others = reports.iter().filter(|(_, report)| !report.is_whole());
+        let others: Vec<&str> = others.map(|(name, _)| &**name).collect();
+        let _ = writeln!(
+            text,
+            "NOTE       not compared, since not all was done that was asked for: {}",
+            list(&others, reports.len())
+        );
+    }
+    if first_differs(&whole) {
         text.push_str("NOTE       they asked for different amounts: these are not replays of the same trace\n");
     }
+    let mut differs = false;
+    // A bio that gets no cell takes no lock for a lookup, and is none the better for it.
+    let cells = |of: &(String, Report)| of.1.setup.cell_pool;
+    let are_starved = whole.windows(2).any(|two| cells(two[0]) != cells(two[1]));
     for figure in FIGURES.iter().filter(|figure| figure.least.is_some()) {
-        let values = || {
-            reports
-                .iter()
-                .map(|(name, report)| ((figure.of)(report), name))
-        };
+        if are_starved && OF_LOOKUPS.contains(&figure.name) {
+            continue;
+        }
+        let values = || whole.iter().map(|(_, report)| (figure.of)(report));
         let (Some(least), Some(most)) = (values().min(), values().max()) else {
             continue;
         };
-        if least.0 < most.0 {
-            let _ = writeln!(
-                text,
-                "VERDICT    {}: {} with {}; {} has most with {}",
-                figure.least.unwrap_or_default(),
-                least.1,
-                (figure.shown)(least.0),
-                most.1,
-                (figure.shown)(most.0)
-            );
+        let (least, most) = ((figure.shown)(least), (figure.shown)(most));
+        if least == most {
+            continue;
         }
+        differs = true;
+        // What is shown as the same is the same to whoever reads it.
+        let those = |shown: &str| {
+            let are =
+                |(_, report): &&&(String, Report)| (figure.shown)((figure.of)(report)) == shown;
+            let names: Vec<&str> = whole.iter().filter(are).map(|(name, _)| &**name).collect();
+            (list(&names, usize::MAX), names.len() > 1)
+        };
+        let ((frugal, are_many), (greedy, have_many)) = (those(&least), those(&most));
+        let _ = writeln!(
+            text,
+            "VERDICT    {}: {frugal} with {least}{}; {greedy} {} most with {most} [{clock}]",
+            figure.least.unwrap_or_default(),
+            if are_many { " each" } else { "" },
+            if have_many { "have" } else { "has" }
+        );
     }
-    let reports: Vec<&Report> = reports.iter().map(|(_, report)| report).collect();
-    if let Some(verdict) = best_block_size(&reports) {
+    let compared: Vec<&Report> = whole.iter().map(|(_, report)| report).collect();
+    if let Some(verdict) = best_block_size(&compared) {
+        differs = true;
         let _ = writeln!(text, "VERDICT    {verdict}");
     }
-    if !text.contains("VERDICT") {
-        text.push_str("VERDICT    no difference in what is compared\n");
+    if !differs && whole.len() > 1 {
+        let _ = writeln!(
+            text,
+            "VERDICT    no difference in what is compared [{clock}]"
+        );
     }
     text
 }
 
-/// What each of many ways to play one trace came to, a line each, after which is best by what.
+/// What became of each: cells that were waited for, what was full, failed, or is not as it had to be. What is said of several is said
+/// once.
+fn outcomes(reports: &[(String, Report)], clock: &str) -> String {
+    let mut said: Vec<(String, Vec<&str>)> = Vec::new();
+    for (name, report) in reports {
+        let Some(outcome) = report.outcome() else {
+            continue;
+        };
+        match said.iter_mut().find(|(text, _)| *text == outcome) {
+            Some((_, names)) => names.push(name),
+            None => said.push((outcome, vec![name])),
+        }
+    }
+    let mut text = String::new();
+    if let Some(cells) = cells(reports.iter().map(|(_, report)| report)) {
+        text.push_str(&format!("VERDICT    {cells} [{clock}]\n"));
+    }
+    for (outcome, names) in said {
+        let names = list(&names, reports.len());
+        text.push_str(&format!("VERDICT    {names}: {outcome} [{clock}]\n"));
+    }
+    text
+}
+
+/// Names, of so many that there are.
+fn list(names: &[&str], of: usize) -> String {
+    match names {
+        _ if names.len() == of => "all".into(),
+        [.., last] if names.len() > 1 && names.len() <= 5 => {
+            format!("{} and {last}", names[..names.len() - 1].join(", "))
+        }
+        [first, second, ..] if names.len() > 5 => {
+            format!("{first}, {second} and {} more", names.len() - 2)
+        }
+        names => names.join(""),
+    }
+}
+
+impl Report {
+    /// True if all was done that the trace asked for, so that what it cost compares with what others cost.
+    fn is_whole(&self) -> bool {
+        let work = &self.work;
+        self.is_complete
+            && work.unended() == 0
+            && work.deadlocks == 0
+            && work.failed <= work.unsupported
+    }
+
+    /// When data or metadata was full first, in nanoseconds.
+    fn full_at_ns(&self) -> Option<u64> {
+        let fills = [&self.forecast.data, &self.forecast.metadata];
+        fills.into_iter().filter_map(|fill| fill.full_at_ns).min()
+    }
+
+    /// What is to be known of it beside what it cost.
+    fn outcome(&self) -> Option<String> {
+        let mut said = Vec::new();
+        let fills = [
+            ("data", &self.forecast.data),
+            ("metadata", &self.forecast.metadata),
+        ];
+        for (name, fill) in fills {
+            if let Some(at) = fill.full_at_ns {
+                said.push(format!("{name} full after {}", self.moment(at)));
+            }
+        }
+        said.extend(self.on_failures());
+        said.extend(self.expected.as_ref().map(Compared::outcome));
+        said.extend(self.on_verify());
+        (!said.is_empty()).then(|| said.join("; "))
+    }
+}
+
+/// What each of many ways to play one trace came to, a line each, after what became of them and which is best by what; last, what they
+/// are of. Bios that failed or had not ended are in the last column.
 pub fn ways(reports: &[(String, Report)]) -> String {
-    let mut text = judge(reports);
+    let mut text = interrupted(reports);
+    text.push_str(&judge(reports));
     let width = reports.iter().map(|(name, _)| name.len()).max();
     let width = width.unwrap_or(0);
     // A string takes whatever is written to it.
     let _ = writeln!(
         text,
-        "\n{:width$} {:>10} {:>10} {:>10} {:>10} {:>8} {:>8} {:>10} {:>10}",
-        "", "data", "metadata", "copied", "zeroed", "deferred", "commits", "p99 fast", "p99 other"
+        "\n{:width$} {:>10} {:>10} {:>10} {:>10} {:>8} {:>8} {:>10} {:>10} {:>10} {:>9}",
+        "",
+        "data",
+        "metadata",
+        "copied",
+        "zeroed",
+        "deferred",
+        "commits",
+        "p99 fast",
+        "p99 other",
+        "full after",
+        "not done"
     );
     for (name, report) in reports {
         let deferred = report.map.deferred.total() as f64 / report.map.bios.max(1) as f64;
         let _ = writeln!(
             text,
-            "{name:width$} {:>10} {:>10} {:>10} {:>10} {:>6.1} % {:>8} {:>10} {:>10}",
+            "{name:width$} {:>10} {:>10} {:>10} {:>10} {:>6.1} % {:>8} {:>10} {:>10} {:>10} {:>9}",
             bytes(data_bytes(report)),
             bytes(metadata_bytes(report)),
             bytes(report.work.bytes_copied),
@@ -273,8 +405,14 @@ pub fn ways(reports: &[(String, Report)]) -> String {
             100.0 * deferred,
             report.worker.commits.total(),
             seconds(fast(report, 99.0)),
-            seconds(slow(report, 99.0))
+            seconds(slow(report, 99.0)),
+            report.full_at_ns().map_or("-".into(), seconds),
+            report.work.failed.saturating_add(report.work.unended())
         );
+    }
+    if let Some((_, first)) = reports.first() {
+        text.push('\n');
+        let _ = first.fmt_subject(&mut text);
     }
     text
 }
@@ -286,7 +424,21 @@ fn clocks(first: &Report, report: &Report) -> String {
     }
 }
 
-fn first_differs(reports: &[(String, Report)]) -> bool {
+/// Whose time the numbers of all of them are of.
+fn clocks_of(reports: &[(String, Report)]) -> &'static str {
+    let has = |clock| {
+        reports
+            .iter()
+            .any(|(_, report)| report.setup.clock == clock)
+    };
+    match (has(Clock::Virtual), has(Clock::Threads)) {
+        (true, true) => "virtual and threads: times do not compare",
+        (false, true) => "threads",
+        _ => "virtual",
+    }
+}
+
+fn first_differs(reports: &[&(String, Report)]) -> bool {
     let asked = |report: &Report| (report.input.requests, report.input.bytes_written);
     reports
         .windows(2)

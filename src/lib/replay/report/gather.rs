@@ -83,6 +83,9 @@ impl Report {
         let one_by_one = options.settings.allocation_order == AllocationOrder::OneByOne;
         let mut report = Self {
             schema: SCHEMA.into(),
+            tool: format!("thintools {}", env!("CARGO_PKG_VERSION")),
+            played: None,
+            devices: player.played_devices(),
             is_complete,
             is_checked: false,
             sources: Vec::new(),

@@ -31,6 +31,8 @@ pub fn merge(reports: &[(String, Report)]) -> Result<Report> {
     all.marks.clear();
     all.notices.clear();
     all.trace.warnings.clear();
+    all.played = None;
+    all.devices.clear();
     for (name, report) in rest {
         unless_alike(name, first, report)?;
         add(&mut all, report)?;

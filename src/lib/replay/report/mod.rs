@@ -18,6 +18,7 @@ use super::clock::Clock;
 use super::counts::{ByReason, InputCounts, WorkCounts};
 use super::device::DeviceModel;
 use super::device_heat::DeviceHeat;
+use super::devices::PlayedDevice;
 use super::event::TraceNotes;
 use super::expect::Compared;
 use super::heat::HeatMap;
@@ -45,6 +46,15 @@ pub const SCHEMA: &str = "thintools-replay/1";
 pub struct Report {
     /// [`SCHEMA`].
     pub schema: String,
+    /// The program that made it, and its version; empty if that is not known.
+    #[serde(default)]
+    pub tool: String,
+    /// The trace that it is of; none if that is not known, or if it was merged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub played: Option<PlayedTrace>,
+    /// Which thin devices the trace's devices were; none if it was merged.
+    #[serde(default)]
+    pub devices: Vec<PlayedDevice>,
     /// False if the replay was interrupted: the report says how far it came.
     pub is_complete: bool,
     /// The metadata was checked after the replay, and is sound.
@@ -104,6 +114,15 @@ pub struct Report {
     pub verify: Option<Verified>,
     /// What the pool reported.
     pub notices: Vec<Noticed>,
+}
+
+/// A trace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlayedTrace {
+    /// Files, as they were named.
+    pub files: Vec<String>,
+    /// Its format, by the name that `--format` takes.
+    pub format: String,
 }
 
 /// How the pool was set up.

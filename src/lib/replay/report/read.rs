@@ -85,6 +85,7 @@ fn report(value: Value) -> Result<Report> {
     }
     let items = [
         report.timeline.len(),
+        report.devices.len(),
         report.marks.len(),
         report.notices.len(),
     ];

@@ -151,45 +151,45 @@ pub fn schemes(reports: &[Report]) -> String {
 /// What pools of cells that are taken one by one come to, and the order that reserves them, if it was played too.
 pub fn cell_pools(reports: &[Report]) -> String {
     let mut text = String::from("\ncells       wait-for cycles\n");
-    let mut pools: Vec<(u64, u64)> = Vec::new();
     for report in reports {
-        let deadlocks = report.work.deadlocks;
         let name = match report.setup.cell_pool {
-            Some(cells) => {
-                pools.push((cells, deadlocks));
-                cells.to_string()
-            }
+            Some(cells) => cells.to_string(),
             None => "reserved".into(),
         };
-        let _ = writeln!(text, "{name:<11} {deadlocks:>15}");
+        let _ = writeln!(text, "{name:<11} {:>15}", report.work.deadlocks);
     }
-    pools.sort_unstable();
-    let free = pools
-        .iter()
-        .rev()
-        .take_while(|(_, deadlocks)| *deadlocks == 0);
-    let verdict = match free.last() {
-        Some((cells, _)) => {
-            format!("from {cells} on no cell of these pools was waited for in a cycle")
-        }
-        None => "in every one of these pools somebody waited in a cycle".into(),
-    };
-    let _ = write!(text, "taken one by one: {verdict}");
-    if let Some(reserved) = reports.iter().find(|r| r.setup.cell_pool.is_none()) {
-        let _ = write!(
-            text,
-            "; reserved before an operation starts: {} cycles",
-            match reserved.work.deadlocks {
-                0 => "no".into(),
-                n => n.to_string(),
-            }
-        );
-    }
-    let clock = reports.first().map(|r| r.setup.clock).unwrap_or_default();
-    let chance = match clock {
-        Clock::Virtual => "",
-        Clock::Threads => "; another run may find other cycles",
-    };
-    let _ = writeln!(text, "{chance} [{clock}]");
     text
+}
+
+/// From how many cells on none is waited for in a cycle, of several numbers.
+pub(super) fn cells<'a>(reports: impl Iterator<Item = &'a Report> + Clone) -> Option<String> {
+    let mut pools: Vec<(u64, u64)> = (reports.clone())
+        .filter_map(|report| Some((report.setup.cell_pool?, report.work.deadlocks)))
+        .collect();
+    pools.sort_unstable();
+    if pools.first()?.0 == pools.last()?.0 {
+        return None;
+    }
+    let free = (pools.iter().rev()).take_while(|(_, deadlocks)| *deadlocks == 0);
+    let mut text = match free.last() {
+        Some((cells, _)) => format!(
+            "cells taken one by one: from {cells} on no cell of these pools was waited for in a cycle"
+        ),
+        None => {
+            "cells taken one by one: in every one of these pools somebody waited in a cycle".into()
+        }
+    };
+    if let Some(reserved) = reports.clone().find(|r| r.setup.cell_pool.is_none()) {
+        let cycles = match reserved.work.deadlocks {
+            0 => "no".into(),
+            n => n.to_string(),
+        };
+        text.push_str(&format!(
+            "; reserved before an operation starts: {cycles} cycles"
+        ));
+    }
+    if reports.clone().any(|r| r.setup.clock == Clock::Threads) {
+        text.push_str("; another run may find other cycles");
+    }
+    Some(text)
 }

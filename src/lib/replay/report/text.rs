@@ -1,6 +1,6 @@
 //! The report as people read it, and numbers as they read those.
 
-use super::Report;
+use super::{Clock, PlayedTrace, Report};
 use crate::pool::Reason;
 use crate::replay::counts::InputCounts;
 use std::fmt;
@@ -59,19 +59,21 @@ impl fmt::Display for Report {
             writeln!(f, "VERDICT   {verdict}")?;
         }
         let (setup, space) = (&self.setup, &self.space);
+        self.fmt_subject(f)?;
         writeln!(
             f,
-            "pool      {}; {} data blocks; locks {}; clock {}, {}{}",
+            "pool      {}; {} data blocks; locks {}; clock {}, {}; seed {}; {} cpus",
             setup.table,
             setup.data_blocks,
             setup.locks,
             setup.clock,
             seconds(self.trace_ns),
-            match setup.seed {
-                0 => String::new(),
-                seed => format!("; seed {seed}"),
-            }
+            setup.seed,
+            setup.cpus
         )?;
+        if setup.clock == Clock::Virtual {
+            writeln!(f, "model     {}", setup.device)?;
+        }
         if let Some(prefilled) = &self.prefilled {
             writeln!(
                 f,
@@ -167,7 +169,41 @@ impl fmt::Display for Report {
     }
 }
 
+/// Devices that are named one by one.
+const MOST_DEVICES: usize = 16;
+
 impl Report {
+    /// What the report is of.
+    pub(super) fn fmt_subject(&self, f: &mut dyn fmt::Write) -> fmt::Result {
+        if let Some(PlayedTrace { files, format }) = &self.played {
+            let files = files.join(", ");
+            writeln!(f, "of        {files}; format {format}; {}", self.tool)?;
+        }
+        for device in self.devices.iter().take(MOST_DEVICES) {
+            let size = bytes(device.sectors.saturating_mul(512));
+            writeln!(
+                f,
+                "device    {} is {}thin device {}; {size}{}",
+                device.device,
+                if device.is_made {
+                    "the new, empty "
+                } else {
+                    ""
+                },
+                device.id,
+                match (device.is_size_seen, device.is_made) {
+                    (true, true) => ", which is how far requests went; --map says otherwise",
+                    (true, false) => ", which is how far requests went, as no size was given",
+                    (false, _) => "",
+                }
+            )?;
+        }
+        match self.devices.len().saturating_sub(MOST_DEVICES) {
+            0 => Ok(()),
+            more => writeln!(f, "device    and {more} more"),
+        }
+    }
+
     /// What was done because of what was asked for.
     fn fmt_work(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (w, space) = (&self.work, &self.space);

@@ -155,7 +155,7 @@ impl Report {
     }
 
     /// A time since the start, and what is to be known of it.
-    fn moment(&self, nanos: u64) -> String {
+    pub(super) fn moment(&self, nanos: u64) -> String {
         match self.forecast.none_because {
             Some(NoForecast::NoTimes) => format!("{} of the modelled device", seconds(nanos)),
             _ => seconds(nanos),
@@ -402,7 +402,7 @@ impl Report {
         }
     }
 
-    fn on_failures(&self) -> Option<String> {
+    pub(super) fn on_failures(&self) -> Option<String> {
         let (work, input) = (&self.work, &self.input);
         let moments = self.forecast.moments;
         let why = match (moments.metadata_full_ns, moments.metadata_failed_ns) {
@@ -449,7 +449,7 @@ impl Report {
         (!said.is_empty()).then(|| said.join("; "))
     }
 
-    fn on_verify(&self) -> Option<String> {
+    pub(super) fn on_verify(&self) -> Option<String> {
         let verified = self.verify.as_ref()?;
         let Verified {
             one_of,

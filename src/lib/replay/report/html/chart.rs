@@ -256,6 +256,21 @@ impl Chart {
         }
     }
 
+    /// A line that keeps each value until the next one.
+    pub(super) fn steps(&mut self, class: &str, points: impl Iterator<Item = (f64, f64)>) {
+        let mut d = String::new();
+        for (n, (x, y)) in points.enumerate() {
+            let (x, y) = (self.x.at(x), self.y.at(y));
+            let _ = match n {
+                0 => write!(d, "M{x:.1} {y:.1}"),
+                _ => write!(d, "H{x:.1}V{y:.1}"),
+            };
+        }
+        if !d.is_empty() {
+            self.add(format_args!("<path class=\"line {class}\" d=\"{d}\"/>"));
+        }
+    }
+
     /// The whole of it, as an image with a title and a description.
     pub(super) fn svg(self, id: &str, title: &str, description: &str) -> String {
         format!(

@@ -58,7 +58,7 @@ pub(super) fn figure(report: &Report, number: usize) -> String {
             .iter()
             .map(|sample| (sample.time_ns as f64, share(used(sample), fill.total)));
         let class = format!("s{colour}");
-        chart.line(&class, points);
+        chart.steps(&class, points);
         legend.push((
             format!("line {class}"),
             format!("{name}, {}", percent(fill.used, fill.total)),
@@ -105,7 +105,7 @@ pub(super) fn figure(report: &Report, number: usize) -> String {
         ));
     }
     let mut description = String::from(
-        "Data in use, and metadata with what is kept back for commits; dashed, how it would go on.",
+        "Data in use, and metadata with what is kept back for commits, as it was found at each sample; dashed, how it would go on.",
     );
     if let Some(low) = low_water {
         if low <= y_high {

@@ -68,6 +68,10 @@ fn section(page: &mut String, number: usize, report: &Report) {
         seconds(report.trace_ns),
         setup.clock
     ));
+    let mut subject = String::new();
+    // A string takes whatever is written to it.
+    let _ = report.fmt_subject(&mut subject);
+    page.push_str(&format!("<pre>{}</pre>\n", escaped(subject.trim_end())));
     if !report.sources.is_empty() {
         page.push_str(&format!(
             "<p>Merged from {}.</p>\n",
