@@ -59,6 +59,7 @@ impl Report {
             is_complete,
             is_checked: false,
             sources: Vec::new(),
+            volume: None,
             options: None,
             verdicts: Vec::new(),
             setup: Setup {
@@ -107,6 +108,7 @@ impl Report {
                 player.moments(),
             ),
             space,
+            first_full: None,
             latency: player.latencies().by_name(),
             timeline: player.timeline().to_vec(),
             heat: player.heat(),
