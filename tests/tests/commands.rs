@@ -171,6 +171,13 @@ fn gzip_of(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().expect("compressed")
 }
 
+/// As with xz -9.
+fn xz_of(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = liblzma::write::XzEncoder::new(Vec::new(), 9);
+    encoder.write_all(bytes).expect("compressed");
+    encoder.finish().expect("compressed")
+}
+
 fn strings(args: &[&str]) -> Vec<OsString> {
     args.iter().map(OsString::from).collect()
 }
@@ -583,9 +590,10 @@ fn compressed_images_are_read_as_what_is_in_them() {
     let image = Image::of("needs-check-set/meta");
     let raw = image.bytes();
     let halves = raw.split_at(raw.len() / 2 + 77);
-    let forms: [(&str, Vec<u8>); 4] = [
+    let forms: [(&str, Vec<u8>); 5] = [
         ("meta.img.zst", zstd_of(&raw)),
         ("meta.img.gz", gzip_of(&raw)),
+        ("meta.img.xz", xz_of(&raw)),
         (
             "frames.zst",
             [zstd_of(halves.0), zstd_of(halves.1)].concat(),

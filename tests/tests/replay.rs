@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use thintools::thin::PoolMetadata;
 use thintools::tools::check::{CheckOptions, check};
 use thintools::units::{ThinBlock, ThinId};
 
-use crate::support::{Image, folder, testdata, thintools};
+use crate::support::{BINARY, Image, folder, program, testdata, thintools};
 
 /// Beside the metadata.
 pub(crate) const ORACLE: &str = "../traces/oracle";
@@ -222,9 +223,162 @@ fn a_dry_run_says_what_is_in_a_trace() {
     ] {
         assert!(out.contains(line), "{out}");
     }
+    assert!(out.contains("requests of 254:1"), "{out}");
+    let part = args(&["--start", "0.05m", "--end", "3.5"]).out();
+    assert!(part.contains("nothing was played"), "{part}");
     let part = args(&["--start", "5s", "--skip", "read,discard", "--limit", "300"]).out();
     assert!(part.contains("trace     300 requests in "), "{part}");
     assert!(!part.contains("\nread"), "{part}");
+}
+
+#[test]
+fn control_events_that_are_wrong_are_told_and_spare_the_replay() {
+    let place = folder();
+    let (trace, events) = (place.path().join("trace"), place.path().join("events"));
+    std::fs::write(
+        &trace,
+        "  8,0    0        1     0.000000000     1  Q   W 0 + 8 [a]\n\
+         \u{20} 8,0    0        0     0.500000000     0  m   N ctl activate x y z\n\
+         \u{20} 8,0    0        2     3.000000000     1  Q   W 8 + 8 [a]\n",
+    )
+    .expect("written");
+    std::fs::write(
+        &events,
+        "1.5 phase-end\n1.5 phase-end a b\n2 ctl phase-end good\n2 hop\n",
+    )
+    .expect("written");
+    let args = ["thin_replay", "-q", "--json", "-", "--events"].map(OsStr::new);
+    let found = thintools(args)
+        .arg(&events)
+        .arg(&trace)
+        .run()
+        .expect(0)
+        .out();
+    let report: serde_json::Value = serde_json::from_str(&found).expect("JSON");
+    let report = &report[0];
+    assert_eq!(report["input"]["refused_controls"], 3);
+    assert_eq!(report["input"]["unknown_controls"], 1);
+    assert_eq!(report["marks"][0]["name"], "good");
+    for text in [
+        "\\\"activate x y z\\\" was refused: its arguments are wrong; it is activate MAJ:MIN ID",
+        "\\\"phase-end a b\\\" was refused: its arguments are wrong; it is phase-end NAME",
+    ] {
+        assert!(found.contains(text), "{found}");
+    }
+}
+
+#[test]
+fn a_report_that_no_file_takes_is_printed_all_the_same() {
+    let place = folder();
+    let (json, csv) = (place.path().join("r.json"), place.path().join("r.csv"));
+    let trace = testdata().join(ORACLE).join("thin.blktrace.0.zst");
+    // Files of 4 KiB at most, which is no reason to be killed.
+    let script = "trap '' XFSZ; ulimit -f 8; umask 027; exec \"$0\" \"$@\"";
+    let limited = program("sh", ["-c", script, BINARY, "thin_replay", "-q", "--json"])
+        .arg(&json)
+        .arg(&trace)
+        .run()
+        .expect(1);
+    let named = format!("cannot write {}", json.display());
+    let limited = limited.expect_stderr(&[&named]);
+    assert!(limited.out().contains("VERDICT"), "{}", limited.out());
+    assert!(
+        !limited.stderr.contains(".thintools-"),
+        "{}",
+        limited.stderr
+    );
+    assert!(!json.exists());
+    // The umask is respected.
+    let script = "umask 027; exec \"$0\" \"$@\"";
+    program("sh", ["-c", script, BINARY, "thin_replay", "-q", "--csv"])
+        .arg(&csv)
+        .arg(&trace)
+        .run()
+        .expect(0);
+    let mode = std::fs::metadata(&csv)
+        .expect("written")
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o640);
+}
+
+#[test]
+fn marks_of_one_name_are_dumped_with_numbers_into_a_new_folder() {
+    let place = folder();
+    let (trace, events) = (place.path().join("trace"), place.path().join("events"));
+    std::fs::write(
+        &trace,
+        "  8,0    0        1     0.000000000     1  Q   W 0 + 8 [a]\n",
+    )
+    .expect("written");
+    std::fs::write(
+        &events,
+        "0 activate 8:0 0 4096\n0 create_thin 0\n1 phase-end a\n2 phase-end a\n3 phase-end a.2\n",
+    )
+    .expect("written");
+    let dumps = place.path().join("made/for/this");
+    let replay = || {
+        thintools(["thin_replay", "-q", "--dump-at-marks"])
+            .arg(&dumps)
+            .arg("--events")
+            .arg(&events)
+            .arg(&trace)
+            .run()
+    };
+    replay().expect(0);
+    let mut names: Vec<_> = std::fs::read_dir(&dumps)
+        .expect("made")
+        .map(|entry| entry.expect("readable").file_name())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["a.2.2.xml", "a.2.xml", "a.xml"]);
+    replay().expect(1).expect_stderr(&["is not empty"]);
+}
+
+#[test]
+fn the_manual_page_of_split_has_its_flags_as_flags() {
+    let place = folder();
+    thintools(["man".as_ref(), place.path().as_os_str()])
+        .run()
+        .expect(0);
+    let page = std::fs::read_to_string(place.path().join("thin_replay.8")).expect("written");
+    assert!(page.contains("\\-o, \\-\\-output <DIR>"), "{page}");
+    for wrong in ["<LENIENT>", "<QUIET>", "<lenient>"] {
+        assert!(!page.contains(wrong), "{wrong}");
+    }
+    // The example is one that can be used.
+    let from = page.find("csv:dev=0").expect("an example");
+    let spec: String = page[from..]
+        .chars()
+        .take_while(|c| !c.is_whitespace())
+        .filter(|&c| c != '\\')
+        .collect();
+    let spec = spec.trim_end_matches([',', '.']);
+    let place = folder();
+    let trace = place.path().join("trace");
+    std::fs::write(&trace, "1,W,0,4096,1\n1,R,0,4096,2\n").expect("written");
+    thintools(["thin_replay", "-q", "--dry-run", "--format", spec])
+        .arg(&trace)
+        .run()
+        .expect(0);
+}
+
+#[test]
+fn one_large_discard_says_nothing_of_writes() {
+    let place = folder();
+    let trace = place.path().join("trace");
+    let writes: String = (0..20)
+        .map(|i| format!("1,W,0,65536,{}\n", 2 + i * 10))
+        .collect();
+    std::fs::write(&trace, format!("{writes}1,D,0,1099511627776,1000\n")).expect("written");
+    let spec = "csv:dev=0,op=1,off=2,len=3,ts=4:s,read=R,write=W,discard=D";
+    let report = thintools(["thin_replay", "-q", "--data-size", "1g", "--format", spec])
+        .arg(&trace)
+        .run()
+        .expect(0)
+        .out();
+    assert!(report.contains("1 of 20 bios left it, 5"), "{report}");
+    assert!(report.contains("bios of discards"), "{report}");
 }
 
 #[test]
@@ -236,7 +390,7 @@ fn what_cannot_be_played_is_an_error() {
         path
     };
     let trace = testdata().join(ORACLE).join("thin.blktrace.0.zst");
-    let events = file("events", b"1.0 activate here\n");
+    let events = file("events", b"1.0 suspend\nsoon resume\n");
     for (args, path, code, text) in [
         (vec![], file("empty", b""), 1, "is empty"),
         (vec![], file("noise", &[0xa5; 5000]), 1, "name its format"),
@@ -250,15 +404,61 @@ fn what_cannot_be_played_is_an_error() {
         (
             vec!["--block-size", "65k"],
             trace.clone(),
-            1,
+            2,
             "data blocks of 130 sectors",
         ),
         (
             vec!["--feature", "magic"],
             trace.clone(),
-            1,
+            2,
             "feature requested",
         ),
+        (
+            vec!["--block-size", "100k"],
+            trace.clone(),
+            2,
+            "multiple of 64k",
+        ),
+        (vec!["--format", "foo"], trace.clone(), 2, "is no format"),
+        (
+            vec!["--format", "csv:x=1"],
+            trace.clone(),
+            2,
+            "x is none of",
+        ),
+        (vec!["--expect", "nofile"], trace.clone(), 2, "NAME=FILE"),
+        (
+            vec!["--verify", "--clock", "threads"],
+            trace.clone(),
+            2,
+            "for the virtual clock",
+        ),
+        (
+            vec!["--json", "-", "--csv", "-"],
+            trace.clone(),
+            2,
+            "one form of the report",
+        ),
+        (
+            vec!["--json", "a", "--csv", "a"],
+            trace.clone(),
+            2,
+            "two forms of the report",
+        ),
+        (
+            vec!["--json", "a", "-o", "a"],
+            trace.clone(),
+            2,
+            "for the metadata and for the report",
+        ),
+        (vec!["--data-size", "0"], trace.clone(), 2, "no room"),
+        (vec!["--data-size", "1k"], trace.clone(), 2, "no room"),
+        (vec!["--reports", "r"], trace.clone(), 2, "--manifest"),
+        (vec!["--resume"], trace.clone(), 2, "--manifest"),
+        (vec!["--shard", "1/2"], trace.clone(), 2, "--manifest"),
+        (vec!["--start", "0"], trace.clone(), 2, "no interval"),
+        (vec!["--start", "1e3"], trace.clone(), 2, "not a number"),
+        (vec!["--start", "-1"], trace.clone(), 2, ""),
         (vec!["--map", "1=x"], trace.clone(), 2, "DEV=ID"),
         (vec!["--cpus", "0"], trace.clone(), 2, "1..=1024"),
         (vec!["--only", "trim"], trace.clone(), 2, "is none of read"),
@@ -267,7 +467,7 @@ fn what_cannot_be_played_is_an_error() {
             vec!["--events", events.to_str().expect("plain")],
             trace.clone(),
             5,
-            "activate here",
+            "line 2: \"soon",
         ),
     ] {
         let mut all: Vec<&OsStr> = vec!["thin_replay".as_ref(), "-q".as_ref()];

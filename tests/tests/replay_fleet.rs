@@ -608,3 +608,71 @@ fn a_manifest_or_file_that_is_wrong_is_an_error() {
     play(&fleet, &reports, &["--resume"]).expect(0);
     assert_eq!(names(&reports).len(), 3);
 }
+
+#[test]
+fn a_fleet_whose_reports_have_no_room_counts_them_all() {
+    let place = folder();
+    let (trace, fleet, reports) = (
+        place.path().join("all.csv"),
+        place.path().join("fleet"),
+        place.path().join("reports"),
+    );
+    write(&trace, csv(6, 4));
+    split(&trace, &fleet).expect(0);
+    // Files of 4 KiB at most, which is no reason to be killed.
+    let script = "trap '' XFSZ; ulimit -f 8; exec \"$0\" \"$@\"";
+    program(
+        "sh",
+        ["-c", script, BINARY, "thin_replay", "-q", "--jobs", "1"],
+    )
+    .arg("--manifest")
+    .arg(fleet.join("manifest.jsonl"))
+    .arg("--reports")
+    .arg(&reports)
+    .run()
+    .expect(1)
+    .expect_stderr(&["6 of 6 pools have no report"]);
+    assert!(names(&reports).is_empty());
+}
+
+#[test]
+fn reports_of_a_fleet_have_the_names_of_its_volumes_also_in_one_file() {
+    let place = folder();
+    let (trace, fleet, reports) = (
+        place.path().join("all.csv"),
+        place.path().join("fleet"),
+        place.path().join("reports"),
+    );
+    write(&trace, csv(3, 200));
+    split(&trace, &fleet).expect(0);
+    // Too small for what is written.
+    let manifest = fleet.join("manifest.jsonl");
+    let small = args!["--data-size", "1m", "--feature", "error_if_no_space"];
+    let all = args![
+        "--metadata-size",
+        "1m",
+        "--manifest",
+        manifest,
+        "--reports",
+        reports
+    ];
+    replay(all.into_iter().chain(small)).expect(0);
+    let all: Vec<Value> = names(&reports)
+        .iter()
+        .map(|name| report(&reports.join(name)))
+        .collect();
+    let joined = place.path().join("joined.json");
+    write(&joined, Value::from(all).to_string());
+    let merged = replay(args!["merge-reports", "--json", "-", joined])
+        .expect(0)
+        .out();
+    let merged: Value = serde_json::from_str(&merged).expect("JSON");
+    assert_eq!(merged[0]["sources"], serde_json::json!(["0", "1", "2"]));
+    let first = merged[0]["first_full"].as_str().expect("one is full");
+    let verdict = merged[0]["verdicts"][0]["text"].as_str().expect("a text");
+    let said = format!(", which is {first}");
+    assert!(
+        verdict.contains("the first of the pools full after") && verdict.contains(&said),
+        "{verdict}"
+    );
+}

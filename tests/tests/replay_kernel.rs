@@ -297,4 +297,16 @@ fn another_seed_gives_another_report_and_the_same_mappings() {
     };
     assert_eq!(run("1"), run("1"));
     assert_ne!(run("1"), run("2"));
+    // The modelled device is the same.
+    let half = |report: &str| {
+        let report: serde_json::Value = serde_json::from_str(report).expect("JSON");
+        report[0]["latency"]["mapped"]["p50"]
+            .as_u64()
+            .expect("a number")
+    };
+    let (plain, varied) = (half(&run("0")), half(&run("1")));
+    assert!(
+        varied.abs_diff(plain) < plain / 4,
+        "{varied} ns by the seed 1, {plain} ns without"
+    );
 }

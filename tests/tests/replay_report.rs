@@ -320,7 +320,7 @@ fn no_output_is_overwritten() {
     assert_eq!(fs::read(&there).expect("read"), b"mine");
     thintools(["thin_replay", "--json", "-", "--csv", "-", text(&missing)])
         .run()
-        .expect(1)
+        .expect(2)
         .expect_stderr(&["one form"]);
 }
 

@@ -42,7 +42,7 @@ pub(crate) const PAGE: Page = Page {
          changes go to blocks that are not in use and are flushed to the disk, and only then the \
          superblock is written to refer to them, and flushed. To check a pool that is active, \
          reserve a metadata snapshot and give -m. The input of a check that writes nothing may \
-         also be a regular file, and an image compressed with zstd or gzip.",
+         also be a regular file, and an image compressed with zstd, gzip or xz (as of xz -9 at most).",
     ],
     sections: &[
         (

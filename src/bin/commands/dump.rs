@@ -42,8 +42,8 @@ pub(crate) const PAGE: Page = Page {
          snapshot and give -m.",
         "With -o the output goes to a temporary file in the same directory, which gets its name \
          when it is complete: the file of that name is either the whole dump or what was there \
-         before. The input may be a device or a regular file, and an image compressed with zstd \
-         or gzip.",
+         before. The input may be a device or a regular file, and an image compressed with zstd, \
+         gzip or xz.",
     ],
     sections: &[(
         "JSON OUTPUT",

@@ -249,12 +249,15 @@ fn subcommand(roff: &mut Roff, name: &str, sub: Command) {
     );
     roff.control("RS", []);
     for arg in sub.get_arguments().filter(|arg| arg.get_id() != "help") {
-        let value = arg.get_value_names().and_then(|names| names.first());
-        let value = value.map(|value| format!("<{value}>")).unwrap_or_default();
-        let term = match arg.get_long() {
-            Some(long) => format!("--{long} {value}"),
-            None => value,
-        };
+        let names = arg.get_value_names().unwrap_or_default();
+        let is_flag = !arg.get_action().takes_values();
+        let value = names.first().filter(|_| !is_flag);
+        let value = value.map(|value| format!("<{value}>"));
+        let short = arg.get_short().map(|short| format!("-{short}"));
+        let long = arg.get_long().map(|long| format!("--{long}"));
+        let called: Vec<String> = short.into_iter().chain(long).collect();
+        let words = [called.join(", "), value.unwrap_or_default()];
+        let term = words.join(" ").trim().to_owned();
         let help = arg.get_long_help().or(arg.get_help());
         item(
             roff,

@@ -1,9 +1,11 @@
-//! Images compressed with zstd or gzip, as they reach people who give support: expanded into an unlinked temporary file,
+//! Images compressed with zstd, gzip or xz, as they reach people who give support: expanded into an unlinked temporary file,
 //! leaving holes for zeroed blocks, so neither memory nor disk depends on the size of the device the image was taken from.
 
 use super::FileEngine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BLOCK_SIZE, MAGIC, MAX_METADATA_BLOCKS};
+use liblzma::read::XzDecoder;
+use liblzma::stream::Stream;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
@@ -11,6 +13,8 @@ use std::path::Path;
 
 /// Largest image that is expanded: the most metadata a pool can use, and as much again for devices larger than that.
 const MAX_EXPANDED: u64 = 2 * MAX_METADATA_BLOCKS * BLOCK_SIZE as u64;
+/// A dictionary of 64 MiB, as of xz -9, and what xz counts beside it.
+const XZ_MEMORY: u64 = 66 << 20;
 const CHUNK: usize = 256 * BLOCK_SIZE;
 
 /// How an image is compressed.
@@ -18,6 +22,7 @@ const CHUNK: usize = 256 * BLOCK_SIZE;
 pub(super) enum Compression {
     Zstd,
     Gzip,
+    Xz,
 }
 
 /// Recognises a compressed image by its first bytes. A superblock has its own magic at 32, whatever its checksum bytes are.
@@ -27,6 +32,7 @@ pub(super) fn detect(head: &[u8]) -> Option<Compression> {
         _ if is_superblock => None,
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Some(Compression::Zstd),
         [0x1f, 0x8b, ..] => Some(Compression::Gzip),
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Some(Compression::Xz),
         _ => None,
     }
 }
@@ -49,6 +55,11 @@ pub(super) fn expand(file: File, compression: Compression, path: &Path) -> Resul
     let written = match compression {
         Compression::Zstd => copy_sparse(zstd::Decoder::new(file).map_err(bad)?, &copy),
         Compression::Gzip => copy_sparse(flate2::read::MultiGzDecoder::new(file), &copy),
+        Compression::Xz => {
+            let flags = liblzma::stream::CONCATENATED;
+            let stream = Stream::new_stream_decoder(XZ_MEMORY, flags).map_err(|e| bad(e.into()))?;
+            copy_sparse(XzDecoder::new_stream(file, stream), &copy)
+        }
     }
     .map_err(|e| match e {
         Failure::Read(e) => bad(e),

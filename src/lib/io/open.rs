@@ -85,7 +85,7 @@ fn open_engine(path: &Path, role: &str, flags: Flags) -> Result<FileEngine> {
     })
 }
 
-/// Opens metadata to read. Regular files may be zstd- or gzip-compressed images.
+/// Opens metadata to read. Regular files may be images compressed with zstd, gzip or xz.
 ///
 /// # Errors
 /// `NotMetadata` for what cannot be metadata (directory, pipe, too small, XML), `Busy` for a device in use, `Io`.
@@ -298,10 +298,12 @@ pub fn write_new(path: &Path, fill: &mut dyn FnMut(&mut dyn Write) -> Result<()>
     let folder = folder_of(path);
     let mut temporary = tempfile::Builder::new()
         .prefix(".thintools-")
+        .permissions(permissions(None))
         .tempfile_in(folder)
         .map_err(|e| cannot("make a temporary file beside", e))?;
     let _listed = Listed::new(temporary.path());
-    fill(&mut temporary)?;
+    // The file itself: errors of the other name the temporary one.
+    fill(temporary.as_file_mut())?;
     temporary
         .as_file()
         .sync_all()
@@ -318,6 +320,23 @@ pub fn write_new(path: &Path, fill: &mut dyn FnMut(&mut dyn Write) -> Result<()>
         let _ = fs::remove_file(path);
         cannot("sync the folder of", e)
     })
+}
+
+/// Makes a folder that output goes to, unless there is one already; it must be empty.
+///
+/// # Errors
+/// `Unsuitable` if it has anything in it; `Io`.
+pub fn make_empty_folder(folder: &Path) -> Result<()> {
+    let shown = folder.display();
+    let cannot = |e| Error::io(format!("cannot make the folder {shown}"), e);
+    fs::create_dir_all(folder).map_err(cannot)?;
+    match fs::read_dir(folder).map_err(cannot)?.next() {
+        None => Ok(()),
+        Some(_) => Err(Error::new(
+            ErrorKind::Unsuitable,
+            format!("{shown} is not empty; give another folder"),
+        )),
+    }
 }
 
 /// The folder that a file of this name lies in.

@@ -1,9 +1,7 @@
 //! What happens to a pool beside I/O: the words of control events.
 
-use crate::error::{Error, ErrorKind};
 use crate::pool::Message;
 use crate::units::ThinId;
-use std::str::FromStr;
 
 /// A control event.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,7 +36,7 @@ pub enum Control {
     Resume,
     /// `phase-end NAME`: a mark at which the report says how things are.
     Mark(String),
-    /// A message that every pool refuses, and why.
+    /// One whose arguments are wrong, so that every pool refuses it, and why.
     Refused(String),
     /// Anything else.
     Unknown(String),
@@ -54,45 +52,58 @@ const MESSAGES: [&str; 6] = [
     "release_metadata_snap",
 ];
 
-fn refused(text: &str) -> Error {
-    Error::new(
-        ErrorKind::InvalidDescription,
-        format!("the arguments of the control event {text:?} are wrong"),
-    )
-}
+/// All other events.
+const FORMS: [&str; 6] = [
+    "activate MAJ:MIN ID SECTORS [ORIGIN_SECTORS]",
+    "deactivate MAJ:MIN",
+    "resize SECTORS",
+    "suspend",
+    "resume",
+    "phase-end NAME",
+];
 
-impl FromStr for Control {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
+impl Control {
+    /// What the words of an event ask for.
+    pub fn of(text: &str) -> Self {
         let words: Vec<&str> = text.split_ascii_whitespace().collect();
-        let number = |word: &str| word.parse::<u64>().map_err(|_| refused(text));
-        Ok(match words[..] {
+        let number = |word: &str| word.parse::<u64>().ok();
+        let found = match words[..] {
             ["activate", device, id, sectors, ref origin @ ..] if origin.len() < 2 => {
-                let origin = origin.first().map_or(Ok(0), |sectors| number(sectors))?;
-                Self::Activate {
+                let numbers = || {
+                    let origin = origin.first().map_or(Some(0), |sectors| number(sectors))?;
+                    Some((number(id)?, number(sectors)?, origin))
+                };
+                numbers().map(|(id, sectors, origin)| Self::Activate {
                     device: device.into(),
-                    id: ThinId(number(id)?),
-                    sectors: number(sectors)?,
+                    id: ThinId(id),
+                    sectors,
                     origin_sectors: Some(origin).filter(|&sectors| sectors > 0),
-                }
+                })
             }
-            ["deactivate", device] => Self::Deactivate {
+            ["deactivate", device] => Some(Self::Deactivate {
                 device: device.into(),
-            },
-            ["resize", sectors] => Self::Resize {
-                sectors: number(sectors)?,
-            },
-            ["suspend"] => Self::Suspend,
-            ["resume"] => Self::Resume,
-            ["phase-end", name] => Self::Mark(name.into()),
-            [word, ..] if MESSAGES.contains(&&*word.to_ascii_lowercase()) => match text.parse() {
-                Ok(message) => Self::Message(message),
-                Err(e) => Self::Refused(e.to_string()),
-            },
-            ["activate" | "deactivate" | "resize" | "phase-end", ..] => return Err(refused(text)),
-            _ => Self::Unknown(text.into()),
-        })
+            }),
+            ["resize", sectors] => number(sectors).map(|sectors| Self::Resize { sectors }),
+            ["suspend"] => Some(Self::Suspend),
+            ["resume"] => Some(Self::Resume),
+            ["phase-end", name] => Some(Self::Mark(name.into())),
+            [word, ..] if MESSAGES.contains(&&*word.to_ascii_lowercase()) => {
+                Some(match text.parse() {
+                    Ok(message) => Self::Message(message),
+                    Err(e) => Self::Refused(e.to_string()),
+                })
+            }
+            _ => None,
+        };
+        let first = words.first().copied().unwrap_or_default();
+        let form = FORMS
+            .iter()
+            .find(|form| form.split(' ').next() == Some(first));
+        match (found, form) {
+            (Some(control), _) => control,
+            (None, Some(form)) => Self::Refused(format!("its arguments are wrong; it is {form}")),
+            (None, None) => Self::Unknown(text.into()),
+        }
     }
 }
 
@@ -102,9 +113,9 @@ mod tests {
 
     #[test]
     fn words_are_understood_or_kept() {
-        let control = |text: &str| text.parse::<Control>();
+        let control = Control::of;
         assert_eq!(
-            control("activate 252:2 3 4096 0").unwrap(),
+            control("activate 252:2 3 4096 0"),
             Control::Activate {
                 device: "252:2".into(),
                 id: ThinId(3),
@@ -113,23 +124,28 @@ mod tests {
             }
         );
         assert_eq!(
-            control("activate 252:2 3 4096").unwrap(),
-            control("activate 252:2 3 4096 0").unwrap()
+            control("activate 252:2 3 4096"),
+            control("activate 252:2 3 4096 0")
         );
-        assert_eq!(control("DELETE 7").unwrap(), control("delete 7").unwrap());
+        assert_eq!(control("DELETE 7"), control("delete 7"));
         for bad in ["delete", "create_thin 16777216", "create_snap 1"] {
-            assert!(matches!(control(bad), Ok(Control::Refused(_))), "{bad}");
+            assert!(matches!(control(bad), Control::Refused(_)), "{bad}");
         }
-        assert_eq!(control("phase-end 1").unwrap(), Control::Mark("1".into()));
-        assert!(matches!(control("delete 7"), Ok(Control::Message(_))));
-        assert!(matches!(control("hello world"), Ok(Control::Unknown(_))));
+        assert_eq!(control("phase-end 1"), Control::Mark("1".into()));
+        assert!(matches!(control("delete 7"), Control::Message(_)));
+        assert!(matches!(control("hello world"), Control::Unknown(_)));
         for bad in [
             "activate 252:2 x 1 0",
             "activate 252:2 1",
             "resize",
             "phase-end",
+            "phase-end a b",
+            "suspend now",
         ] {
-            assert!(control(bad).is_err(), "{bad}");
+            assert!(
+                matches!(control(bad), Control::Refused(why) if why.contains("it is ")),
+                "{bad}"
+            );
         }
     }
 }

@@ -59,20 +59,6 @@ impl DeviceModel {
         ns(self.each_4k).saturating_mul(sectors.div_ceil(8))
     }
 
-    /// How many nanoseconds longer something takes by a seed and its number: up to four reads. Nothing with seed 0.
-    pub fn variation(&self, seed: u64, number: u64) -> u64 {
-        if seed == 0 {
-            return 0;
-        }
-        // The finalizer of MurmurHash3: all bits of both decide.
-        let mut mixed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number;
-        for factor in [0xff51_afd7_ed55_8ccd, 0xc4ce_b9fe_1a85_ec53] {
-            mixed = (mixed ^ mixed >> 33).wrapping_mul(factor);
-        }
-        let longest = ns(self.read).saturating_mul(4);
-        (mixed ^ mixed >> 33) % longest.max(1)
-    }
-
     /// How many nanoseconds a bio takes.
     pub fn bio(&self, op: Op, sectors: u64, is_fua: bool) -> u64 {
         let flush = if is_fua { ns(self.flush) } else { 0 };
@@ -134,7 +120,42 @@ impl fmt::Display for DeviceModel {
     }
 }
 
+/// How long something takes, by a seed and its number, that takes so many nanoseconds by the model: up to an eighth more or less, and the
+/// same on average. Just as long with seed 0.
+pub(super) fn varied(takes: u64, seed: u64, number: u64) -> u64 {
+    if seed == 0 {
+        return takes;
+    }
+    // The finalizer of MurmurHash3: all bits of both decide.
+    let mut mixed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number;
+    for factor in [0xff51_afd7_ed55_8ccd, 0xc4ce_b9fe_1a85_ec53] {
+        mixed = (mixed ^ mixed >> 33).wrapping_mul(factor);
+    }
+    let most = takes / 8;
+    (takes - most).saturating_add((mixed ^ mixed >> 33) % (2 * most + 1))
+}
+
 /// Nanoseconds, of a time that is at most some centuries.
 fn ns(time: Duration) -> u64 {
     time.as_nanos() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_varies_around_the_model() {
+        assert_eq!(varied(20_000, 0, 7), 20_000);
+        for seed in 1..4 {
+            let all: Vec<u64> = (0..10_000)
+                .map(|number| varied(20_000, seed, number))
+                .collect();
+            assert!(all.iter().all(|takes| (17_500..=22_500).contains(takes)));
+            let mean = all.iter().sum::<u64>() / 10_000;
+            assert!((19_900..20_100).contains(&mean), "{mean}");
+        }
+        assert_eq!(varied(0, 1, 1), 0);
+        assert!(varied(u64::MAX, 1, 1) > u64::MAX / 4);
+    }
 }

@@ -4,7 +4,7 @@
 //! device, or a deadline of the worker.
 
 use super::books::Books;
-use super::device::DeviceModel;
+use super::device::{DeviceModel, varied};
 use super::ends::Ends;
 use super::event::{TraceIo, TraceOp};
 use super::player::PlayOptions;
@@ -379,12 +379,11 @@ impl Engine {
 
     fn start(&mut self, io: Io, takes: u64) {
         let number = self.number();
-        let varies = match io {
-            Io::Bio(_) | Io::Plain(_) | Io::Job(_) => self.device.variation(self.seed, number),
-            Io::Ended(..) | Io::Map(..) | Io::Worker => 0,
+        let takes = match io {
+            Io::Bio(_) | Io::Plain(_) | Io::Job(_) => varied(takes, self.seed, number),
+            Io::Ended(..) | Io::Map(..) | Io::Worker => takes,
         };
-        self.ends
-            .push(self.now, takes.saturating_add(varies), number, io);
+        self.ends.push(self.now, takes, number, io);
     }
 
     /// Begins what the worker wants done, once it is through with wanting it.

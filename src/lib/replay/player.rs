@@ -287,10 +287,10 @@ impl Player {
         Ok(())
     }
 
-    /// Carries out a control event. Refusals of the pool are counted.
+    /// Carries out a control event. What is refused, be it by the pool or because its arguments are wrong, is counted.
     ///
     /// # Errors
-    /// `InvalidDescription` if its arguments are wrong; `Io` when the pool does not come to rest.
+    /// `Io` when the pool does not come to rest.
     pub fn control(&mut self, event: &ControlEvent) -> Result<()> {
         if self.clock == Clock::Virtual {
             self.engine.run_until(event.time_ns);
@@ -298,7 +298,7 @@ impl Player {
         self.engine.settle()?;
         self.devices.forget_targets();
         self.engine.books.input.controls += 1;
-        let refused = match event.text.parse::<Control>()? {
+        let refused = match Control::of(&event.text) {
             Control::Message(message) => {
                 let watch = &mut self.engine.watch;
                 let before = |pool: &PoolMetadata| watch.before_message(message, pool);

@@ -204,7 +204,7 @@ impl Prefill {
     }
 
     fn control(&mut self, event: &ControlEvent) -> Result<()> {
-        match event.text.parse::<Control>()? {
+        match Control::of(&event.text) {
             Control::Activate {
                 device,
                 id,

@@ -2,6 +2,7 @@
 
 use super::event::{Batch, ControlEvent, TraceIo, TraceReader};
 use super::player::Player;
+use super::trace::control_words;
 use crate::error::{Error, ErrorKind, Result};
 use crate::observer::Observer;
 use std::collections::VecDeque;
@@ -16,7 +17,8 @@ pub struct SnapshotSchedule {
     pub keep: usize,
 }
 
-/// Reads control events from a side file: on each line a time in seconds from the start of the trace, and the words.
+/// Reads control events from a side file: on each line a time in seconds from the start of the trace, and the words, with or without the
+/// `ctl` that they have in a blktrace.
 ///
 /// # Errors
 /// `InvalidDescription` with the line.
@@ -34,7 +36,7 @@ pub fn side_events(text: &str) -> Result<Vec<ControlEvent>> {
                 let time = Duration::try_from_secs_f64(seconds).ok()?;
                 Some(ControlEvent {
                     time_ns: u64::try_from(time.as_nanos()).ok()?,
-                    text: text.trim().into(),
+                    text: control_words(text.as_bytes()).unwrap_or_else(|| text.trim().into()),
                 })
             });
         events.push(event.ok_or_else(|| {

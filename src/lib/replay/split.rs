@@ -11,7 +11,8 @@ use zstd::bulk::Compressor;
 use super::event::{Batch, TraceIo, TraceOp, TraceReader};
 use super::manifest::{self, FLEET_SCHEMA, Volume};
 use super::trace::events;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
+use crate::io::make_empty_folder;
 use crate::observer::Observer;
 
 /// Bytes of events that are held, of all volumes. The more there are, the larger the pieces of a volume that are compressed by
@@ -32,15 +33,7 @@ pub fn split(
     folder: &Path,
     observer: &dyn Observer,
 ) -> Result<Vec<Volume>> {
-    let shown = folder.display();
-    let cannot = |e| Error::io(format!("cannot make the folder {shown}"), e);
-    fs::create_dir_all(folder).map_err(cannot)?;
-    if fs::read_dir(folder).map_err(cannot)?.next().is_some() {
-        return Err(Error::new(
-            ErrorKind::Unsuitable,
-            format!("{shown} is not empty; give another folder"),
-        ));
-    }
+    make_empty_folder(folder)?;
     let mut splitter = Splitter {
         folder,
         parts: Vec::new(),

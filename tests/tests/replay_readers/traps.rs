@@ -657,6 +657,14 @@ fn compressed_files_may_be_joined_and_cut_off() {
             cut.notes.is_truncated && cut.ios.len() <= plain.ios.len(),
             "{index}"
         );
+        assert!(
+            cut.notes.warnings[0].contains("the compressed file ends too early, after "),
+            "{index}: {:?}",
+            cut.notes.warnings
+        );
+        let nothing = contents(&joined[..if index == 0 { 16 } else { 20 }], None, false);
+        let nothing = nothing.expect_err("nothing").to_string();
+        assert!(nothing.contains("ends too early"), "{index}: {nothing}");
         let mut broken = joined.clone();
         let middle = broken.len() / 2;
         broken[middle..middle + 64].fill(0xa5);
@@ -665,8 +673,72 @@ fn compressed_files_may_be_joined_and_cut_off() {
 }
 
 #[test]
+fn zeros_behind_a_gzip_file_are_no_part_of_it() {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder
+        .write_all(b"419,W,8192,16384,1577808000000046\n")
+        .expect("memory");
+    let packed = encoder.finish().expect("memory");
+    let padded = [&packed[..], &[0; 100_000]].concat();
+    let trace = contents(&padded, None, false).expect("sound");
+    assert_eq!((trace.ios.len(), trace.notes.is_truncated), (1, false));
+    assert!(trace.notes.warnings.is_empty());
+    let garbage = [&packed[..], b"\0\0garbage, which is no gzip"].concat();
+    assert!(contents(&garbage, Some("alibaba"), false).is_err());
+}
+
+#[test]
+fn a_bad_line_near_the_start_is_that_and_not_another_format() {
+    let csv = |i: u64| {
+        format!(
+            "{},W,{},4096,{}\n",
+            i % 3,
+            i * 4096,
+            1_577_808_000_000_000 + i
+        )
+    };
+    let blkparse = |i: u64| {
+        format!(
+            "252,{:<3} 0 {i:8} {:5}.000000000  1234  Q   W {} + 8 [fio]\n",
+            3,
+            i,
+            i * 8
+        )
+    };
+    let msr = |i: u64| {
+        format!(
+            "{},usr,0,Read,{},4096,41286\n",
+            128_166_372_003_061_629 + i,
+            i * 4096
+        )
+    };
+    let formats: [(&str, &dyn Fn(u64) -> String); 3] =
+        [("alibaba", &csv), ("blkparse", &blkparse), ("msr", &msr)];
+    for (format, line) in formats {
+        for bad in [1, 2, 5, 8, 17, 40, 2000] {
+            let trace: String = (1..=3000)
+                .map(|i| match i == bad {
+                    true => "this, is no line\n".into(),
+                    false => line(i),
+                })
+                .collect();
+            // The first line of a CSV may be a heading.
+            if (bad, format) != (1, "alibaba") && (bad, format) != (1, "msr") {
+                let fault = fault(&trace, None);
+                assert!(
+                    fault.contains(&format!("line {bad}: ")) && fault.contains("this, is no line"),
+                    "{format}: {fault}"
+                );
+            }
+            let trace = contents(trace.as_bytes(), None, true).expect("lenient");
+            assert_eq!((trace.format.as_str(), trace.ios.len()), (format, 2999));
+        }
+    }
+}
+
+#[test]
 fn what_refers_back_further_than_memory_may_go_is_refused() {
-    // One line of a CSV, as zstd --long=27, xz -9 and xz -8 compress it.
+    // One line of a CSV, as zstd --long=27 and xz with dictionaries of 64 and 128 MiB compress it.
     let zstd = b"\x28\xb5\x2f\xfd\x04\x88\x69\x00\x00\x31\x2c\x57\x2c\x30\x2c\x34\x30\x39\x36\x2c\x31\x0a\xd1\xc9\xb5\x64";
     let xz = |dictionary: &[u8]| {
         let (header, rest) = (
@@ -676,21 +748,24 @@ fn what_refers_back_further_than_memory_may_go_is_refused() {
         );
         [&header[..], dictionary, rest].concat()
     };
-    let large = xz(b"\x1c\0\0\0\x10\xcf\x58\xcc");
-    for (packed, window) in [(&zstd[..], "128 MiB"), (&large, "64 MiB")] {
+    let huge = xz(b"\x1e\0\0\0\x9b\x07\x51\x66");
+    for (packed, window, most) in [
+        (&zstd[..], "128 MiB", "32 MiB"),
+        (&huge, "128 MiB", "64 MiB"),
+    ] {
         let error = contents(packed, Some("alibaba"), true).expect_err("too far");
         let reason = std::error::Error::source(&error)
             .expect("a reason")
             .to_string();
         assert!(
             reason.contains(&format!("it refers back by {window}"))
-                && reason.contains("32 MiB is the most")
-                && reason.contains("zstd -19 or xz -8"),
+                && reason.contains(&format!("{most} is the most"))
+                && reason.contains("zstd -19 or xz -9"),
             "{reason}"
         );
     }
-    let small = xz(b"\x1a\0\0\0\xcc\x90\x33\xe9");
-    assert_eq!(contents(&small, None, false).expect("32 MiB").ios.len(), 1);
+    let large = xz(b"\x1c\0\0\0\x10\xcf\x58\xcc");
+    assert_eq!(contents(&large, None, false).expect("64 MiB").ios.len(), 1);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! `thin_replay --dry-run`: what is in a trace.
 
+use std::cmp::Reverse;
+
 use thintools::observer::Observer;
 use thintools::replay::{Batch, TraceOp, bytes, seconds};
 
@@ -15,10 +17,14 @@ struct Count {
     sectors: u64,
 }
 
+/// Devices that are named, those with most requests.
+const MOST_NAMED: usize = 50;
+
 /// Reads the trace to its end and says what it found.
 pub(super) fn run(trace: &TraceArgs, session: &Session) -> anyhow::Result<Exit> {
     let (format, mut reader) = trace.open(session)?;
     let mut counts = [Count::default(); TraceOp::ALL.len()];
+    let mut of_devices: Vec<u64> = Vec::new();
     let (mut controls, mut last_ns) = (0, 0);
     let mut batch = Batch::default();
     let mut is_complete = true;
@@ -26,6 +32,11 @@ pub(super) fn run(trace: &TraceArgs, session: &Session) -> anyhow::Result<Exit> 
         for io in &batch.ios {
             let count = &mut counts[io.op as usize];
             count.requests += 1;
+            let device = io.device as usize;
+            if of_devices.len() <= device {
+                of_devices.resize(device + 1, 0);
+            }
+            of_devices[device] += 1;
             count.sectors = count.sectors.saturating_add(io.sectors);
         }
         controls += batch.controls.len();
@@ -65,7 +76,20 @@ pub(super) fn run(trace: &TraceArgs, session: &Session) -> anyhow::Result<Exit> 
             ));
         }
     }
-    text.push_str(&format!("\ndevices   {}", reader.devices().len()));
+    let devices = reader.devices();
+    text.push_str(&format!("\ndevices   {}", devices.len()));
+    let requests = of_devices.into_iter().chain(std::iter::repeat(0));
+    let mut named: Vec<_> = devices.iter().zip(requests).collect();
+    named.sort_by_key(|&(_, requests)| Reverse(requests));
+    for (name, requests) in named.iter().take(MOST_NAMED) {
+        text.push_str(&format!(
+            "\n{:<9} {requests:>12} requests of {name}",
+            "device"
+        ));
+    }
+    if let Some(more @ 1..) = named.len().checked_sub(MOST_NAMED) {
+        text.push_str(&format!("\n{more} more have no more than those"));
+    }
     for warning in &notes.warnings {
         text.push_str(&format!("\nwarning   {warning}"));
     }

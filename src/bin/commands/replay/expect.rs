@@ -27,7 +27,7 @@ pub(crate) struct Args {
     /// XML, compressed with gzip or zstd or not; or a folder that has status-NAME.txt and phase-NAME.xml, phase-NAME.xml.gz or
     /// phase-NAME.xml.zst for each mark. May be repeated. Status lines, mapped blocks and which of them are shared are compared; what
     /// differs is reported, and the exit status is 6.
-    #[arg(long, value_name = "NAME=FILE|DIR")]
+    #[arg(long, value_name = "NAME=FILE|DIR", value_parser = expected)]
     expect: Vec<String>,
 
     /// By how many metadata blocks in use a status may differ from the one expected: the order of requests that were under way at once
@@ -75,6 +75,13 @@ impl Args {
             met: BTreeSet::new(),
             compared: Compared::default(),
         }))
+    }
+}
+
+fn expected(text: &str) -> Result<String, String> {
+    match text.contains('=') || Path::new(text).is_dir() {
+        true => Ok(text.into()),
+        false => Err("it is neither a folder nor NAME=FILE".into()),
     }
 }
 

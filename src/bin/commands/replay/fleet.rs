@@ -63,6 +63,25 @@ struct Shard {
     count: usize,
 }
 
+impl Args {
+    /// Why these options do not go together, if they do not: clap does not ask for what would conflict with the traces.
+    pub(super) fn contradiction(&self) -> Option<String> {
+        let given = [
+            ("--jobs", self.jobs.is_some()),
+            ("--pools", self.pools.is_some()),
+            ("--reports", self.reports.is_some()),
+            ("--resume", self.resume),
+            ("--shard", self.shard.count > 1),
+        ];
+        let alone = given
+            .iter()
+            .find(|(_, is_given)| *is_given && self.manifest.is_none());
+        alone.map(|(option, _)| {
+            format!("{option} is for the volumes of a --manifest, and none is named")
+        })
+    }
+}
+
 impl FromStr for Shard {
     type Err = String;
 
@@ -136,12 +155,15 @@ pub(super) fn run(args: &Args, manifest: &Path, play: &play::Args) -> anyhow::Re
     fs::create_dir_all(folder)
         .map_err(|e| Error::io(format!("cannot make the folder {}", folder.display()), e))?;
     let is_unexpected = AtomicBool::new(false);
-    let failed = play_all(&left, args.jobs, play, &session, &is_unexpected);
+    let written = AtomicUsize::new(0);
+    let failed = play_all(&left, args.jobs, play, &session, &is_unexpected, &written);
     if session.is_cancelled() {
         return Ok(Exit::Interrupted);
     }
-    if let Some((kind, count)) = failed {
-        let message = format!("{count} of {} pools have no report", left.len());
+    if let Some((kind, _)) = failed {
+        // Those, too, that were not begun any more.
+        let without = left.len() - written.into_inner();
+        let message = format!("{without} of {} pools have no report", left.len());
         return Err(Error::new(kind, message).into());
     }
     let Shard { number, count } = args.shard;
@@ -164,6 +186,7 @@ fn play_all(
     play: &play::Args,
     session: &Session,
     is_unexpected: &AtomicBool,
+    written: &AtomicUsize,
 ) -> Option<(ErrorKind, usize)> {
     let jobs = jobs.or_else(|| std::thread::available_parallelism().ok());
     let jobs = jobs.map_or(1, NonZero::get).min(pools.len());
@@ -177,17 +200,18 @@ fn play_all(
                 return;
             };
             let reports = play_pool(pool, play, session);
-            let written = reports.and_then(|reports| {
+            let result = reports.and_then(|reports| {
                 let unexpected = reports.iter().any(Report::is_unexpected);
                 is_unexpected.fetch_or(unexpected, Ordering::Relaxed);
                 if reports.iter().all(|report| report.is_complete) {
-                    let written = write_new(path, &mut |out| outputs::json(&reports, out));
-                    is_over.fetch_or(written.is_err(), Ordering::Relaxed);
-                    written?;
+                    let result = write_new(path, &mut |out| outputs::json(&reports, out));
+                    is_over.fetch_or(result.is_err(), Ordering::Relaxed);
+                    result.with_context(|| format!("cannot write {}", path.display()))?;
+                    written.fetch_add(1, Ordering::Relaxed);
                 }
                 Ok(())
             });
-            if let Err(e) = written {
+            if let Err(e) = result {
                 let kind = e.downcast_ref().map_or(ErrorKind::Io, Error::kind);
                 let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
                 let (_, count) = failed.get_or_insert((kind, 0));
@@ -232,6 +256,7 @@ fn play_pool(
     let mut reports = play::reports(play, &mut *reader, &OfOne(session)).with_context(shown)?;
     for report in &mut reports {
         report.played = Some(trace::played(&pool.files, &Format::Events));
+        report.volume = Some(pool.name.clone());
     }
     if reports.iter().any(|report| report.trace.is_truncated) {
         let message = format!(

@@ -22,6 +22,9 @@ pub(crate) struct Args {
 
 /// Writes what the reports are together.
 pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
+    if let Some(wrong) = args.outputs.contradiction() {
+        return Ok(super::usage(wrong));
+    }
     args.outputs.refuse_early()?;
     let merged = merge(&saved::read(&args.reports)?)?;
     let text = merged.to_string();

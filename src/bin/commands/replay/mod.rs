@@ -48,16 +48,18 @@ pub(crate) const PAGE: Page = Page {
          enough, the others are found beside it. - is standard input.",
         "Memory does not grow with the length of a trace: beside what the pool takes it is less than \
          64 MiB, for a trace in one compressed file. Each further one that is compressed adds as much \
-         as it refers back, 2 to 8 MiB by default. What refers back by more than 32 MiB, as \
-         zstd --ultra, zstd --long and xz -9 make it, is refused: zstd --long=31 -dc or xz -dc \
-         expands it in front of a thin_replay that reads standard input.",
+         as it refers back, 2 to 8 MiB by default, up to 64 MiB with xz -9. What refers back by more than 32 MiB, \
+         of xz 64 MiB, as zstd --ultra and zstd --long make it, is refused: zstd --long=31 -dc or xz -dc \
+         expands it in front of a thin_replay that reads standard input. Of a compressed file that ends too early \
+         what there is is played, with a warning. The format of a text is that of most of its first 200 lines; a line that \
+         is not of it is an error with its number, or counted with --lenient.",
         "Control events change the pool on the way. They are messages in a blktrace that begin \
-         with ctl, or lines of the file of --events, with a time in seconds in front: create_thin \
+         with ctl, or lines of the file of --events, with a time in seconds in front, and with ctl or without: create_thin \
          ID, create_snap ID ORIGIN, delete ID, set_transaction_id OLD NEW, reserve_metadata_snap, \
          release_metadata_snap, activate MAJ:MIN ID SECTORS [ORIGIN_SECTORS], deactivate MAJ:MIN, \
          resize SECTORS, suspend, resume, and phase-end NAME, a mark at which the report has the \
          kernel's status lines. A device may be activated before the message that makes it. What \
-         is not known is counted and told, and so is what the pool refuses.",
+         is not known, or has wrong arguments, is left out, counted and told, and so is what the pool refuses.",
         "A thin device of the kernel cuts reads and writes at its block boundaries and at its \
          max_sectors: a request that is cut does not fill a block, which then is zeroed or copied. \
          --max-sectors is twice what /sys/block/dm-N/queue/max_sectors_kb says of the thin device. \
@@ -65,6 +67,20 @@ pub(crate) const PAGE: Page = Page {
          of 2 that divides the block.",
     ],
     sections: &[
+        (
+            "COLUMNS",
+            &[
+                "--format csv: describes any text of columns with commas between them, as in \
+             csv:dev=0,op=1,off=2:bytes,len=3:bytes,ts=4:us,read=R,write=W, which is alibaba. Columns count from 0. op, off and len \
+             have to be named, and the words of the operations.",
+                "dev is the column of the device, or several that are next to each other, as dev=1-2, which then are the name together; \
+             without it there is one device. off and len are where a request begins and how long it is, in bytes, sectors of 512 bytes, or kib; \
+             ts is its time in ns, us, ms, s (which may all have a fraction), filetime (100 ns since 1601) or whole-s \
+             (seconds, over which the requests of each are spread). Bytes, and ns, if no unit is named.",
+                "read, write, discard and flush are the words of the column op for these, as read=R or discard=4; capital letters and \
+             small ones are the same. Other words are errors, or counted with --lenient.",
+            ],
+        ),
         (
             "VERIFYING",
             &[
@@ -120,7 +136,7 @@ pub(crate) const PAGE: Page = Page {
             "SIZES AND TIMES",
             &[
                 "Sizes are numbers with s for sectors of 512 bytes, k, m, g or t; without a letter, \
-             bytes. Times are numbers with s, m, h or d; without a letter, seconds.",
+             bytes. Times are numbers, 1.5 for example, with s, m, h or d; without a letter, seconds.",
             ],
         ),
     ],
@@ -199,6 +215,15 @@ pub(crate) struct Args {
     play: play::Args,
 }
 
+impl Args {
+    /// Why options do not go together, if they do not.
+    fn contradiction(&self) -> Option<String> {
+        self.fleet
+            .contradiction()
+            .or_else(|| self.play.contradiction())
+    }
+}
+
 /// What it does beside playing a trace.
 #[derive(Debug, clap::Subcommand)]
 enum Beside {
@@ -248,6 +273,14 @@ fn given(matches: &ArgMatches) -> Vec<String> {
     words
 }
 
+/// Says what is wrong with the command line.
+fn usage(wrong: String) -> Exit {
+    let error = build().error(clap::error::ErrorKind::ArgumentConflict, wrong);
+    // If standard error is closed the exit status still tells.
+    let _ = error.print();
+    Exit::Usage
+}
+
 /// Plays a trace, or does what was asked for beside.
 pub(crate) fn run(matches: &ArgMatches) -> anyhow::Result<Exit> {
     let mut args = Args::from_arg_matches(matches)?;
@@ -256,6 +289,7 @@ pub(crate) fn run(matches: &ArgMatches) -> anyhow::Result<Exit> {
         Some(Beside::Compare(args)) => compare::run(args),
         Some(Beside::MergeReports(args)) => merge_reports::run(args),
         Some(Beside::Split(args)) => split::run(args),
+        None if let Some(wrong) = args.contradiction() => Ok(usage(wrong)),
         None => match &args.fleet.manifest {
             Some(manifest) => fleet::run(&args.fleet, manifest, &args.play),
             None => play::run(args.play),

@@ -52,36 +52,38 @@ impl Outputs {
             .filter(|path| !is_stdout(path))
     }
 
-    /// Refuses what could not be written, better now than when everything is done.
-    pub(super) fn refuse_early(&self) -> anyhow::Result<()> {
+    /// Why these options do not go together, if they do not.
+    pub(super) fn contradiction(&self) -> Option<String> {
         if self.all().filter(|(path, _)| is_stdout(path)).count() > 1 {
-            bail!("standard output takes one form of the report; name a file for the others");
+            let only = "standard output takes one form of the report; name a file for the others";
+            return Some(only.into());
         }
         let files: Vec<&Path> = self.files().collect();
-        for (at, path) in files.iter().enumerate() {
-            if files[..at].contains(path) {
-                bail!("{} is named for two forms of the report", path.display());
-            }
-            refuse_existing(path)?;
-        }
-        Ok(())
+        let twice = files
+            .iter()
+            .enumerate()
+            .find(|(at, path)| files[..*at].contains(path));
+        twice.map(|(_, path)| format!("{} is named for two forms of the report", path.display()))
     }
 
-    /// Writes the reports. Unless a form goes to standard output, `text` does.
+    /// Refuses what could not be written, better now than when everything is done.
+    pub(super) fn refuse_early(&self) -> anyhow::Result<()> {
+        self.files().try_for_each(refuse_existing)
+    }
+
+    /// Writes the reports. Unless a form goes to standard output, `text` does; and that comes first, since a file may have no room.
     pub(super) fn write(&self, reports: &[Report], text: &str) -> anyhow::Result<()> {
-        let mut has_stdout = false;
-        for (path, form) in self.all() {
-            if is_stdout(path) {
-                has_stdout = true;
+        match self.all().find(|(path, _)| is_stdout(path)) {
+            Some((_, form)) => {
                 let mut out = std::io::BufWriter::new(std::io::stdout().lock());
                 form(reports, &mut out)?;
                 out.flush().context("cannot write to standard output")?;
-            } else {
-                write_new(path, &mut |out| form(reports, out))?;
             }
+            None => output::stdout_line(text.trim_end())?,
         }
-        if !has_stdout {
-            output::stdout_line(text.trim_end())?;
+        for (path, form) in self.all().filter(|(path, _)| !is_stdout(path)) {
+            write_new(path, &mut |out| form(reports, out))
+                .with_context(|| format!("cannot write {}", path.display()))?;
         }
         Ok(())
     }

@@ -1,12 +1,15 @@
 //! `thin_replay TRACE`: plays a trace.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use thintools::io::{Access, AlignedBuffer, BlockEngine, OverlayEngine, open_read, write_new};
+use thintools::io::{
+    Access, AlignedBuffer, BlockEngine, OverlayEngine, make_empty_folder, open_read, write_new,
+};
 use thintools::observer::{Observer, Silent};
 use thintools::pdata::txn::LockScheme;
 use thintools::pool::{AllocationOrder, Features, PoolTable, Settings};
@@ -48,7 +51,7 @@ pub(crate) struct Args {
     create: bool,
 
     /// Size of a data block of a new pool. With commas several: each is tried.
-    #[arg(long, value_name = "SIZES", default_value = "64k", value_parser = sectors, value_delimiter = ',')]
+    #[arg(long, value_name = "SIZES", default_value = "64k", value_parser = data_block, value_delimiter = ',')]
     block_size: Vec<u64>,
 
     /// Memory for blocks of metadata. With commas several: each is tried.
@@ -69,7 +72,7 @@ pub(crate) struct Args {
     low_water: u64,
 
     /// A feature of the pool, by the kernel's word; may be repeated.
-    #[arg(long, value_name = "WORD")]
+    #[arg(long, value_name = "WORD", value_parser = feature)]
     feature: Vec<String>,
 
     /// Which thin device a device of the trace is, and how large: 252:3=0, or 252:3=0:10g; may be repeated. Without it every device of
@@ -130,7 +133,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
     verify: Option<u32>,
 
-    /// Vary how long the modelled data device takes, and so in which order requests end. The same number gives the same report.
+    /// Vary how long the modelled data device takes, by up to an eighth and not on average, and so in which order requests end. The same
+    /// number gives the same report.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 
@@ -138,7 +142,8 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
 
-    /// At each mark, dump the metadata as NAME.xml into this folder.
+    /// At each mark, dump the metadata as NAME.xml into this folder, NAME.2.xml and so on if there are several of a name. It is made if
+    /// there is none, and must be empty.
     #[arg(long, value_name = "DIR")]
     dump_at_marks: Option<PathBuf>,
 
@@ -169,17 +174,21 @@ enum Fill {
 
 /// A number with a letter for what it is multiplied by.
 fn scaled(text: &str, letters: &[(char, u64)]) -> Result<u64, String> {
-    let scale = letters.iter().find(|(letter, _)| text.ends_with(*letter));
-    let (digits, scale) = match scale {
-        Some(&(letter, scale)) => (text.trim_end_matches(letter), scale),
-        None => (text, 1),
-    };
+    let (digits, scale) = split_letter(text, letters);
     let number: u64 = digits.parse().map_err(|_| {
         format!("{text:?} is not a number with one of the letters that it may have")
     })?;
     number
         .checked_mul(scale)
         .ok_or_else(|| format!("{text} is too large"))
+}
+
+/// What is before a letter, and what it is multiplied by.
+fn split_letter<'a>(text: &'a str, letters: &[(char, u64)]) -> (&'a str, u64) {
+    let scaled = letters
+        .iter()
+        .find_map(|&(letter, scale)| Some((text.strip_suffix(letter)?, scale)));
+    scaled.unwrap_or((text, 1))
 }
 
 /// A size in sectors of 512 bytes.
@@ -200,11 +209,32 @@ pub(in crate::commands) fn sectors(text: &str) -> Result<u64, String> {
     }
 }
 
+/// A size of data blocks in sectors of 512 bytes.
+fn data_block(text: &str) -> Result<u64, String> {
+    match sectors(text)? {
+        size if size.is_multiple_of(128) && (128..=2_097_152).contains(&size) => Ok(size),
+        size => Err(format!(
+            "data blocks of {size} sectors; a multiple of 64k up to 1g is possible"
+        )),
+    }
+}
+
+fn feature(word: &str) -> Result<String, String> {
+    let known = Features::from_words(&[word]);
+    known.map(|_| word.to_owned()).map_err(|e| e.to_string())
+}
+
 pub(super) fn time(text: &str) -> Result<Duration, String> {
     let letters = [('s', 1), ('m', 60), ('h', 3600), ('d', 86_400)];
-    match scaled(text, &letters)? {
-        0 => Err("a time of 0 is no interval".into()),
-        seconds => Ok(Duration::from_secs(seconds)),
+    let (digits, scale) = split_letter(text, &letters);
+    // What is a number otherwise, as inf, 1e9 and -0, is no time.
+    let is_plain = digits.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+    let number = digits.parse::<f64>().ok().filter(|_| is_plain);
+    let number = number.ok_or_else(|| format!("{text:?} is not a number with s, m, h or d"))?;
+    match Duration::try_from_secs_f64(number * scale as f64) {
+        Ok(Duration::ZERO) => Err("a time of 0 is no interval".into()),
+        Ok(time) if u64::try_from(time.as_nanos()).is_ok() => Ok(time),
+        _ => Err(format!("{text} is too long")),
     }
 }
 
@@ -311,6 +341,39 @@ impl Args {
             }
         }
         ways
+    }
+
+    /// Why options do not go together, if they do not.
+    pub(super) fn contradiction(&self) -> Option<String> {
+        if let Some(wrong) = self.outputs.contradiction() {
+            return Some(wrong);
+        }
+        let is_also = |path: &&PathBuf| self.outputs.files().any(|file| file == path.as_path());
+        if let Some(path) = self.output.as_ref().filter(is_also) {
+            let path = path.display();
+            return Some(format!(
+                "{path} is named for the metadata and for the report"
+            ));
+        }
+        if self.clock == Clock::Threads && (self.verify.is_some() || self.seed != 0) {
+            return Some("--verify and --seed are for the virtual clock".into());
+        }
+        let one = self.output.is_some() || self.dump_at_marks.is_some();
+        match self.ways().len() {
+            2.. if one => {
+                return Some("-o and --dump-at-marks are for one way of playing the trace".into());
+            }
+            ways if ways > MOST_WAYS => {
+                let most = format!("{MOST_WAYS} are possible");
+                return Some(format!("{ways} ways to play the trace at once; {most}"));
+            }
+            _ => {}
+        }
+        let data_size = self.data_size.filter(|_| self.metadata.is_none())?;
+        let small = self.block_size.iter().find(|&&size| data_size < size);
+        small.map(|block_size| {
+            format!("--data-size of {data_size} sectors has no room for a block of {block_size}")
+        })
     }
 
     /// The pool before the trace begins.
@@ -453,19 +516,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
         return dry_run::run(&args.trace, &session);
     }
     let ways = args.ways();
-    if ways.len() > 1 && (args.output.is_some() || args.dump_at_marks.is_some()) {
-        bail!("-o and --dump-at-marks are for one way of playing the trace");
-    }
     // Better now than when everything is done.
     args.outputs.refuse_early()?;
     if let Some(path) = &args.output {
         refuse_existing(path)?;
-        if args.outputs.files().any(|file| file == path) {
-            bail!(
-                "{} is named for the metadata and for the report",
-                path.display()
-            );
-        }
+    }
+    if let Some(folder) = &args.dump_at_marks {
+        make_empty_folder(folder)?;
     }
     if args.prefill != Fill::None || args.clock == Clock::Threads && ways.len() > 1 {
         args.trace.refuse_streams()?;
@@ -518,18 +575,11 @@ pub(super) fn reports(
     reader: &mut dyn TraceReader,
     observer: &dyn Observer,
 ) -> anyhow::Result<Vec<Report>> {
-    if args.clock == Clock::Threads && (args.verify.is_some() || args.seed != 0) {
-        bail!("--verify and --seed are for the virtual clock");
-    }
     let below: Below = match &args.metadata {
         Some(path) => Some(open_read(path, Access::Exclusive)?.into()),
         None => None,
     };
     match &args.ways()[..] {
-        ways if ways.len() > MOST_WAYS => bail!(
-            "{} ways to play the trace at once; {MOST_WAYS} are possible",
-            ways.len()
-        ),
         // Each has the machine to itself, or they would measure each other.
         ways if args.clock == Clock::Threads => {
             let mut reports = Vec::new();
@@ -623,6 +673,7 @@ fn replay(
     player.make_mapped_devices()?;
     let mut marks = 0;
     let mut expectations = args.expect.expectations()?;
+    let mut dumped = HashSet::new();
     let mut at_control = |player: &Player| {
         let Some(mark) = player.marks().get(marks) else {
             return Ok(());
@@ -634,10 +685,15 @@ fn replay(
         let Some(folder) = &args.dump_at_marks else {
             return Ok(());
         };
-        dump(
-            &*engine,
-            &folder.join(format!("{}.xml", file_name(&mark.name))),
-        )
+        let name = file_name(&mark.name);
+        let numbered = (2u64..).map(|number| format!("{name}.{number}"));
+        let mut names = std::iter::once(name.clone()).chain(numbered);
+        let free = names
+            .find(|name| !dumped.contains(name))
+            .unwrap_or_default();
+        dump(&*engine, &folder.join(format!("{free}.xml")))?;
+        dumped.insert(free);
+        Ok(())
     };
     let play = match args.clock {
         Clock::Virtual => play,
@@ -656,7 +712,9 @@ fn replay(
     report.prefilled = prefilled;
     report.expected = expectations.map(expect::Expectations::end);
     drop(player);
-    let snapshots = way.snapshots.map(|s| (s.every.as_secs(), s.keep as u64));
+    let snapshots = way
+        .snapshots
+        .map(|s| (s.every.as_secs_f64(), s.keep as u64));
     report.setup.snapshots = snapshots;
     report.options = Some(args.given.clone());
     // Whoever wishes to stop does not wish to wait for it.

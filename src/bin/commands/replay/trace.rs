@@ -19,9 +19,10 @@ pub(super) struct TraceArgs {
     traces: Vec<PathBuf>,
 
     /// The format of the trace, if it is not to be told from the contents: events, blktrace, blkparse, iolog, msr, alibaba, tencent, spc, load,
-    /// disksim, ftrace, biosnoop, vscsi, log-writes, or csv: and a description such as csv:dev=0,op=1,off=2:bytes,len=3:bytes,ts=4:us.
-    #[arg(long, value_name = "FORMAT", default_value = "auto")]
-    format: String,
+    /// disksim, ftrace, biosnoop, vscsi, log-writes, or csv: and a description of the columns such as
+    /// csv:dev=0,op=1,off=2:bytes,len=3:bytes,ts=4:us,read=R,write=W, which the manual page explains.
+    #[arg(long, value_name = "FORMAT", default_value = "auto", value_parser = named)]
+    format: Named,
 
     /// Count what cannot be read instead of giving up.
     #[arg(long)]
@@ -51,6 +52,15 @@ pub(super) struct TraceArgs {
         conflicts_with = "only"
     )]
     skip: Vec<TraceOp>,
+}
+
+/// A format; none is that which the contents are of.
+#[derive(Clone, Debug)]
+struct Named(Option<Format>);
+
+fn named(text: &str) -> Result<Named, thintools::Error> {
+    let format = (text != "auto").then(|| text.parse()).transpose()?;
+    Ok(Named(format))
 }
 
 impl TraceArgs {
@@ -83,18 +93,14 @@ impl TraceArgs {
     /// Opens it, and says what it was recognised as.
     pub(super) fn open(&self, session: &Session) -> anyhow::Result<(Format, Box<dyn TraceReader>)> {
         let (format, reader) = self.open_part()?;
-        if self.format == "auto" {
+        if self.format.0.is_none() {
             session.say(&format!("{format}: {}", format.evidence()));
         }
         Ok((format, reader))
     }
 
     fn open_part(&self) -> anyhow::Result<(Format, Box<dyn TraceReader>)> {
-        let format = match self.format.as_str() {
-            "auto" => None,
-            name => Some(name.parse::<Format>()?),
-        };
-        self.part_of(&self.traces, format)
+        self.part_of(&self.traces, self.format.0.clone())
     }
 
     /// Opens other files with the same part of them left out.

@@ -89,6 +89,7 @@ impl Report {
             is_complete,
             is_checked: false,
             sources: Vec::new(),
+            volume: None,
             options: None,
             verdicts: Vec::new(),
             setup: Setup {
@@ -138,6 +139,7 @@ impl Report {
                 none_because,
             ),
             space,
+            first_full: None,
             latency: player.latencies().by_name(),
             timeline: player.timeline().to_vec(),
             heat: player.heat(),

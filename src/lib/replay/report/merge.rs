@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-/// Steps of a merged timeline.
+/// Steps of a merged timeline, at most.
 const STEPS: u64 = 400;
 
 /// Merges reports, each with the name that its marks, notices and warnings get. Those that were merged before keep their names.
@@ -28,6 +28,7 @@ pub fn merge(reports: &[(String, Report)]) -> Result<Report> {
     };
     let mut all = first.clone();
     all.sources.clear();
+    all.volume = None;
     all.marks.clear();
     all.notices.clear();
     all.trace.warnings.clear();
@@ -76,6 +77,12 @@ pub fn merge(reports: &[(String, Report)]) -> Result<Report> {
     all.verify = (reports.iter())
         .filter_map(|(_, report)| report.verify.clone())
         .reduce(Verified::with);
+    let full = reports.iter().filter_map(|(name, report)| {
+        let named = report.first_full.as_ref().unwrap_or(name);
+        Some((report.forecast.data.full_at_ns?, named.clone()))
+    });
+    // Of those that are full at the same time, the one whose name comes first.
+    all.first_full = full.min().map(|(_, name)| name);
     all.marks.sort_by_key(|mark| mark.time_ns);
     all.notices.sort_by_key(|notice| notice.time_ns);
     all.device_heat = busiest(reports.iter().flat_map(|(name, report)| heat(name, report)));
@@ -193,7 +200,8 @@ fn add_values(a: &mut Value, b: &Value) {
     }
 }
 
-/// Timelines over each other, in as many steps as one has at most.
+/// Timelines over each other, in as many steps as one has at most. Steps are powers of two, so that those of a part are within those of the
+/// whole, and parts that are merged first come to the same.
 fn timeline<'a>(lines: impl Iterator<Item = &'a [Sample]>) -> Result<Vec<Sample>> {
     let lines: Vec<&[Sample]> = lines.filter(|line| !line.is_empty()).collect();
     let mut times: Vec<u64> = lines
@@ -202,7 +210,8 @@ fn timeline<'a>(lines: impl Iterator<Item = &'a [Sample]>) -> Result<Vec<Sample>
         .collect();
     times.sort_unstable();
     if let Some(&last) = times.last() {
-        let step = (last / STEPS).max(1);
+        let step = last.div_ceil(STEPS).max(1);
+        let step = step.checked_next_power_of_two().unwrap_or(step);
         // The first ones stay: what there was before anything happened.
         let first = times.first().copied().unwrap_or(0);
         times
@@ -229,4 +238,52 @@ fn timeline<'a>(lines: impl Iterator<Item = &'a [Sample]>) -> Result<Vec<Sample>
         })
     };
     times.into_iter().map(at).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Timelines of different lengths that begin at different times.
+    fn lines() -> Vec<Vec<Sample>> {
+        let mut state = 1u64;
+        let mut random = move |most: u64| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 33) % most
+        };
+        let mut line = |number: u64| {
+            let (mut time_ns, mut used) = (number * 1_000, 0);
+            let samples = (0..40 + number * 60).map(|_| {
+                time_ns += random(200_000_000);
+                used += random(50);
+                Sample {
+                    time_ns,
+                    used_data_blocks: used,
+                    ..Sample::default()
+                }
+            });
+            samples.collect()
+        };
+        (0..6).map(&mut line).collect()
+    }
+
+    #[test]
+    fn timelines_come_to_the_same_in_whatever_steps_they_are_merged() {
+        let lines = lines();
+        let merged =
+            |lines: &[&[Sample]]| timeline(lines.iter().copied()).expect("counts can be added");
+        let all: Vec<&[Sample]> = lines.iter().map(Vec::as_slice).collect();
+        let whole = merged(&all);
+        assert!((200..=403).contains(&whole.len()), "{}", whole.len());
+        for cut in 1..6 {
+            let first = merged(&all[..cut]);
+            let mut rest: Vec<&[Sample]> = all[cut..].to_vec();
+            rest.insert(0, &first);
+            assert_eq!(merged(&rest), whole, "the first {cut}");
+            let last = merged(&all[cut..]);
+            assert_eq!(merged(&[&first, &last]), whole, "cut at {cut}");
+        }
+    }
 }

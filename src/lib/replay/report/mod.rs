@@ -61,6 +61,9 @@ pub struct Report {
     pub is_checked: bool,
     /// Names of the reports that it was merged from; none for that of one replay.
     pub sources: Vec<String>,
+    /// The volume of a fleet, or the pool of several, that it is of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume: Option<String>,
     /// The options that it was made with, as they were given; none if that is not known, or if those of its parts differ.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub options: Option<Vec<String>>,
@@ -95,6 +98,9 @@ pub struct Report {
     pub space: Space,
     /// When the pool is full.
     pub forecast: Forecast,
+    /// Of several pools, the first whose data was full.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_full: Option<String>,
     /// Nanoseconds from submission to completion, by what became of a request: `mapped`, or why it was left to the worker.
     pub latency: BTreeMap<String, Latencies>,
     /// How it went on.
@@ -152,7 +158,7 @@ pub struct Setup {
     pub seed: u64,
     /// Snapshots that were taken whatever the trace says: seconds between them, and how many of each device were kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub snapshots: Option<(u64, u64)>,
+    pub snapshots: Option<(f64, u64)>,
 }
 
 /// What the map half did.

@@ -128,6 +128,9 @@ impl Report {
             percent(fill.used, fill.total),
             self.when_full(fill)
         );
+        if let Some(first) = &self.first_full {
+            text.push_str(&format!(", which is {first}"));
+        }
         let moments = self.forecast.moments;
         if let Some(low) = moments.low_water_ns {
             text.push_str(&format!(
@@ -277,24 +280,26 @@ impl Report {
 
     fn on_fast_path(&self) -> String {
         let deferred = &self.map.deferred;
-        let left = deferred.total();
+        // Discards are cut up into any number of bios, which all leave it: they say nothing of reads and writes.
+        let discards = deferred.of(Reason::Discard);
+        let left = deferred.total().saturating_sub(discards);
+        let bios = self.map.bios.saturating_sub(discards);
         let mut reasons: Vec<(u64, Reason)> = Reason::ALL
             .into_iter()
             .map(|reason| (deferred.of(reason), reason))
-            .filter(|&(n, _)| n > 0)
+            .filter(|&(n, reason)| n > 0 && reason != Reason::Discard)
             .collect();
         reasons.sort_by_key(|&(n, _)| std::cmp::Reverse(n));
         let reasons: Vec<String> = reasons
             .iter()
             .map(|&(n, reason)| format!("{} {n}", words(reason)))
             .collect();
-        let mut text = format!(
-            "{left} of {} bios left it, {}",
-            self.map.bios,
-            percent(left, self.map.bios)
-        );
+        let mut text = format!("{left} of {bios} bios left it, {}", percent(left, bios));
         if !reasons.is_empty() {
             text.push_str(&format!(": {}", reasons.join(", ")));
+        }
+        if discards > 0 {
+            text.push_str(&format!("; beside them all {discards} bios of discards"));
         }
         let of_locks = deferred
             .of(Reason::RootBusy)

@@ -46,6 +46,8 @@ pub(super) struct Found {
     pub(super) until: Key,
     pub(super) is_last: bool,
     pub(super) is_truncated: bool,
+    /// What to say of a compressed file that ended too early.
+    pub(super) cut_warning: Option<String>,
     /// Records of no interest, bad ones, and those that are missing between others.
     pub(super) skipped: u64,
     pub(super) malformed: u64,
@@ -227,6 +229,7 @@ impl Decoder {
             Some(record) => {
                 let is_whole = self.input.want(record.len())?;
                 self.finder.found.is_truncated |= !is_whole;
+                self.finder.found.cut_warning = self.input.cut_warning();
                 Ok(is_whole)
             }
             None if data.len() >= record::V8 => {
@@ -246,6 +249,7 @@ impl Decoder {
             return Ok(true);
         }
         self.finder.found.is_truncated |= left > 0 || self.input.is_cut();
+        self.finder.found.cut_warning = self.input.cut_warning();
         Ok(false)
     }
 

@@ -1,6 +1,6 @@
 //! What a compressed trace expands to, on a thread of its own and in bounded memory.
 
-use std::io::{self, Cursor, Read};
+use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
@@ -12,10 +12,13 @@ const CHUNK: usize = 128 << 10;
 /// Chunks between the thread that expands and the one that reads.
 const QUEUE: usize = 4;
 /// How far back a compressed trace may refer, which takes as much memory for each of its files: half of what a replay may take beside
-/// the blocks that are mapped. zstd has no more unless told so, with --ultra or --long; of xz only the preset 9 has.
+/// the blocks that are mapped. zstd has no more unless told so, with --ultra or --long.
 const MAX_WINDOW: u64 = 32 << 20;
+/// The same of xz, whose preset 9 names as much for whatever it compresses; memory is touched only as far as there is something to
+/// refer back to.
+const MAX_DICTIONARY: u64 = 64 << 20;
 /// xz counts what it takes beside its dictionary.
-const XZ_MEMORY: u64 = MAX_WINDOW + (2 << 20);
+const XZ_MEMORY: u64 = MAX_DICTIONARY + (2 << 20);
 
 /// What `from`, of which `head` was read already, expands to: itself if it is not compressed.
 pub(super) fn expanded(
@@ -25,21 +28,67 @@ pub(super) fn expanded(
     let magic = head.clone();
     let from = Cursor::new(head).chain(from);
     Ok(match magic.as_slice() {
-        [0x1f, 0x8b, ..] => piped(flate2::read::MultiGzDecoder::new(from))?,
+        [0x1f, 0x8b, ..] => piped(Members::new(BufReader::new(from)))?,
         [0x28, 0xb5, 0x2f, 0xfd, ..] => {
             let mut decoder = zstd::Decoder::new(from)?;
             decoder.window_log_max(MAX_WINDOW.ilog2())?;
-            piped(Bounded::new(decoder, zstd_window(&magic)))?
+            piped(Bounded::new(decoder, zstd_window(&magic), MAX_WINDOW))?
         }
         [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
             let flags = liblzma::stream::CONCATENATED;
             let stream = Stream::new_stream_decoder(XZ_MEMORY, flags)?;
             let decoder = liblzma::read::XzDecoder::new_stream(from, stream);
-            piped(Bounded::new(decoder, xz_dictionary(&magic)))?
+            piped(Bounded::new(decoder, xz_dictionary(&magic), MAX_DICTIONARY))?
         }
         [b'B', b'Z', b'h', ..] => piped(bzip2::read::MultiBzDecoder::new(from))?,
         _ => Box::new(from),
     })
+}
+
+/// The members of a gzip file, one after the other, and zeros behind them, as tapes and block devices leave them.
+struct Members<R> {
+    /// None at the end.
+    member: Option<flate2::bufread::GzDecoder<R>>,
+}
+
+impl<R: BufRead> Members<R> {
+    fn new(from: R) -> Self {
+        let member = Some(flate2::bufread::GzDecoder::new(from));
+        Self { member }
+    }
+
+    /// Goes on to the next member.
+    fn advance(&mut self) -> io::Result<()> {
+        let Some(mut from) = self.member.take().map(|member| member.into_inner()) else {
+            return Ok(());
+        };
+        loop {
+            let data = from.fill_buf()?;
+            if data.is_empty() {
+                return Ok(());
+            }
+            let zeros = data.iter().take_while(|&&byte| byte == 0).count();
+            let has_more = zeros < data.len();
+            from.consume(zeros);
+            if has_more {
+                *self = Self::new(from);
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl<R: BufRead> Read for Members<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        while let Some(member) = &mut self.member {
+            let n = member.read(buf)?;
+            if n > 0 || buf.is_empty() {
+                return Ok(n);
+            }
+            self.advance()?;
+        }
+        Ok(0)
+    }
 }
 
 /// A decoder that says what to do about a trace that refers back too far.
@@ -47,11 +96,17 @@ struct Bounded<R> {
     decoder: R,
     /// How far the beginning of the trace refers back, if that is known.
     window: Option<u64>,
+    /// How far it may.
+    most: u64,
 }
 
 impl<R> Bounded<R> {
-    fn new(decoder: R, window: Option<u64>) -> Self {
-        Self { decoder, window }
+    fn new(decoder: R, window: Option<u64>, most: u64) -> Self {
+        Self {
+            decoder,
+            window,
+            most,
+        }
     }
 
     #[cold]
@@ -63,12 +118,12 @@ impl<R> Bounded<R> {
             return e;
         }
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-        let window = self.window.filter(|&window| window > MAX_WINDOW);
+        let window = self.window.filter(|&window| window > self.most);
         let window = window.map_or("more".into(), |window| format!("{} MiB", mib(window)));
         io::Error::other(format!(
             "it refers back by {window}, which takes as much memory, and {} MiB is the most; expand it with zstd --long=31 -dc or xz -dc \
-             and read that from standard input, or compress it anew with zstd -19 or xz -8 at most",
-            mib(MAX_WINDOW)
+             and read that from standard input, or compress it anew with zstd -19 or xz -9 at most",
+            mib(self.most)
         ))
     }
 }

@@ -136,6 +136,18 @@ impl Input {
         self.is_cut
     }
 
+    /// What to say of a compressed file that ended before its contents did.
+    pub(super) fn cut_warning(&self) -> Option<String> {
+        let held = self.offset + self.data().len() as u64;
+        self.is_cut.then(|| {
+            format!(
+                "{}: the compressed file ends too early, after {held} bytes of what it held: what came behind is missing from all figures; \
+                 copy it again",
+                self.name
+            )
+        })
+    }
+
     /// What was read and not consumed yet.
     #[inline]
     pub(super) fn data(&self) -> &[u8] {

@@ -128,7 +128,7 @@ impl<F: Fill> TraceReader for F {
 }
 
 /// The words of a control event, if `message` is one: `ctl …` or `thinreplay: …`, with whatever end it was written with.
-pub(super) fn control(message: &[u8]) -> Option<String> {
+pub(in crate::replay) fn control(message: &[u8]) -> Option<String> {
     let is_end = |byte: &u8| byte.is_ascii_whitespace() || *byte == 0;
     let end = message.iter().rposition(|byte| !is_end(byte))? + 1;
     let message = message[..end].trim_ascii_start();
@@ -263,6 +263,7 @@ impl<F: LineFormat> Lines<F> {
             Ok(_) => false,
         };
         self.sink.notes.is_truncated = is_cut || self.input.is_cut();
+        self.sink.notes.warnings.extend(self.input.cut_warning());
     }
 }
 

@@ -36,5 +36,6 @@ mod window;
 
 pub use csv_spec::CsvSpec;
 pub use format::Format;
+pub(super) use lines::control as control_words;
 pub use open::open;
 pub use window::Window;

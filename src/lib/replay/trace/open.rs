@@ -1,5 +1,6 @@
 //! From paths to a reader: siblings of per-processor files, what form they have, several as one.
 
+use std::cmp::Reverse;
 use std::path::{Path, PathBuf};
 
 use super::ahead::Ahead;
@@ -132,12 +133,22 @@ fn reader(format: &Format, input: Input, lenient: bool) -> Box<dyn TraceReader> 
 fn detect(input: &mut Input, path: &Path) -> Result<Format> {
     input.want(if input.is_live() { LIVE_HEAD } else { HEAD })?;
     let head = input.data();
-    let named = NAMED.into_iter().map(|(_, format)| format);
-    let format = named.into_iter().find(|format| is(format, head));
+    let mut likeliest: Option<(Likeness, Format)> = None;
+    for (_, format) in NAMED {
+        let here = likeness(&format, head);
+        if likeliest.as_ref().is_none_or(|(most, _)| *most < here) {
+            likeliest = Some((here, format));
+        }
+    }
+    let format = likeliest.filter(|(likeness, _)| likeness.is_enough());
+    let format = format.map(|(_, format)| format);
     format.ok_or_else(|| {
         let tar = head.get(257..262) == Some(b"ustar".as_slice());
         let message = match () {
             () if tar => "is an archive: unpack it first",
+            () if head.is_empty() && input.is_cut() => {
+                "ends too early: it is compressed, and nothing of it can be expanded; copy it again"
+            }
             () if head.is_empty() => "is empty",
             () => "is no trace that is recognised: name its format",
         };
@@ -148,37 +159,63 @@ fn detect(input: &mut Input, path: &Path) -> Result<Format> {
     })
 }
 
-fn is(format: &Format, head: &[u8]) -> bool {
-    match format {
-        Format::Events => events::is_events(head),
-        Format::Blktrace => record::is_big_endian(head).is_some(),
-        Format::LogWrites => log_writes::is_log(head),
-        Format::Vscsi => vscsi::version(head).is_some(),
-        Format::Blkparse => accepts(Blkparse::default(), head),
-        Format::Iolog => accepts(Iolog::default(), head),
-        Format::Csv(_) => false,
-        Format::Msr => accepts(Csv::new(CsvSpec::msr()), head),
-        Format::Alibaba => accepts(Csv::new(CsvSpec::alibaba()), head),
-        Format::Tencent => accepts(Csv::new(CsvSpec::tencent()), head),
-        Format::Spc => accepts(Csv::new(CsvSpec::spc()), head),
-        Format::Load => accepts(Load::default(), head),
-        Format::Disksim => accepts(Disksim::default(), head),
-        Format::Ftrace => accepts(Ftrace::default(), head),
-        // One without what a replay needs is told from others, to say what it has not.
-        Format::Biosnoop => biosnoop::has_heading(&first_lines(head)),
+/// How much of a head is of a format: wholly before in part, and of those in part by how many lines are not of it, the fewer the better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Likeness {
+    None,
+    /// Most of the lines; this many are not.
+    Most(Reverse<usize>),
+    Whole,
+}
+
+impl Likeness {
+    fn is_enough(self) -> bool {
+        self != Self::None
+    }
+
+    fn whole(is_whole: bool) -> Self {
+        if is_whole { Self::Whole } else { Self::None }
     }
 }
 
-/// True if the format finds sense in the lines that `head` begins with, and no nonsense.
-fn accepts(mut format: impl LineFormat, head: &[u8]) -> bool {
+fn likeness(format: &Format, head: &[u8]) -> Likeness {
+    match format {
+        Format::Events => Likeness::whole(events::is_events(head)),
+        Format::Blktrace => Likeness::whole(record::is_big_endian(head).is_some()),
+        Format::LogWrites => Likeness::whole(log_writes::is_log(head)),
+        Format::Vscsi => Likeness::whole(vscsi::version(head).is_some()),
+        Format::Blkparse => of_lines(Blkparse::default(), head),
+        Format::Iolog => of_lines(Iolog::default(), head),
+        Format::Csv(_) => Likeness::None,
+        Format::Msr => of_lines(Csv::new(CsvSpec::msr()), head),
+        Format::Alibaba => of_lines(Csv::new(CsvSpec::alibaba()), head),
+        Format::Tencent => of_lines(Csv::new(CsvSpec::tencent()), head),
+        Format::Spc => of_lines(Csv::new(CsvSpec::spc()), head),
+        Format::Load => of_lines(Load::default(), head),
+        Format::Disksim => of_lines(Disksim::default(), head),
+        Format::Ftrace => of_lines(Ftrace::default(), head),
+        // One without what a replay needs is told from others, to say what it has not.
+        Format::Biosnoop => Likeness::whole(biosnoop::has_heading(&first_lines(head))),
+    }
+}
+
+/// How much sense the format finds in the lines that `head` begins with. A few that are nonsense are for the reader to complain about.
+fn of_lines(mut format: impl LineFormat, head: &[u8]) -> Likeness {
     let mut sink = Sink::new();
+    let (mut sense, mut nonsense) = (0, 0);
     for line in first_lines(head) {
         let line = line.strip_suffix(b"\r").unwrap_or(line);
-        if format.line(line, &mut sink).is_err() {
-            return false;
+        match format.line(line, &mut sink) {
+            Ok(_) => sense += 1,
+            Err(_) => nonsense += 1,
         }
     }
-    !(sink.batch.ios.is_empty() && sink.batch.controls.is_empty())
+    let has_events = !(sink.batch.ios.is_empty() && sink.batch.controls.is_empty());
+    match nonsense {
+        0 => Likeness::whole(has_events),
+        _ if has_events && nonsense < sense => Likeness::Most(Reverse(nonsense)),
+        _ => Likeness::None,
+    }
 }
 
 fn first_lines(head: &[u8]) -> Vec<&[u8]> {
