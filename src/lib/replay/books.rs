@@ -57,6 +57,9 @@ pub struct Sample {
 /// Samples that a timeline has, at most; then every second one goes.
 const MOST_SAMPLES: usize = 400;
 
+/// Marks whose samples stay, the first ones.
+const MOST_MARKED: usize = 100;
+
 /// Notices that are kept; a pool that fills up and is emptied again and again has any number of them.
 const MOST_NOTICES: usize = 1000;
 
@@ -143,10 +146,12 @@ impl Books {
             metadata_blocks_written: metadata.written,
         });
         if self.timeline.len() > MOST_SAMPLES {
+            let marks = self.marks.iter().take(MOST_MARKED);
+            let marked: Vec<u64> = marks.map(|mark| mark.time_ns).collect();
             let mut keep = false;
-            self.timeline.retain(|_| {
+            self.timeline.retain(|sample| {
                 keep = !keep;
-                keep
+                keep || marked.contains(&sample.time_ns)
             });
             self.step *= 2;
         }

@@ -397,7 +397,6 @@ impl Player {
             Some((device.clone(), Line { sectors, words }.to_string()))
         });
         let thins = thins.collect();
-        self.engine.sample(true);
         let status = self.engine.pool.inspect(PoolMetadata::status)?;
         self.engine.books.marks.push(Mark {
             source: None,
@@ -407,6 +406,7 @@ impl Player {
             thins,
             allocated_metadata_blocks: status.allocated_metadata_blocks,
         });
+        self.engine.sample(true);
         Ok(())
     }
 }
