@@ -266,6 +266,20 @@ fn a_commit_that_fails_leaves_the_last_transaction() {
 }
 
 #[test]
+fn a_server_whose_last_commit_failed_does_not_end_as_if_all_were_well() {
+    let mut pool = Failing::new(&["metadata:flush:eio:from=1"], &[]);
+    let mut client = pool.connect("0");
+    client.write(0, &vec![1; BLOCK]).expect("written");
+    client.flush().expect("flushed");
+    client.write(B, &vec![2; BLOCK]).expect("written");
+    pool.begin(0);
+    drop(client);
+    pool.scene.stop_with(1);
+    pool.end(0);
+    pool.scene.assert_sound();
+}
+
+#[test]
 fn metadata_that_cannot_be_read_back_fails_the_pool_until_it_is_started_anew() {
     let mut pool = Failing::new(&["metadata:any:eio:from=1"], &[]);
     let mut client = pool.connect("0");

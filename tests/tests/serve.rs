@@ -120,7 +120,14 @@ impl Scene {
     }
 
     /// Stops it as a service manager does.
+    #[track_caller]
     pub(crate) fn stop(&mut self) {
+        self.stop_with(0);
+    }
+
+    /// The same, to end with this status.
+    #[track_caller]
+    pub(crate) fn stop_with(&mut self, code: i32) {
         let mut server = self.server.take().expect("it is served");
         program("kill", [server.id().to_string()]).run().expect(0);
         let end = Instant::now() + Duration::from_secs(60);
@@ -135,7 +142,7 @@ impl Scene {
             }
             std::thread::sleep(Duration::from_millis(5));
         };
-        assert_eq!(status.code(), Some(0));
+        assert_eq!(status.code(), Some(code));
         for name in ["nbd", "control"] {
             assert!(!self.path(name).exists(), "{name} is left behind");
         }
@@ -1017,7 +1024,12 @@ fn a_check_comes_first_if_it_is_asked_for() {
     scene.stop();
     // A leaf of mappings, which nobody looks at before somebody reads there.
     let meta = fs::read(scene.path("meta")).expect("read");
-    let leaf = (1..512_usize).rfind(|block| get_u32(&meta, block * 4096 + 4) == 2);
+    let is_mappings = |block: &usize| {
+        let field = |at| get_u32(&meta, block * 4096 + at);
+        // Of all leaves those with values of eight bytes, and more of them than there are devices.
+        field(4) == 2 && field(24) == 8 && field(16) > 64
+    };
+    let leaf = (1..512_usize).rfind(is_mappings);
     let at = leaf.expect("there is one") as u64 * 4096 + 2000;
     let file = File::options().write(true).open(scene.path("meta"));
     file.expect("opened")

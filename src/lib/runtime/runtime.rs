@@ -95,8 +95,8 @@ pub struct Runtime {
     metadata: Option<Arc<FileEngine>>,
     is_read_only: bool,
     thins: Mutex<Thins>,
-    /// Held while the pool is suspended or resumed; true once it is suspended for good.
-    is_finished: Mutex<bool>,
+    /// Held while the pool is suspended or resumed. Once it is suspended for good: whether all was committed.
+    finished: Mutex<Option<bool>>,
 }
 
 impl Runtime {
@@ -230,7 +230,7 @@ impl Runtime {
             metadata,
             is_read_only: options.is_read_only,
             thins: Mutex::default(),
-            is_finished: Mutex::default(),
+            finished: Mutex::default(),
         };
         if !runtime.is_read_only {
             runtime.resume(None)?;
@@ -549,32 +549,45 @@ impl Runtime {
     }
 
     /// Keeps the pool from being suspended or resumed by others.
-    fn suspension(&self) -> MutexGuard<'_, bool> {
-        self.is_finished
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn suspension(&self) -> MutexGuard<'_, Option<bool>> {
+        self.finished.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The same of a pool that is not suspended for good.
-    fn running(&self) -> Result<MutexGuard<'_, bool>> {
+    fn running(&self) -> Result<MutexGuard<'_, Option<bool>>> {
         let suspension = self.suspension();
         match *suspension {
-            true => Err(gone()),
-            false => Ok(suspension),
+            Some(_) => Err(gone()),
+            None => Ok(suspension),
         }
     }
 
     /// Finishes what was accepted and commits, for good. What waits for space or for a resumption fails, and so does what comes later.
+    ///
+    /// # Errors
+    /// `Io` if something could not be committed, also when it is asked again.
     pub(super) fn finish(&self) -> Result<()> {
-        let mut is_finished = self.suspension();
-        if std::mem::replace(&mut *is_finished, true) {
-            return Ok(());
-        }
-        let committed = self.ask_to_suspend().or_else(|e| match e.kind() {
-            // A pool that is suspended has committed everything.
-            ErrorKind::InvalidArgument => Ok(()),
-            _ => Err(e),
-        });
+        let mut finished = self.suspension();
+        let is_committed = *finished.get_or_insert_with(|| self.suspend_for_good());
+        is_committed.then_some(()).ok_or_else(|| {
+            let what = format!(
+                "a commit failed and the pool went into mode {}: what was written since and not flushed is lost; thin_check tells what \
+                 it needs",
+                self.mode()
+            );
+            Error::new(ErrorKind::Io, what)
+        })
+    }
+
+    /// True if all was committed.
+    fn suspend_for_good(&self) -> bool {
+        let suspended = self.ask_to_suspend();
+        // A pool that is suspended already has committed everything, or tried to.
+        let is_suspended =
+            suspended.map_or_else(|e| e.kind() == ErrorKind::InvalidArgument, |()| true);
+        // Where a commit fails nothing can be changed any more.
+        let is_read_only = self.is_read_only || self.driver.table().features.read_only;
+        let is_committed = is_suspended && (is_read_only || self.mode().is_writable());
         // What ended in the last turn is told first.
         self.driver.call(|_| ()).ok();
         let error = match self.mode() {
@@ -582,7 +595,7 @@ impl Runtime {
             _ => BioError::Io,
         };
         self.driver.parts.close(error);
-        committed
+        is_committed
     }
 
     /// Finishes what was accepted, commits, and ends the threads. What waits for space or for a resumption fails.
