@@ -571,8 +571,7 @@ impl Runtime {
         let is_committed = *finished.get_or_insert_with(|| self.suspend_for_good());
         is_committed.then_some(()).ok_or_else(|| {
             let what = format!(
-                "a commit failed and the pool went into mode {}: what was written since and not flushed is lost; thin_check tells what \
-                 it needs",
+                "a commit failed, which left the pool in mode {}; thin_check tells what it needs",
                 self.mode()
             );
             Error::new(ErrorKind::Io, what)
