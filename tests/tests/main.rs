@@ -40,6 +40,7 @@ mod replay_verify;
 mod rescue;
 mod rescue_nodes;
 mod serve;
+mod serve_run;
 mod serve_start;
 mod shapes;
 mod support;

@@ -31,7 +31,7 @@ const EINVAL: Option<u32> = Some(22);
 /// A pool in files of a folder, and the server that may run on it.
 pub(crate) struct Scene {
     folder: TempDir,
-    server: Option<Child>,
+    pub(crate) server: Option<Child>,
 }
 
 impl Drop for Scene {
@@ -60,7 +60,7 @@ impl Scene {
     }
 
     /// The pool that the kernel made, with its data.
-    fn of_kernel() -> Self {
+    pub(crate) fn of_kernel() -> Self {
         let folder = folder();
         fs::write(folder.path().join("meta"), expand("seq-1thin/meta.img")).expect("written");
         fs::write(folder.path().join("data"), expand("seq-1thin/data.raw")).expect("written");
@@ -432,7 +432,7 @@ fn requests_at_depth_past_the_page_cache_come_to_the_same_content() {
     scene.assert_sound();
 }
 
-/// What is opened is not read: with a hundred times the mappings the start takes the same few blocks.
+/// What is opened is not read: with a hundred times the mappings the start takes the same few blocks, and the bitmaps of the space maps.
 #[test]
 fn start_up_reads_the_roots_and_not_the_pool() {
     let read = |mappings: u64| {

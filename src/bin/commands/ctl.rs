@@ -102,7 +102,7 @@ pub(crate) const PAGE: Page = Page {
                  also with message in front, as dmsetup has it; status or table, of the pool, or of the thin \
                  device whose id follows; suspend; resume, with feature words if they change; resize, which \
                  makes backing files larger to --data and --metadata blocks, and uses all of devices that have \
-                 grown; activate ID [BYTES [ORIGIN]] and deactivate ID; exported; stats; metrics; and events, \
+                 grown; activate ID [SIZE [ORIGIN]], with sizes as thin_serve has them, and deactivate ID; exported; stats; metrics; and events, \
                  which prints what happens until it is interrupted. Lines are the kernel's, stats and \
                  events are JSON, metrics are text for Prometheus.",
                 "top shows how full data and metadata are, what clients do to each thin device, the busiest first, and why bios were \
@@ -122,8 +122,8 @@ pub(crate) const PAGE: Page = Page {
                  change beside the present state. EOPNOTSUPP: needs_check is set. A \
                  pool that is ro for want of metadata blocks only may be changed as far as there \
                  is room, so that devices can be deleted.",
-                "A device id that is no number from 0 to 16777215, or a wrong number of arguments, \
-                 is a wrong command line: status 2. Damage that keeps anything from being changed \
+                "A device id that is no number from 0 to 16777215, a size that is none, a word that is nothing to ask, or a wrong \
+                 number of arguments, is a wrong command line: status 2. Damage that keeps anything from being changed \
                  has status 5, also if thin_check --auto-repair corrects it.",
             ],
         ),
@@ -349,6 +349,14 @@ fn refused(change: Change, error: Error) -> anyhow::Error {
     anyhow::Error::new(error).context(context)
 }
 
+/// Says what is wrong with the command line.
+pub(super) fn wrong_usage(wrong: String) -> Exit {
+    let error = build().error(clap::error::ErrorKind::ValueValidation, wrong);
+    // If standard error is closed the exit status still tells.
+    let _ = error.print();
+    Exit::Usage
+}
+
 /// Sends the message.
 pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     if let [socket, words @ ..] = &args.socket[..] {
@@ -357,10 +365,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     let change = match args.change() {
         Ok(change) => change,
         Err(wrong) => {
-            let error = build().error(clap::error::ErrorKind::ValueValidation, wrong);
-            // If standard error is closed the exit status still tells.
-            let _ = error.print();
-            return Ok(Exit::Usage);
+            return Ok(wrong_usage(wrong));
         }
     };
     let session = Session::new("Checking", args.quiet)?;

@@ -2,13 +2,15 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use serde_json::Value;
 use thintools::runtime::control::Request;
+use thintools::units::MAX_THIN_ID;
 
-use super::ctl_top;
+use super::replay::sectors;
+use super::{ctl, ctl_top};
 use crate::exit::Exit;
 use crate::output;
 
@@ -33,7 +35,10 @@ pub(super) fn run(
     {
         return ctl_top::run(socket);
     }
-    let request = request(words, sizes)?;
+    let request = match request(words, sizes) {
+        Ok(request) => request,
+        Err(wrong) => return Ok(ctl::wrong_usage(wrong)),
+    };
     let shown = socket.display();
     let mut stream =
         UnixStream::connect(socket).with_context(|| format!("cannot reach a pool at {shown}"))?;
@@ -69,18 +74,24 @@ pub(super) fn run(
     }
 }
 
+/// What to ask, or what is wrong with the words.
 fn request(
     words: &[String],
     (data, metadata): (Option<u64>, Option<u64>),
-) -> anyhow::Result<Request> {
+) -> Result<Request, String> {
     let Some((first, rest)) = words.split_first() else {
-        bail!("there is nothing to ask");
+        return Err("there is nothing to ask".into());
     };
     let number = |word: &String| {
-        word.parse()
-            .with_context(|| format!("{word:?} is not a number"))
+        word.parse::<u64>()
+            .map_err(|_| format!("{word:?} is not a number"))
     };
-    let thin = || rest.first().map(number).transpose();
+    let id = |word: &String| {
+        let id = number(word).ok().filter(|&id| id <= MAX_THIN_ID);
+        id.ok_or_else(|| format!("{word:?} is no device id; 0 to {MAX_THIN_ID} are possible"))
+    };
+    let thin = || rest.first().map(id).transpose();
+    let one = |thin: Option<u64>| thin.ok_or_else(|| format!("{first} takes an id"));
     let word = first.to_ascii_lowercase().replace('-', "_");
     let most = match word.as_str() {
         "status" | "table" | "deactivate" | "events" => 1,
@@ -89,10 +100,7 @@ fn request(
         word if MESSAGES.contains(&word) => usize::MAX,
         _ => 0,
     };
-    if rest.len() > most {
-        bail!("{first} takes fewer words: {:?} is too much", rest[most]);
-    }
-    Ok(match word.as_str() {
+    let request = match word.as_str() {
         "message" => Request::Message {
             message: rest.join(" "),
         },
@@ -107,17 +115,42 @@ fn request(
         },
         "resize" => Request::Resize { data, metadata },
         "activate" => Request::Activate {
-            thin: thin()?.context("activate takes an id")?,
-            size: rest.get(1).map(number).transpose()?,
-            origin: rest.get(2).map(Into::into),
+            thin: one(thin()?)?,
+            size: rest.get(1).map(bytes).transpose()?,
+            origin: rest.get(2).map(origin).transpose()?,
         },
         "deactivate" => Request::Deactivate {
-            thin: thin()?.context("deactivate takes an id")?,
+            thin: one(thin()?)?,
         },
         "exported" => Request::Exported,
-        "events" => Request::Events { after: thin()? },
+        "events" => Request::Events {
+            after: rest.first().map(number).transpose()?,
+        },
         "stats" => Request::Stats,
         "metrics" => Request::Metrics,
-        _ => bail!("{first:?} is nothing that a running pool is asked; see the manual"),
-    })
+        _ => {
+            return Err(format!(
+                "{first:?} is nothing that a running pool is asked; see the manual"
+            ));
+        }
+    };
+    match rest.get(most) {
+        Some(word) => Err(format!("{first} takes fewer words: {word:?} is too much")),
+        None => Ok(request),
+    }
+}
+
+/// A size; whether a device can have so many bytes is for the pool to say.
+fn bytes(word: &String) -> Result<u64, String> {
+    match word.parse() {
+        Ok(bytes) => Ok(bytes),
+        Err(_) => sectors(word)?
+            .checked_mul(512)
+            .ok_or_else(|| format!("{word:?} is more than any device has")),
+    }
+}
+
+/// The server has another folder than whoever asks it.
+fn origin(word: &String) -> Result<PathBuf, String> {
+    std::path::absolute(word).map_err(|e| format!("{word:?} is no file: {e}"))
 }

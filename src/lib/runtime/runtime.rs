@@ -7,8 +7,11 @@ use super::event_log::EventLog;
 #[cfg(feature = "devtools")]
 use super::seam::{Interceptor, PassedEngine, PoolDevice, Seam};
 use super::thin_export::{MOST_BYTES, ThinExport, check_size};
+use crate::checksum;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Access, AlignedBuffer, BlockEngine, FileEngine, file_id, open_pool, open_read};
+use crate::io::{
+    Access, AlignedBuffer, BlockEngine, FileEngine, file_id, open_pool, open_read, sweep,
+};
 use crate::pdata::txn::LockScheme;
 use crate::pool::{
     BioError, Event, Features, Line, Message, PoolMode, PoolStatusLine, PoolTable, Settings,
@@ -21,6 +24,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
+
+/// Blocks at the beginning that are looked at for the remains of a pool: 4 MiB. The kernel hands out blocks from the beginning on.
+const LOOKED_AT: u64 = 1024;
 
 /// How a pool is opened.
 #[derive(Clone, Debug)]
@@ -109,6 +115,7 @@ impl Runtime {
             let engine = open_read(&options.metadata, Access::Exclusive)?;
             return Self::open_to_read(Arc::from(engine), options);
         }
+        refuse_same(options)?;
         let data = open_data(options)?;
         let engine = Arc::new(open_pool(&options.metadata)?);
         Self::start(Arc::clone(&engine) as _, Some(engine), data, options)
@@ -123,15 +130,7 @@ impl Runtime {
             is_read_only: true,
             ..options.clone()
         };
-        // Whoever writes is refused the second of the two by its locks.
-        let id = |path| file_id(path).ok();
-        if id(&options.metadata).is_some_and(|metadata| Some(metadata) == id(&options.data)) {
-            let shown = options.data.display();
-            return Err(Error::new(
-                ErrorKind::Unsuitable,
-                format!("{shown} is given as the metadata and as the data; give both"),
-            ));
-        }
+        refuse_same(&options)?;
         let data = open_data(&options)?;
         Self::start(engine, None, data, &options)
     }
@@ -159,10 +158,11 @@ impl Runtime {
         let (pool, is_new) = open_metadata(engine.clone(), &data, options).map_err(lost)?;
         let started = Self::start_pool(pool, metadata, data, options, lost);
         if is_new && started.is_err() {
-            // The next try shall find what this one has found. Should that not be possible, it finds a pool without blocks.
-            let blank = AlignedBuffer::new(1);
+            // The next try shall find no remains either. Should that not be possible, it finds a pool without blocks.
+            let blocks = engine.nr_blocks().min(LOOKED_AT);
+            let blank = AlignedBuffer::new(blocks as usize);
             let _ = engine
-                .write(MetadataBlock(0), blank.blocks(1))
+                .write(MetadataBlock(0), blank.blocks(blocks as usize))
                 .and_then(|()| engine.sync());
         }
         started.map_err(|e| match is_new {
@@ -620,6 +620,19 @@ impl Drop for Runtime {
     }
 }
 
+/// Refuses one device for both, of which its locks would say that it is in use.
+fn refuse_same(options: &Options) -> Result<()> {
+    let id = |path| file_id(path).ok();
+    if id(&options.metadata).is_some_and(|metadata| Some(metadata) == id(&options.data)) {
+        let shown = options.data.display();
+        return Err(Error::new(
+            ErrorKind::Unsuitable,
+            format!("{shown} is given as the metadata and as the data; give both"),
+        ));
+    }
+    Ok(())
+}
+
 /// Opens the data device, in the way that was asked for.
 fn open_data(options: &Options) -> Result<DataDevice> {
     let open = match options.is_direct {
@@ -662,6 +675,7 @@ fn open_metadata(
         _ if options.is_read_only => {}
         Some(block_sectors) if is_blank => {
             refuse_too_many(data, block_sectors)?;
+            refuse_remains(&*engine, &options.metadata)?;
             let made = PoolMetadata::format(engine, block_sectors, options.cache_bytes);
             return made.map(|pool| (pool, true)).map_err(|e| {
                 let next = match is_full(&e) {
@@ -725,6 +739,33 @@ fn open_metadata(
             .and_then(|pool| pool.verify_space_maps().map(|()| pool)),
     };
     Ok((pool.map_err(unusable)?, false))
+}
+
+/// Refuses to make a pool over one that has lost its superblock only. The kernel would.
+fn refuse_remains(engine: &dyn BlockEngine, path: &Path) -> Result<()> {
+    let blocks: Vec<u64> = (1..engine.nr_blocks().min(LOOKED_AT)).collect();
+    let is_sealed = |bytes: &[u8], block| {
+        checksum::identify(bytes).is_some_and(|kind| checksum::verify(bytes, kind, block).is_ok())
+    };
+    let visit = |first: &mut Option<MetadataBlock>, block, read: io::Result<&[u8]>| {
+        // What cannot be read is found out by whoever writes it.
+        if read.is_ok_and(|bytes| is_sealed(bytes, block)) {
+            *first = Some(first.map_or(block, |first| first.min(block)));
+        }
+    };
+    let found = sweep(engine, &blocks, &|| false, || None, visit);
+    let Some(block) = found.into_iter().flatten().min() else {
+        return Ok(());
+    };
+    let shown = path.display();
+    Err(Error::new(
+        ErrorKind::Unsuitable,
+        format!(
+            "{shown} begins with zeros, but block {block} is of a pool, and no pool is made over it: --read-only serves what is left, and thin_repair saves it; \
+             clear the first {} bytes if nothing in it is needed",
+            LOOKED_AT * BLOCK_SIZE as u64
+        ),
+    ))
 }
 
 /// Refuses data of which no pool can use all. To try would set needs_check.

@@ -41,7 +41,8 @@ pub(crate) const PAGE: Page = Page {
         "A flush, and a write with FUA, is answered when data and metadata are durable; flushes at \
          the same time share one commit, and one that finds no mapping changed flushes the data \
          device only. A write that needs a block when there is none fails at once with ENOSPC, unless \
-         --queue-when-full says for how long it waits.",
+         --queue-when-full says for how long it waits. With --autoextend it waits for 60 seconds by itself, for clients may write \
+         faster than files grow.",
     ],
     sections: &[
         (
@@ -216,6 +217,9 @@ pub(crate) const PAGE: Page = Page {
 /// Sectors of the smallest data blocks, which new pools have.
 const LEAST_BLOCK: u32 = 128;
 
+/// Seconds for which writes wait for a pool that grows by itself, as long as the kernel lets them.
+const GROWTH: u64 = 60;
+
 /// The command line.
 #[derive(Debug, clap::Args)]
 #[command(group(clap::ArgGroup::new("kind").args(["create", "read_only"])))]
@@ -288,7 +292,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "WORD")]
     feature: Vec<String>,
 
-    /// Let writes wait for space for this long before they fail; 0 is for ever.
+    /// Let writes wait for space for this long before they fail; 0 is for ever. Without, they fail at once, or with --autoextend after 60 seconds.
     #[arg(long, value_name = "SECONDS")]
     queue_when_full: Option<u64>,
 
@@ -384,7 +388,8 @@ impl Args {
 
     /// For how long writes wait for space, if they do; within, none is for ever.
     fn patience(&self) -> Option<Option<Duration>> {
-        let seconds = self.queue_when_full?;
+        let while_growing = self.autoextend.map(|_| GROWTH);
+        let seconds = self.queue_when_full.or(while_growing)?;
         Some((seconds > 0).then(|| Duration::from_secs(seconds)))
     }
 }

@@ -247,7 +247,7 @@ fn watch_signals(end: Sender<End>) -> anyhow::Result<()> {
 /// Opens the pool, or makes it, with the devices that are to be exported.
 fn open(args: &Args) -> anyhow::Result<Arc<Runtime>> {
     let mut features = Features::from_words(&args.feature)?;
-    features.error_if_no_space |= args.queue_when_full.is_none();
+    features.error_if_no_space |= args.patience().is_none();
     let mut options = Options {
         is_direct: args.direct,
         is_read_only: args.read_only,
@@ -301,11 +301,8 @@ fn open_to_read(args: &Args, options: &Options) -> anyhow::Result<Runtime> {
         ..repair::Options::default()
     };
     let shown = args.metadata.display();
-    let found = repair::rescue(engine, &wanted, &session).with_context(|| {
-        format!(
-            "cannot find the devices in {shown} (--block-size SIZE gives the size of data blocks)"
-        )
-    })?;
+    let found = repair::rescue(engine, &wanted, &session)
+        .with_context(|| format!("cannot find the devices in {shown}"))?;
     say_report(&found.report, &session);
     if found.report.devices.is_empty() {
         let what = format!(
@@ -328,7 +325,7 @@ fn activate(args: &Args, runtime: &Runtime, id: ThinId, size: Option<u64>) -> an
             runtime.message(Message::CreateThin(id))?;
             runtime.activate(id, activation)?;
         }
-        Err(e) if e.kind() == ErrorKind::NotFound => {
+        Err(e) if e.kind() == ErrorKind::NotFound && !args.read_only => {
             return Err(e
                 .context("--create makes devices that are not there")
                 .into());

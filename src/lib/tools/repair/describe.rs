@@ -189,8 +189,8 @@ impl Work {
         let data_block_size = overrides.data_block_size.or(known).ok_or_else(|| {
             Error::new(
                 ErrorKind::Damaged,
-                "the superblock is lost, and with it the data block size; give it with --data-block-size (in sectors of 512 bytes, \
-                 'lvs -o chunksize' or the pool's table has it)",
+                "the superblock is lost, and with it the data block size; give it (thin_repair --data-block-size, in sectors of 512 bytes, or \
+                 thin_serve --block-size; 'lvs -o chunksize' or the pool's table has it)",
             )
         })?;
         let details = self.basis.details.values();
