@@ -38,6 +38,7 @@ mod replay_report;
 mod replay_threads;
 mod replay_verify;
 mod rescue;
+#[cfg(feature = "devtools")]
 mod rescue_nodes;
 mod serve;
 mod serve_run;
