@@ -292,7 +292,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "WORD")]
     feature: Vec<String>,
 
-    /// Let writes wait for space for this long before they fail; 0 is for ever. Without, they fail at once, or with --autoextend after 60 seconds.
+    /// Let writes wait for space for this long before they fail; 0 is for ever. Without, they fail at once, or after 60 seconds where files grow by themselves
     #[arg(long, value_name = "SECONDS")]
     queue_when_full: Option<u64>,
 
