@@ -128,6 +128,7 @@ fn request(
         },
         "stats" => Request::Stats,
         "metrics" => Request::Metrics,
+        "top" => return Err("top takes no other words".into()),
         _ => {
             return Err(format!(
                 "{first:?} is nothing that a running pool is asked; see the manual"

@@ -16,7 +16,7 @@ pub use engine::BlockEngine;
 pub use file::FileEngine;
 pub use open::{
     Access, FileId, file_id, make_empty_folder, open_output, open_pool, open_read, open_write,
-    remove_temporary_files, write_new, write_replacing,
+    remove_temporary_files, write_new, write_new_private, write_replacing,
 };
 pub use overlay::OverlayEngine;
 pub use ram::RamEngine;

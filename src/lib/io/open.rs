@@ -284,6 +284,26 @@ pub fn write_replacing(
 /// # Errors
 /// `Unsuitable` when there is anything of that name; whatever `fill` returns; `Io`.
 pub fn write_new(path: &Path, fill: &mut dyn FnMut(&mut dyn Write) -> Result<()>) -> Result<()> {
+    create(path, permissions(None), fill)
+}
+
+/// The same for a file that is its owner's only: what it has was read from a device that may be, too.
+///
+/// # Errors
+/// Those of [`write_new`].
+pub fn write_new_private(
+    path: &Path,
+    fill: &mut dyn FnMut(&mut dyn Write) -> Result<()>,
+) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    create(path, fs::Permissions::from_mode(0o600), fill)
+}
+
+fn create(
+    path: &Path,
+    permissions: fs::Permissions,
+    fill: &mut dyn FnMut(&mut dyn Write) -> Result<()>,
+) -> Result<()> {
     let shown = path.display();
     let cannot = |what: &str, e: io::Error| Error::io(format!("cannot {what} {shown}"), e);
     let exists = || {
@@ -298,7 +318,7 @@ pub fn write_new(path: &Path, fill: &mut dyn FnMut(&mut dyn Write) -> Result<()>
     let folder = folder_of(path);
     let mut temporary = tempfile::Builder::new()
         .prefix(".thintools-")
-        .permissions(permissions(None))
+        .permissions(permissions)
         .tempfile_in(folder)
         .map_err(|e| cannot("make a temporary file beside", e))?;
     let _listed = Listed::new(temporary.path());

@@ -30,7 +30,7 @@
 use super::in_place::Staged;
 use crate::bytes::{get_u32, get_u64, put_u32, put_u64};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{AlignedBuffer, BlockEngine, write_new};
+use crate::io::{AlignedBuffer, BlockEngine, write_new_private};
 use crate::observer::Observer;
 use crate::thin::{SUPERBLOCK, read_block};
 use crate::units::{BLOCK_SIZE, MetadataBlock};
@@ -74,7 +74,7 @@ pub(super) fn save(
 ) -> Result<()> {
     let cannot = |e: io::Error| Error::io(format!("cannot write undo file {}", path.display()), e);
     let blocks = after.written();
-    write_new(path, &mut |out| {
+    write_new_private(path, &mut |out| {
         let mut out = BufWriter::new(out);
         let new_zero = read_block(after, SUPERBLOCK)?;
         let interim = interim.unwrap_or(new_zero.blocks(1));
