@@ -523,7 +523,7 @@ fn top_tells_what_a_pool_does() {
     assert!(!top.contains('\x1b'), "it is plain");
     let refused = scene.ctl(&["top", "3"]);
     assert!(
-        refused.code == Some(1) && refused.stderr.contains("top"),
+        refused.code == Some(2) && refused.stderr.contains("top"),
         "{}",
         refused.stderr
     );
