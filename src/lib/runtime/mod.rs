@@ -22,6 +22,7 @@ mod gathering;
 mod io_counts;
 pub mod memory_export;
 pub mod nbd;
+mod opening;
 mod ring;
 #[expect(clippy::module_inception, reason = "the runtime of the pool")]
 mod runtime;
@@ -39,6 +40,7 @@ pub use event_log::{EventLog, PoolEvent};
 #[cfg(feature = "devtools")]
 pub use fault::{Fault, Faults};
 pub use io_counts::IoTotals;
-pub use runtime::{Activation, Options, Runtime};
+pub use opening::Options;
+pub use runtime::{Activation, Runtime};
 #[cfg(feature = "devtools")]
 pub use seam::{DeviceRequest, Interceptor, PoolDevice};

@@ -111,6 +111,32 @@ pub(super) fn read_small_tree<V: Value + Send>(
     Ok(entries)
 }
 
+/// Reads the inner nodes of the mapping trees of `devices`, entries of the top-level tree, into `forest`. What is wrong with a node is
+/// put on record there.
+pub(super) fn walk_inner_nodes(
+    engine: &dyn BlockEngine,
+    forest: &mut Forest,
+    devices: &[(u64, u64)],
+    observer: &dyn Observer,
+) -> Result<Structure> {
+    let (tree, limit) = (TreeKind::Mappings, forest.nr_blocks());
+    if let Some((id, root)) = devices.iter().find(|d| d.1 >= limit) {
+        return Err(Error::new(
+            ErrorKind::Damaged,
+            format!("the root of device {id} is block {root}, past the last of {limit}"),
+        ));
+    }
+    let roots: Vec<MetadataBlock> = devices.iter().map(|d| MetadataBlock(d.1)).collect();
+    let walk = Walk {
+        engine,
+        observer,
+        tree,
+        leaves: Leaves::Find,
+    };
+    forest.walk(&walk, roots.iter().copied(), || (), |(), _| ())?;
+    Ok(Structure::of(forest, tree, &roots))
+}
+
 /// The text that a dump has for the uuid field: nothing if it is zeros or no text.
 pub(super) fn uuid_text(uuid: &[u8; 16]) -> String {
     let end = uuid.iter().rposition(|&b| b != 0).map_or(0, |i| i + 1);

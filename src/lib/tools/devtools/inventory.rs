@@ -1,14 +1,15 @@
 //! Which blocks of whole metadata are in use, and what each of them is; and what freed blocks still hold.
 
-use super::super::metadata_source::{problem_error, read_small_tree, structure_error};
+use super::super::metadata_source::{
+    problem_error, read_small_tree, structure_error, walk_inner_nodes,
+};
 use crate::bytes::get_u32;
 use crate::checksum::{self, BlockKind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{BlockEngine, sweep};
 use crate::observer::Observer;
 use crate::pdata::{
-    BITMAP_HEADER, Bitmap, Forest, INDEX_ENTRY_SIZE, IndexEntry, Leaves, Node, Shape, Structure,
-    TreeKind, Walk, nr_bitmaps,
+    BITMAP_HEADER, Bitmap, Forest, INDEX_ENTRY_SIZE, IndexEntry, Node, Shape, TreeKind, nr_bitmaps,
 };
 use crate::thin::{DeviceDetail, Fields, SUPERBLOCK, Superblock, read_block};
 use crate::units::{ENTRIES_PER_BITMAP, MetadataBlock};
@@ -314,32 +315,13 @@ pub(super) fn read_trees(
     let devices = read_small_tree::<u64>(engine, forest, tree, root, observer)?;
     let (tree, root) = (TreeKind::Details, superblock.details_root);
     read_small_tree::<DeviceDetail>(engine, forest, tree, root, observer)?;
-    let devices: BTreeMap<u64, MetadataBlock> = devices
-        .into_iter()
-        .map(|(id, root)| (id, MetadataBlock(root)))
-        .collect();
-    let tree = TreeKind::Mappings;
-    let roots: Vec<MetadataBlock> = devices.values().copied().collect();
-    if let Some((id, root)) = devices.iter().find(|(_, r)| r.0 >= forest.nr_blocks()) {
-        return Err(Error::new(
-            ErrorKind::Damaged,
-            format!(
-                "the root of device {id} is block {root}, past the last of {}",
-                forest.nr_blocks()
-            ),
-        ));
-    }
-    let walk = Walk {
-        engine,
-        observer,
-        tree,
-        leaves: Leaves::Find,
-    };
-    forest.walk(&walk, roots.iter().copied(), || (), |(), _| ())?;
-    let structure = Structure::of(forest, tree, &roots);
-    match problem_error(forest).or_else(|| structure_error(&structure, tree)) {
+    let structure = walk_inner_nodes(engine, forest, &devices, observer)?;
+    let problem = problem_error(forest);
+    match problem.or_else(|| structure_error(&structure, TreeKind::Mappings)) {
         Some(e) => Err(e),
-        None => Ok(devices),
+        None => Ok((devices.into_iter())
+            .map(|(id, root)| (id, MetadataBlock(root)))
+            .collect()),
     }
 }
 

@@ -16,11 +16,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::{AlignedBuffer, BlockEngine, StagedEngine};
 use crate::observer::Observer;
 use crate::pdata::{
-    BlockSink, CountMap, Forest, Leaves, MetadataWriter, Node, NodeProblem, Shape, SharedTree,
-    SpaceMapRoot, Structure, TreeBuilder, TreeKind, Value, Walk, inner_node, max_entries,
+    BlockSink, CountMap, Forest, MetadataWriter, Node, NodeProblem, Shape, SharedTree,
+    SpaceMapRoot, TreeBuilder, TreeKind, Value, inner_node, max_entries,
 };
 use crate::thin::{DeviceDetail, Fields, SUPERBLOCK, Superblock, read_block};
-use crate::tools::metadata_source::{problem_error, read_small_tree, structure_error};
+use crate::tools::metadata_source::{
+    problem_error, read_small_tree, structure_error, walk_inner_nodes,
+};
 use crate::tools::restorer::uuid_bytes;
 use crate::units::{BLOCK_SIZE, MAX_METADATA_BLOCKS, MetadataBlock};
 use std::collections::{BTreeSet, HashSet};
@@ -43,25 +45,9 @@ pub struct Rescue {
 /// `Damaged` when something is lost that [`rescue`] may find the children of; `Interrupted`.
 pub fn refuse_lost_nodes(engine: &dyn BlockEngine, observer: &dyn Observer) -> Result<()> {
     let mut forest = Forest::new(engine.nr_blocks());
-    let limit = forest.nr_blocks();
     let top = Superblock::read(engine)?.mapping_root;
     let devices = read_small_tree::<u64>(engine, &mut forest, TreeKind::TopLevel, top, observer)?;
-    if let Some((id, root)) = devices.iter().find(|d| d.1 >= limit) {
-        return Err(Error::new(
-            ErrorKind::Damaged,
-            format!("the root of device {id} is block {root}, past the last of {limit}"),
-        ));
-    }
-    let roots: Vec<MetadataBlock> = devices.iter().map(|d| MetadataBlock(d.1)).collect();
-    let tree = TreeKind::Mappings;
-    let walk = Walk {
-        engine,
-        observer,
-        tree,
-        leaves: Leaves::Find,
-    };
-    forest.walk(&walk, roots.iter().copied(), || (), |(), _| ())?;
-    let structure = Structure::of(&forest, tree, &roots);
+    let structure = walk_inner_nodes(engine, &mut forest, &devices, observer)?;
     let height = |block| structure.summary(&forest, block).and_then(|s| s.height);
     let lowest = forest.nodes().iter().filter(|n| height(n.block) == Some(1));
     let lowest: HashSet<MetadataBlock> = lowest.map(|n| n.block).collect();
@@ -72,7 +58,8 @@ pub fn refuse_lost_nodes(engine: &dyn BlockEngine, observer: &dyn Observer) -> R
         NodeProblem::Pointers { .. } => !lowest.contains(block),
         _ => !leaves.contains(block),
     });
-    match problem_error(&mut forest).or_else(|| structure_error(&structure, tree)) {
+    let problem = problem_error(&mut forest);
+    match problem.or_else(|| structure_error(&structure, TreeKind::Mappings)) {
         Some(e) => Err(e.with_kind(ErrorKind::Damaged)),
         None => Ok(()),
     }
