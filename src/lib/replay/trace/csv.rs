@@ -40,6 +40,7 @@ enum Column {
 }
 
 /// Lines of columns that a [`CsvSpec`] names.
+#[derive(Clone)]
 pub(super) struct Csv {
     spec: CsvSpec,
     /// Those that are looked at.

@@ -1,6 +1,7 @@
 //! The names of a trace's devices, found again by what the trace calls them.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::scan::eight;
 
@@ -12,7 +13,8 @@ const SLOTS: usize = 1 << 13;
 /// A table that only grows.
 pub(super) struct Devices {
     names: Vec<String>,
-    by_key: HashMap<Box<[u8]>, u32>,
+    keys: Vec<Arc<[u8]>>,
+    by_key: HashMap<Arc<[u8]>, u32>,
     /// Short keys that were met last, by a cheap hash or beside it, and their indexes.
     slots: Vec<(u64, u32)>,
 }
@@ -21,6 +23,7 @@ impl Devices {
     pub(super) fn new() -> Self {
         Self {
             names: Vec::new(),
+            keys: Vec::new(),
             by_key: HashMap::new(),
             slots: vec![(0, 0); SLOTS],
         }
@@ -28,6 +31,12 @@ impl Devices {
 
     pub(super) fn names(&self) -> &[String] {
         &self.names
+    }
+
+    /// What the trace calls those from an index on, and their names.
+    pub(super) fn since(&self, index: usize) -> impl Iterator<Item = (&[u8], &str)> {
+        let keys = self.keys[index..].iter().map(|key| &**key);
+        keys.zip(self.names[index..].iter().map(String::as_str))
     }
 
     /// The index of the device that the trace calls `key`; a new one gets its `name`.
@@ -76,8 +85,10 @@ impl Devices {
             return Err("more than 65536 devices");
         }
         let index = self.names.len() as u32;
+        let key: Arc<[u8]> = key.into();
         self.names.push(name());
-        self.by_key.insert(key.into(), index);
+        self.keys.push(Arc::clone(&key));
+        self.by_key.insert(key, index);
         Ok(index)
     }
 

@@ -2,9 +2,12 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind as IoError, Read};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use memchr::memrchr;
 
 use super::expand::{HEAD, expanded};
 use crate::{Error, Result};
@@ -158,6 +161,22 @@ impl Input {
     pub(super) fn consume(&mut self, len: usize) {
         self.start += len;
         self.offset += len as u64;
+    }
+
+    /// Gives the whole lines of the window away, as a part of a vector, for a spare one. Nothing if it has none.
+    pub(super) fn give_lines(&mut self, spare: &mut Vec<u8>) -> Range<usize> {
+        let lines = memrchr(b'\n', self.data()).map_or(0, |last| last + 1);
+        if lines == 0 {
+            return 0..0;
+        }
+        let given = self.start..self.start + lines;
+        let rest = &self.buffer[given.end..self.end];
+        spare.resize(BUFFER, 0);
+        spare[..rest.len()].copy_from_slice(rest);
+        (self.start, self.end) = (0, rest.len());
+        self.offset += lines as u64;
+        std::mem::swap(spare, &mut self.buffer);
+        given
     }
 
     /// Reads more. False at the end, and when the window is full.

@@ -88,7 +88,12 @@ impl Sink {
     }
 
     pub(super) fn is_full(&self) -> bool {
-        self.batch.ios.len() >= BATCH || self.batch.controls.len() >= CONTROLS
+        !self.has_room(BATCH)
+    }
+
+    /// True up to so many requests.
+    fn has_room(&self, most: usize) -> bool {
+        self.batch.ios.len() < most && self.batch.controls.len() < CONTROLS
     }
 
     pub(super) fn warn(&mut self, warning: impl Into<String>) {
@@ -178,53 +183,61 @@ pub(super) fn plain(time_ns: u64, device: u32, op: TraceOp, sector: u64, sectors
     }
 }
 
-/// A text that is read with a format.
-pub(super) struct Lines<F> {
-    input: Input,
-    format: F,
-    sink: Sink,
-    line: u64,
+/// Understands lines, and counts them.
+pub(super) struct Taker<F> {
+    pub(super) format: F,
+    pub(super) sink: Sink,
+    /// Lines that were taken.
+    pub(super) lines: u64,
+    /// The file's name.
+    name: String,
     is_lenient: bool,
-    is_ended: bool,
     /// What comes up to the next end of a line belongs to one that was too long.
     is_overlong: bool,
 }
 
-impl<F: LineFormat> Lines<F> {
-    pub(super) fn new(input: Input, format: F, is_lenient: bool) -> Self {
+impl<F: LineFormat> Taker<F> {
+    pub(super) fn new(name: String, format: F, is_lenient: bool) -> Self {
         Self {
-            input,
             format,
             sink: Sink::new(),
-            line: 0,
+            lines: 0,
+            name,
             is_lenient,
-            is_ended: false,
             is_overlong: false,
         }
     }
 
-    /// Takes the whole lines in the window, as far as the batch has room; how many bytes that were.
-    fn take_lines(&mut self) -> Result<usize> {
-        let data = self.input.data();
-        let mut at = 0;
-        while !self.sink.is_full() {
-            let text = &data[at..];
+    /// One that has taken nothing yet, and does not begin at the beginning. A line that is none of the format ends it.
+    pub(super) fn fresh(&self) -> Self
+    where
+        F: Clone,
+    {
+        Self::new(self.name.clone(), self.format.clone(), false)
+    }
+
+    /// Takes the whole lines from `at` on, which is left where the last one ended, until there are about so many events.
+    ///
+    /// # Errors
+    /// `InvalidDescription` for a line that is none of the format, which `at` is left at.
+    pub(super) fn take(&mut self, data: &[u8], at: &mut usize, most: usize) -> Result<()> {
+        while self.sink.has_room(most) {
+            let text = &data[*at..];
             if !self.is_overlong
                 && let Some((line, len)) = self.format.usual(text, &mut self.sink)
             {
                 self.sink.notes.skipped += u64::from(line == Line::Other);
-                self.line += 1;
-                at += len;
+                self.lines += 1;
+                *at += len;
                 continue;
             }
             let Some(len) = memchr(b'\n', text) else {
                 break;
             };
-            at += len + 1;
             if std::mem::take(&mut self.is_overlong) {
+                *at += len + 1;
                 continue;
             }
-            self.line += 1;
             let line = match &text[..len] {
                 [line @ .., b'\r'] => line,
                 line => line,
@@ -237,23 +250,27 @@ impl<F: LineFormat> Lines<F> {
             match found {
                 Ok(Line::Event) => {}
                 Ok(Line::Other) => self.sink.notes.skipped += u64::from(!line.is_empty()),
-                Err(fault) => {
-                    bad(&self.input, self.line, fault, line, self.is_lenient)?;
-                    self.sink.notes.malformed += 1;
-                }
+                Err(fault) => self.bad(fault, line)?,
             }
+            self.lines += 1;
+            *at += len + 1;
         }
-        Ok(at)
+        Ok(())
+    }
+
+    /// Begins with a line that is longer than a window.
+    fn take_overlong(&mut self, text: &[u8]) -> Result<()> {
+        if !self.is_overlong {
+            self.bad(OVERLONG, text)?;
+            self.lines += 1;
+        }
+        self.is_overlong = true;
+        Ok(())
     }
 
     /// Takes a last line without an end. If it means nothing it was cut off.
-    fn take_last(&mut self) {
-        self.is_ended = true;
-        let line = if self.is_overlong {
-            &[]
-        } else {
-            self.input.data()
-        };
+    fn take_last(&mut self, input: &Input) {
+        let line = if self.is_overlong { &[] } else { input.data() };
         let is_cut = match self.format.line(line, &mut self.sink) {
             Err(_) => !line.is_empty(),
             Ok(Line::Other) => {
@@ -262,56 +279,81 @@ impl<F: LineFormat> Lines<F> {
             }
             Ok(_) => false,
         };
-        self.sink.notes.is_truncated = is_cut || self.input.is_cut();
-        self.sink.notes.warnings.extend(self.input.cut_warning());
+        self.sink.notes.is_truncated = is_cut || input.is_cut();
+        self.sink.notes.warnings.extend(input.cut_warning());
+    }
+
+    /// True if the next line is not one that is passed over.
+    pub(super) fn is_at_line(&self) -> bool {
+        !self.is_overlong
+    }
+
+    /// An error, or with lenient reading one more that is counted.
+    #[cold]
+    fn bad(&mut self, fault: Fault, text: &[u8]) -> Result<()> {
+        if self.is_lenient {
+            self.sink.notes.malformed += 1;
+            return Ok(());
+        }
+        let shown = String::from_utf8_lossy(&text[..text.len().min(SHOWN)]);
+        Err(Error::new(
+            ErrorKind::InvalidDescription,
+            format!("{}, line {}: {fault}: {shown:?}", self.name, self.lines + 1),
+        ))
     }
 }
 
-#[cold]
-fn bad(input: &Input, line: u64, fault: Fault, text: &[u8], is_lenient: bool) -> Result<()> {
-    if is_lenient {
-        return Ok(());
+/// A text that is read with a format.
+pub(super) struct Lines<F> {
+    pub(super) input: Input,
+    pub(super) taker: Taker<F>,
+    is_ended: bool,
+}
+
+impl<F: LineFormat> Lines<F> {
+    pub(super) fn new(input: Input, format: F, is_lenient: bool) -> Self {
+        Self {
+            taker: Taker::new(input.name().into(), format, is_lenient),
+            input,
+            is_ended: false,
+        }
     }
-    let name = input.name();
-    let shown = String::from_utf8_lossy(&text[..text.len().min(SHOWN)]);
-    Err(Error::new(
-        ErrorKind::InvalidDescription,
-        format!("{name}, line {line}: {fault}: {shown:?}"),
-    ))
 }
 
 impl<F: LineFormat> Fill for Lines<F> {
     fn sink(&self) -> &Sink {
-        &self.sink
+        &self.taker.sink
     }
 
     fn sink_mut(&mut self) -> &mut Sink {
-        &mut self.sink
+        &mut self.taker.sink
     }
 
     fn fill(&mut self) -> Result<()> {
-        while !self.is_ended && !self.sink.is_full() {
-            let used = self.take_lines()?;
-            self.input.consume(used);
-            if self.sink.is_full() {
+        let Self {
+            input,
+            taker,
+            is_ended,
+        } = self;
+        while !*is_ended && !taker.sink.is_full() {
+            let mut used = 0;
+            let taken = taker.take(input.data(), &mut used, BATCH);
+            input.consume(used);
+            taken?;
+            if taker.sink.is_full() {
                 break;
             }
-            let Batch { ios, controls } = &self.sink.batch;
-            if self.input.is_live() && !(ios.is_empty() && controls.is_empty()) {
+            let Batch { ios, controls } = &taker.sink.batch;
+            if input.is_live() && !(ios.is_empty() && controls.is_empty()) {
                 break;
             }
-            if self.input.data().len() > MAX_LINE {
-                if !self.is_overlong {
-                    self.line += 1;
-                    let text = self.input.data();
-                    bad(&self.input, self.line, OVERLONG, text, self.is_lenient)?;
-                    self.sink.notes.malformed += 1;
-                }
-                self.is_overlong = true;
-                self.input.consume(self.input.data().len());
+            if input.data().len() > MAX_LINE {
+                taker.take_overlong(input.data())?;
+                input.consume(input.data().len());
             }
-            if !self.input.fill()? {
-                self.take_last();
+            if !input.fill()? {
+                *is_ended = true;
+                taker.take_last(input);
             }
         }
         Ok(())

@@ -24,6 +24,7 @@ mod load;
 mod log_writes;
 mod merge;
 mod open;
+mod pieces;
 mod record;
 mod records;
 mod resort;

@@ -20,6 +20,7 @@ use super::lines::{LineFormat, Lines, Sink};
 use super::load::Load;
 use super::log_writes::{self, LogWrites};
 use super::merge::Merge;
+use super::pieces::Pieces;
 use super::record;
 use super::records::Records;
 use super::resort::Resort;
@@ -74,7 +75,7 @@ pub fn open(
             if is_processors {
                 processors.push(input);
             } else {
-                readers.push(reader(&here, input, lenient));
+                readers.push(reader(&here, input, lenient, paths.len() == 1));
             }
         }
         missing.extend(group.missing);
@@ -99,10 +100,13 @@ pub fn open(
     }
 }
 
-fn reader(format: &Format, input: Input, lenient: bool) -> Box<dyn TraceReader> {
-    let csv = |spec: CsvSpec, input| -> Box<dyn TraceReader> {
+/// A reader of one file; if it `is_alone`, threads of its own may help.
+fn reader(format: &Format, input: Input, lenient: bool, is_alone: bool) -> Box<dyn TraceReader> {
+    let csv = |spec: CsvSpec, input: Input| -> Box<dyn TraceReader> {
         let is_whole_seconds = spec.is_whole_seconds();
-        let lines = Lines::new(input, Csv::new(spec), lenient);
+        // Whoever waits for a pipe waits on a thread of its own already.
+        let is_alone = is_alone && !input.is_live();
+        let lines = Pieces::new(Lines::new(input, Csv::new(spec), lenient), is_alone);
         if is_whole_seconds {
             Box::new(Spread::new(lines))
         } else {
