@@ -1,5 +1,7 @@
 //! Binary blktrace: one file for each processor, read side by side, or a dump that blkparse made of them.
 
+use std::mem;
+
 use super::crew::Crew;
 use super::decoder::{Decoder, Found, Key, STREAM};
 use super::dump::Dump;
@@ -51,17 +53,18 @@ impl Blktrace {
             return Err(Error::new(ErrorKind::Unsuitable, message));
         }
         let ahead = (AHEAD / inputs.len().max(1)).clamp(LEAST_AHEAD, MOST_AHEAD);
+        let is_alone = inputs.len() == 1;
         let numbered = inputs.into_iter().zip(0..);
-        Ok(Self::of(
-            numbered.map(|(input, number)| Decoder::new(input, number, ahead, None, is_lenient)),
-            is_lenient,
-        ))
+        let decoders = numbered.map(|(input, number)| {
+            Decoder::new(input, (number, is_alone), ahead, None, is_lenient)
+        });
+        Ok(Self::of(decoders, is_lenient))
     }
 
     /// Reads a dump, in which messages are out of place.
     pub(super) fn dump(input: Input, is_lenient: bool) -> Self {
         let dump = Some(Dump::default());
-        let decoder = Decoder::new(input, 0, MOST_AHEAD, dump, is_lenient);
+        let decoder = Decoder::new(input, (0, true), MOST_AHEAD, dump, is_lenient);
         Self::of([decoder].into_iter(), is_lenient)
     }
 
@@ -125,22 +128,59 @@ impl Blktrace {
             let stream = &mut self.streams[number];
             let io = stream.found.ios[stream.taken];
             stream.taken += 1;
-            let known = self.device.filter(|&(device, _)| device == io.device);
-            let device = match known {
-                Some((_, index)) => index,
-                None => match self.device_index(io.device, number)? {
-                    Some(index) => index,
-                    None => continue,
-                },
-            };
-            self.sink.batch.ios.push(TraceIo { device, ..io });
+            if let Some(device) = self.device_index(io.device, number)? {
+                self.sink.batch.ios.push(TraceIo { device, ..io });
+            }
         }
         self.take_controls(end);
         Ok(end != Key::MAX)
     }
 
+    /// Takes what is found in the only file. False at its end.
+    fn take_all(&mut self) -> Result<bool> {
+        if self.streams[0].found.is_last {
+            return Ok(false);
+        }
+        self.find(0)?;
+        let found = &mut self.streams[0].found;
+        let (until, is_last) = (found.until, found.is_last);
+        let mut ios = mem::take(&mut found.ios);
+        let mut failed = None;
+        ios.retain_mut(|io| match self.device_index(io.device, 0) {
+            Ok(index) => {
+                io.device = index.unwrap_or(io.device);
+                index.is_some()
+            }
+            Err(e) => {
+                failed = Some(e);
+                false
+            }
+        });
+        if let Some(failed) = failed {
+            return Err(failed);
+        }
+        // The vectors go round.
+        let all = &mut self.sink.batch.ios;
+        match all.is_empty() {
+            true => mem::swap(all, &mut ios),
+            false => all.append(&mut ios),
+        }
+        ios.clear();
+        self.streams[0].found.ios = ios;
+        self.take_controls(if is_last { Key::MAX } else { until });
+        Ok(!is_last)
+    }
+
     /// Our number of a request's device. None if there is none, with lenient reading.
+    #[inline(always)]
     fn device_index(&mut self, device: u32, number: usize) -> Result<Option<u32>> {
+        match self.device {
+            Some((known, index)) if known == device => Ok(Some(index)),
+            _ => self.find_device(device, number),
+        }
+    }
+
+    fn find_device(&mut self, device: u32, number: usize) -> Result<Option<u32>> {
         let name = || record::device_name(device);
         match self.sink.devices.index(&device.to_le_bytes(), name) {
             Ok(index) => {
@@ -198,7 +238,7 @@ impl Blktrace {
         notes.warnings.extend(found.cut_warning.take());
         self.controls.append(&mut found.controls);
         if let Some((device, from)) = found.remap
-            && !std::mem::replace(&mut self.has_remap, true)
+            && !mem::replace(&mut self.has_remap, true)
         {
             let (device, from) = (record::device_name(device), record::device_name(from));
             self.sink.warn(below(&device, &from));
@@ -226,7 +266,10 @@ impl Fill for Blktrace {
     fn fill(&mut self) -> Result<()> {
         let mut has_more = true;
         while has_more && !self.sink.is_full() {
-            has_more = self.merge()?;
+            has_more = match self.streams.len() {
+                1 => self.take_all()?,
+                _ => self.merge()?,
+            };
         }
         Ok(())
     }

@@ -25,6 +25,7 @@ pub(super) struct Decoder {
     is_lenient: bool,
     is_big: bool,
     number: u16,
+    is_alone: bool,
     /// How many requests are found at once.
     ahead: usize,
     /// The key of what was found last.
@@ -39,7 +40,7 @@ pub(super) struct Decoder {
 pub(super) struct Found {
     /// Requests; their device is the trace's number of it.
     pub(super) ios: Vec<TraceIo>,
-    /// Theirs, which never go back.
+    /// Theirs, which never go back; none of a file that is alone.
     pub(super) keys: Vec<Key>,
     pub(super) controls: Vec<(Key, ControlEvent)>,
     /// What is found later comes no earlier.
@@ -72,10 +73,10 @@ struct Finder {
 }
 
 impl Decoder {
-    /// Of a file with this number among the files of processors, or of a `dump`.
+    /// Of a file with this number among the files of processors, or of a `dump`. There are no others if it `is_alone`.
     pub(super) fn new(
         input: Input,
-        number: u16,
+        (number, is_alone): (u16, bool),
         ahead: usize,
         dump: Option<Dump>,
         is_lenient: bool,
@@ -89,6 +90,7 @@ impl Decoder {
             is_lenient,
             is_big: false,
             number,
+            is_alone,
             ahead,
             last: 0,
             finder: Finder {
@@ -177,7 +179,9 @@ impl Decoder {
             {
                 let key = key(plain.time, plain.cpu as u16, plain.sequence, self.number).max(last);
                 ios.push(plain.io());
-                keys.push(key);
+                if !self.is_alone {
+                    keys.push(key);
+                }
                 (last, rest) = (key, behind);
                 continue;
             }
@@ -191,7 +195,9 @@ impl Decoder {
             match finder.judge(record, whole) {
                 Ok(Event::Io(io)) => {
                     ios.push(io);
-                    keys.push(key);
+                    if !self.is_alone {
+                        keys.push(key);
+                    }
                     last = key;
                 }
                 Ok(Event::Control(control)) => {
