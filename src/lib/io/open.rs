@@ -5,7 +5,7 @@ use super::{BlockEngine, FileEngine, compressed};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::BLOCK_SIZE;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -278,7 +278,10 @@ pub fn write_replacing(
     sync_folder(folder).map_err(|e| cannot("sync the folder of", e))
 }
 
-/// Runs `fill` on a writer for the file `path`, which must not exist. It appears only when everything is written and synced,
+/// Bytes that are written to a new file at once.
+const WRITTEN: usize = 64 << 10;
+
+/// Runs `fill` on a buffered writer for the file `path`, which must not exist. It appears only when everything is written and synced,
 /// and its folder is synced too: after an error or a crash there is no such file, after success it is there to stay.
 ///
 /// # Errors
@@ -323,7 +326,10 @@ fn create(
         .map_err(|e| cannot("make a temporary file beside", e))?;
     let _listed = Listed::new(temporary.path());
     // The file itself: errors of the other name the temporary one.
-    fill(temporary.as_file_mut())?;
+    let mut out = BufWriter::with_capacity(WRITTEN, temporary.as_file_mut());
+    fill(&mut out)?;
+    out.flush().map_err(|e| cannot("write", e))?;
+    drop(out);
     temporary
         .as_file()
         .sync_all()

@@ -96,12 +96,11 @@ pub(super) fn write(folder: &Path, volumes: &[Volume]) -> Result<()> {
     let path = folder.join(MANIFEST);
     let mut fill = |out: &mut dyn Write| {
         let cannot = |e| Error::io(format!("cannot write {}", path.display()), e);
-        let mut out = std::io::BufWriter::new(out);
         for volume in volumes {
-            serde_json::to_writer(&mut out, volume).map_err(|e| cannot(e.into()))?;
+            serde_json::to_writer(&mut *out, volume).map_err(|e| cannot(e.into()))?;
             out.write_all(b"\n").map_err(cannot)?;
         }
-        out.flush().map_err(cannot)
+        Ok(())
     };
     crate::io::write_new(&path, &mut fill)
 }

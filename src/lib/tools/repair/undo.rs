@@ -36,7 +36,7 @@ use crate::thin::{SUPERBLOCK, read_block};
 use crate::units::{BLOCK_SIZE, MetadataBlock};
 use serde::Serialize;
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::path::Path;
 
 /// What the file begins with.
@@ -75,7 +75,6 @@ pub(super) fn save(
     let cannot = |e: io::Error| Error::io(format!("cannot write undo file {}", path.display()), e);
     let blocks = after.written();
     write_new_private(path, &mut |out| {
-        let mut out = BufWriter::new(out);
         let new_zero = read_block(after, SUPERBLOCK)?;
         let interim = interim.unwrap_or(new_zero.blocks(1));
         let header = pack_header(before.nr_blocks(), blocks.len() as u64, &sums(interim));
@@ -88,7 +87,7 @@ pub(super) fn save(
             let record = pack_record(seed, block, old.blocks(1), &sums(new.blocks(1)));
             out.write_all(&record).map_err(cannot)?;
         }
-        out.flush().map_err(cannot)
+        Ok(())
     })
 }
 
