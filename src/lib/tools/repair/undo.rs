@@ -36,7 +36,7 @@ use crate::thin::{SUPERBLOCK, read_block};
 use crate::units::{BLOCK_SIZE, MetadataBlock};
 use serde::Serialize;
 use std::fs::File;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufReader, Read};
 use std::path::Path;
 
 /// What the file begins with.
