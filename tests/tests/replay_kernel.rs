@@ -81,6 +81,20 @@ fn external_origins_end_as_in_the_kernel() {
     }
 }
 
+#[test]
+fn snapshots_of_devices_with_an_external_origin_end_as_in_the_kernel() {
+    let sizes = [
+        "--block-size",
+        "192k",
+        "--data-size",
+        "192m",
+        "--max-sectors",
+        "128",
+        "--verify",
+    ];
+    play_recording("origin-nested", &sizes);
+}
+
 /// Which writes fill a block depends on where the kernel cuts them; the calls of its map function say where.
 #[test]
 fn requests_are_cut_where_the_kernel_cuts_them() {
