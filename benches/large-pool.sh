@@ -62,7 +62,7 @@ memory() {
 
 stop() {
     kill -- "$server"
-    while [[ -d /proc/$server ]] && ! grep -q '^State:.Z' "/proc/$server/status"; do sleep 0.05; done
+    while [[ -d /proc/$server ]] && ! grep -qs '^State:.Z' "/proc/$server/status"; do sleep 0.05; done
     server=
     exec {ready}<&-
 }

@@ -175,7 +175,7 @@ fn contents(image: &Layered, case: &str) -> Contents {
     let engine = Arc::new(image.clone());
     let checked = check(&*engine, &CheckOptions::default(), &Silent).expect("memory");
     let open = |engine: &Arc<Layered>| PoolMetadata::open(Arc::clone(engine) as _, SMALL);
-    let mut pool = open(&engine).unwrap_or_else(|e| panic!("{case}: {e}"));
+    let pool = open(&engine).unwrap_or_else(|e| panic!("{case}: {e}"));
     let read = |pool: &PoolMetadata| current_of(pool).unwrap_or_else(|e| panic!("{case}: {e}"));
     let mut found = read(&pool);
     assert_eq!(found.needs_check, checked.report.needs_check, "{case}");

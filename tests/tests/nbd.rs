@@ -126,8 +126,16 @@ impl Client {
 
     /// An option with its replies.
     fn ask(&mut self, option: u32, data: &[u8]) -> Vec<(u32, Vec<u8>)> {
+        self.say(option, data);
+        self.replies(option)
+    }
+
+    fn say(&mut self, option: u32, data: &[u8]) {
         let len = (data.len() as u32).to_be_bytes();
         self.send(&[b"IHAVEOPT", &option.to_be_bytes(), &len, data]);
+    }
+
+    fn replies(&mut self, option: u32) -> Vec<(u32, Vec<u8>)> {
         let mut replies = Vec::new();
         loop {
             assert_eq!(self.number(8), 0x0003_e889_0455_65a9);
@@ -470,7 +478,7 @@ fn who_reads_asks_or_connects_does_not_wait_for_the_disk_of_a_commit() {
         ..Options::new(&metadata, &data)
     };
     let runtime = Runtime::open(&options).unwrap();
-    for id in 0..2 {
+    for id in 0..3 {
         let size = Some(1 << 20);
         let activation = Activation { size, origin: None };
         let create = format!("create_thin {id}").parse().unwrap();
@@ -506,10 +514,15 @@ fn who_reads_asks_or_connects_does_not_wait_for_the_disk_of_a_commit() {
     assert_eq!(reader.chunk(), told(&extents));
     other.request(7, 0, (0, 1 << 20), &[]);
     assert_eq!(other.chunk(), told(&[(1 << 20, 3)]));
+    // Whoever opens a device first waits, and keeps nobody from the others.
+    let mut first = scene.client();
+    first.say(7, &go("2"));
+    std::thread::sleep(Duration::from_millis(200));
     let mut late = scene.open("0", STRUCTURED, &allocation);
     assert!(late.read_chunks(0..4 * BLOCK).0 == expected);
     drop(opens);
     assert_eq!(writer.simple_reply(), 0);
+    assert_eq!(first.replies(7).last(), Some(&(1, vec![])));
 }
 
 #[test]

@@ -10,7 +10,6 @@ use super::map::Passage;
 use super::mode::{AtomicMode, PoolMode};
 use super::prison::{Cell, Held, Prison};
 use super::worker::{JobId, Traffic};
-use crate::error::Result;
 use crate::pdata::txn::{BlockIo, LockScheme};
 use crate::thin::{PoolMetadata, SharedMetadata};
 use crate::units::DataBlock;
@@ -186,14 +185,6 @@ impl Pool {
     /// What was read from the metadata device, and written to it, since it was opened.
     pub fn block_io(&self) -> BlockIo {
         self.metadata.block_io()
-    }
-
-    /// True if more than one mapping leads to a data block.
-    ///
-    /// # Errors
-    /// `Io`, `Damaged`.
-    pub fn is_shared(&self, block: DataBlock) -> Result<bool> {
-        self.metadata.change(|pool| pool.block_is_shared(block))
     }
 
     /// True if a commit would change nothing: what was acknowledged so far is durable once the data is. False also if that cannot be told

@@ -191,6 +191,11 @@ pub trait Exports: Send + Sync {
         }
     }
 
+    /// True if something waits, or will, for what may never come, such as space.
+    fn waits(&self) -> bool {
+        false
+    }
+
     /// Nothing more is asked for: what waits for something that may never come, such as space, fails from now on. For servers that stop, when
     /// what was under way has had its time.
     fn end_waits(&self) {}

@@ -7,6 +7,7 @@ use super::submitter::{Submitter, errno};
 use super::thin_contexts;
 use super::thin_export::ThinExport;
 use super::transfer::Told;
+use crate::pool::PoolMode;
 use crate::thin::PoolMetadata;
 use crate::units::{MAX_THIN_ID, ThinId};
 use rustix::io::Errno;
@@ -45,6 +46,12 @@ impl Exports for Runtime {
             free,
             most_exports: MAX_THIN_ID + 1,
         }
+    }
+
+    fn waits(&self) -> bool {
+        let pool = &self.driver.pool;
+        let waits_for_space = || !self.driver.table().features.error_if_no_space;
+        pool.is_suspended() || pool.mode() == PoolMode::OutOfDataSpace && waits_for_space()
     }
 
     fn end_waits(&self) {

@@ -33,8 +33,21 @@ pub struct Activation {
 struct Thins {
     /// Every device of the pool is exported, whether active or not.
     is_all: bool,
-    active: BTreeMap<u64, Activation>,
+    active: BTreeMap<u64, Arc<Activation>>,
     open: HashMap<u64, Weak<ThinExport>>,
+}
+
+impl Thins {
+    /// How a device is exported, which has to be; none is as it is.
+    fn activation(&self, id: ThinId) -> Result<Option<Arc<Activation>>> {
+        match self.active.get(&id.0) {
+            None if !self.is_all => Err(Error::new(
+                ErrorKind::NotFound,
+                format!("thin device {id} is not active"),
+            )),
+            found => Ok(found.cloned()),
+        }
+    }
 }
 
 /// A running pool. All methods may be called from any thread.
@@ -388,7 +401,7 @@ impl Runtime {
                 format!("thin device {id} is active already"),
             ));
         }
-        thins.active.insert(id.0, activation);
+        thins.active.insert(id.0, Arc::new(activation));
         Ok(())
     }
 
@@ -424,33 +437,37 @@ impl Runtime {
     /// `Io`, `Damaged`.
     pub fn exported(&self) -> Result<Vec<ThinId>> {
         let thins = self.thins();
-        if thins.is_all {
-            return self.driver.pool.inspect(PoolMetadata::devices);
+        if !thins.is_all {
+            return Ok(thins.active.keys().map(|&id| ThinId(id)).collect());
         }
-        Ok(thins.active.keys().map(|&id| ThinId(id)).collect())
+        drop(thins);
+        self.driver.pool.inspect(PoolMetadata::devices)
     }
 
     /// Opens a thin device that is exported, or shares it with those who have it open.
     pub(super) fn export(&self, id: ThinId) -> Result<Arc<ThinExport>> {
-        let mut thins = self.thins();
-        if let Some(open) = thins.open.get(&id.0).and_then(Weak::upgrade) {
-            return Ok(open);
-        }
-        let activation = match thins.active.get(&id.0) {
-            Some(activation) => activation.clone(),
-            None if thins.is_all => Activation::default(),
-            None => {
-                return Err(Error::new(
-                    ErrorKind::NotFound,
-                    format!("thin device {id} is not active"),
-                ));
+        let as_ptr = |activation: &Option<Arc<_>>| activation.as_ref().map(Arc::as_ptr);
+        let mut opened = None;
+        loop {
+            let mut thins = self.thins();
+            if let Some(open) = thins.open.get(&id.0).and_then(Weak::upgrade) {
+                return Ok(open);
             }
-        };
-        let Activation { size, origin } = activation;
-        let export = ThinExport::open(&self.driver, id, size, origin, self.is_read_only)?;
-        thins.open.retain(|_, export| export.strong_count() > 0);
-        thins.open.insert(id.0, Arc::downgrade(&export));
-        Ok(export)
+            let activation = thins.activation(id)?;
+            match opened.take() {
+                // It may have been deactivated meanwhile, and activated in another way.
+                Some((export, of)) if as_ptr(&of) == as_ptr(&activation) => {
+                    thins.open.retain(|_, export| export.strong_count() > 0);
+                    thins.open.insert(id.0, Arc::downgrade(&export));
+                    return Ok(export);
+                }
+                _ => drop(thins),
+            }
+            // This waits for the end of a commit, as it does in the kernel. Whoever has to do with other devices does not.
+            let Activation { size, origin } = activation.as_deref().cloned().unwrap_or_default();
+            let export = ThinExport::open(&self.driver, id, size, origin, self.is_read_only)?;
+            opened = Some((export, activation));
+        }
     }
 
     /// The thin devices that are exported, with what clients asked of them.

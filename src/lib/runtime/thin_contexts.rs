@@ -13,7 +13,7 @@ use super::export::{Extent, add_extent};
 use super::thin_export::ThinExport;
 use crate::error::Result;
 use crate::thin::{BlockTime, PoolMetadata};
-use crate::units::{DataBlock, ThinBlock, ThinId};
+use crate::units::{ThinBlock, ThinId};
 use std::ops::Range;
 
 /// Mappings that one answer looks at.
@@ -61,9 +61,26 @@ struct Run {
     end: u64,
     /// None if it is not mapped.
     mapping: Option<BlockTime>,
+    /// Somebody else has the block, too.
+    is_shared: bool,
     differs: bool,
     /// What it is mapped to cannot be read.
     is_lost: bool,
+}
+
+impl Run {
+    fn status(&self, context: Context) -> u32 {
+        match (context, self.mapping) {
+            (Context::Allocation, None) if self.is_lost => ALLOCATED,
+            (Context::Allocation, None) => HOLE,
+            (Context::Allocation, Some(_)) => ALLOCATED,
+            (Context::Depth | Context::Shared, None) => 0,
+            (Context::Depth, Some(_)) => 1 + u32::from(self.is_shared),
+            (Context::Shared, Some(_)) => self.is_shared.into(),
+            (Context::Since(_), _) => self.differs.into(),
+            (Context::Time, mapping) => mapping.map_or(u32::MAX, |mapping| mapping.time),
+        }
+    }
 }
 
 /// Names of the contexts of a device.
@@ -84,18 +101,28 @@ fn runs(pool: &PoolMetadata, id: ThinId, context: Context, range: Range<u64>) ->
         Context::Since(other) => Some(other),
         _ => None,
     };
+    let asks_who_shares = matches!(context, Context::Depth | Context::Shared);
+    let is_shared = |own: Option<(_, BlockTime)>| match own {
+        Some((_, mapping)) if asks_who_shares => pool.block_is_shared(mapping.block),
+        _ => Ok(false),
+    };
     let mut runs = Vec::new();
     let mut at = range.start;
     while at < range.end && runs.len() < MOST_MAPPINGS {
-        let next = |id| pool.next_block(id, ThinBlock(at));
-        let found = next(id).and_then(|own| Ok((own, other.map_or(Ok(None), next)?)));
-        let (own, others) = match found {
+        let next = |id| {
+            let next = pool.next_block(id, ThinBlock(at))?;
+            Ok(next.filter(|(block, _)| block.0 < range.end))
+        };
+        let found =
+            next(id).and_then(|own| Ok((own, other.map_or(Ok(None), next)?, is_shared(own)?)));
+        let (own, others, is_shared) = match found {
             Ok(found) => found,
             Err(_) if context == Context::Allocation => {
                 runs.push(Run {
                     begin: at,
                     end: at + 1,
                     mapping: None,
+                    is_shared: false,
                     differs: false,
                     is_lost: true,
                 });
@@ -105,8 +132,6 @@ fn runs(pool: &PoolMetadata, id: ThinId, context: Context, range: Range<u64>) ->
             Err(e) if runs.is_empty() => return Err(e),
             Err(_) => break,
         };
-        let own = own.filter(|(block, _)| block.0 < range.end);
-        let others = others.filter(|(block, _)| block.0 < range.end);
         let begin = own
             .into_iter()
             .chain(others)
@@ -118,6 +143,7 @@ fn runs(pool: &PoolMetadata, id: ThinId, context: Context, range: Range<u64>) ->
                 begin: at,
                 end: begin,
                 mapping: None,
+                is_shared: false,
                 differs: false,
                 is_lost: false,
             });
@@ -132,6 +158,7 @@ fn runs(pool: &PoolMetadata, id: ThinId, context: Context, range: Range<u64>) ->
                 begin,
                 end: begin + 1,
                 mapping,
+                is_shared,
                 differs,
                 is_lost: false,
             });
@@ -194,7 +221,7 @@ impl ThinExport {
         for run in runs {
             let (begin, end) = (run.begin.saturating_mul(size), run.end.saturating_mul(size));
             let (begin, end) = (begin.max(range.start), end.min(range.end));
-            let status = self.status(context, &run)?;
+            let status = run.status(context);
             // What is not mapped is in the origin as far as that goes.
             let middle = match run.mapping {
                 None => of_origin.clamp(begin, end),
@@ -213,19 +240,5 @@ impl ThinExport {
             }
         }
         Ok(extents)
-    }
-
-    fn status(&self, context: Context, run: &Run) -> Result<u32> {
-        let is_shared = |block: DataBlock| self.driver.pool.is_shared(block);
-        Ok(match (context, run.mapping) {
-            (Context::Allocation, None) if run.is_lost => ALLOCATED,
-            (Context::Allocation, None) => HOLE,
-            (Context::Allocation, Some(_)) => ALLOCATED,
-            (Context::Depth | Context::Shared, None) => 0,
-            (Context::Depth, Some(mapping)) => 1 + u32::from(is_shared(mapping.block)?),
-            (Context::Shared, Some(mapping)) => is_shared(mapping.block)?.into(),
-            (Context::Since(_), _) => run.differs.into(),
-            (Context::Time, mapping) => mapping.map_or(u32::MAX, |mapping| mapping.time),
-        })
     }
 }

@@ -627,7 +627,7 @@ impl PoolMetadata {
     ///
     /// # Errors
     /// `Io`, `Damaged`, also when there is no such block.
-    pub fn data_count(&mut self, block: DataBlock) -> Result<u32> {
+    pub fn data_count(&self, block: DataBlock) -> Result<u32> {
         self.refuse_if_failed()?;
         self.txn.data_count(block.0)
     }
@@ -636,7 +636,7 @@ impl PoolMetadata {
     ///
     /// # Errors
     /// `Io`, `Damaged`.
-    pub fn block_is_shared(&mut self, block: DataBlock) -> Result<bool> {
+    pub fn block_is_shared(&self, block: DataBlock) -> Result<bool> {
         Ok(self.data_count(block)? > 1)
     }
 

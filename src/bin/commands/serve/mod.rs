@@ -123,9 +123,10 @@ pub(crate) const PAGE: Page = Page {
                  thin device has no space for what is not written. posix_fallocate(3) writes to each block then, which gives it space.",
                 "df shows the pool: its data blocks, of which all files have theirs, and as inodes the ids that thin devices can \
                  have.",
-                "When the server stops, files that are still open have a few seconds; then their I/O fails. So unmount file \
-                 systems and detach loop devices first. What a server that was killed has left mounted on the folder is \
-                 unmounted by the next one. Without --nbd the server ends when the folder is unmounted.",
+                "When the server stops, files that are still open have a few seconds, or one if writes wait for space; then \
+                 their I/O fails. So unmount file systems and detach loop devices first. What a server that was killed has \
+                 left mounted on the folder is unmounted by the next one. Without --nbd the server ends when the folder is \
+                 unmounted.",
             ],
         ),
         (

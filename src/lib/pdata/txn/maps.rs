@@ -183,7 +183,8 @@ impl Transaction {
         }
     }
 
-    fn entry(&mut self, which: Which, number: u64) -> Result<IndexEntry> {
+    /// Where a bitmap is.
+    fn known_entry(&self, which: Which, number: u64) -> Result<IndexEntry> {
         if let Some(cached) = self.map(which).index.get(&number) {
             return Ok(cached.entry);
         }
@@ -192,7 +193,15 @@ impl Transaction {
         }
         let root = self.data.root.bitmap_root;
         let found = self.lookup(TreeKind::DataIndex, root, number)?;
-        let entry = entry_of(number, found.ok_or_else(|| missing(number))?)?;
+        entry_of(number, found.ok_or_else(|| missing(number))?)
+    }
+
+    /// The same, remembered.
+    fn entry(&mut self, which: Which, number: u64) -> Result<IndexEntry> {
+        let entry = self.known_entry(which, number)?;
+        if self.map(which).index.contains_key(&number) {
+            return Ok(entry);
+        }
         if self.data.index.len() >= MOST_CACHED {
             self.data.index.retain(|_, cached| cached.is_dirty);
         }
@@ -216,7 +225,7 @@ impl Transaction {
     }
 
     /// The count in the map itself, without what waits.
-    fn stored(&mut self, which: Which, block: u64) -> Result<u32> {
+    fn stored(&self, which: Which, block: u64) -> Result<u32> {
         self.refuse_past_end(which, block)?;
         match self.bits(which, block)? {
             3 => {
@@ -236,8 +245,8 @@ impl Transaction {
         }
     }
 
-    fn bits(&mut self, which: Which, block: u64) -> Result<u32> {
-        let entry = self.entry(which, block / ENTRIES_PER_BITMAP)?;
+    fn bits(&self, which: Which, block: u64) -> Result<u32> {
+        let entry = self.known_entry(which, block / ENTRIES_PER_BITMAP)?;
         let bitmap = self.blocks.read(entry.block, Validator::Bitmap)?;
         Ok(bitmap.view().bits(block % ENTRIES_PER_BITMAP))
     }
@@ -383,7 +392,7 @@ impl Transaction {
         self.change(Which::Data, block, false)
     }
 
-    pub(crate) fn data_count(&mut self, block: u64) -> Result<u32> {
+    pub(crate) fn data_count(&self, block: u64) -> Result<u32> {
         self.stored(Which::Data, block)
     }
 

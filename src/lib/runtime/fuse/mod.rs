@@ -28,6 +28,8 @@ const NAME: &str = "thin_serve";
 const THREADS: usize = 4;
 /// Users of open files have this time when the server stops.
 const LAST_USERS: Duration = Duration::from_secs(5);
+/// Where something waits for what may never come they have this, as clients of NBD have: they could not go on.
+const LAST_WAITS: Duration = Duration::from_secs(1);
 
 /// A folder in which exports are files, until it is [stopped](Self::stop).
 pub struct Fuse {
@@ -89,8 +91,8 @@ impl Fuse {
         }
     }
 
-    /// Unmounts, gives those who have files open a few seconds, and takes no more requests then: they are answered with `EIO`, and the
-    /// exports are told to [end waits](Exports::end_waits).
+    /// Unmounts, gives those who have files open a few seconds, or one if something [waits](Exports::waits), and takes no more requests then:
+    /// they are answered with `EIO`, and the exports are told to [end waits](Exports::end_waits).
     pub fn stop(mut self) {
         self.end();
     }
@@ -98,7 +100,9 @@ impl Fuse {
     fn end(&mut self) {
         self.unmount();
         // Nothing is sent: this waits for the session to end, or until time is up.
-        if self.ended.recv_timeout(LAST_USERS) == Err(RecvTimeoutError::Timeout) {
+        let is_used_for = |time| self.ended.recv_timeout(time) == Err(RecvTimeoutError::Timeout);
+        if is_used_for(LAST_WAITS) && (self.exports.waits() || is_used_for(LAST_USERS - LAST_WAITS))
+        {
             // Their threads may wait, too.
             self.exports.end_waits();
         }
