@@ -60,17 +60,22 @@ pub(crate) const PAGE: Page = Page {
          resize SECTORS, suspend, resume, and phase-end NAME, a mark at which the report has the \
          kernel's status lines. A device may be activated before the message that makes it. What \
          is not known, or has wrong arguments, is left out, counted and told, and so is what the pool refuses.",
-        "blktrace records no request beyond the size that a device had when it began: begin again, or make the \
-         device as large as it will be before, if a thin device grows or becomes a larger one. What blkparse makes, \
-         text or dump, has times that count from the first record it was made of: of several devices that were \
-         recorded at the same time make one, with an -i for each, or give their files for each processor.",
-        "A thin device of the kernel cuts reads and writes at its block boundaries and at its \
-         max_sectors: a request that is cut does not fill a block, which then is zeroed or copied. \
-         --max-sectors is twice what /sys/block/dm-N/queue/max_sectors_kb says of the thin device. \
-         Where a block is larger than the data device's max_sectors, the kernel makes it a power \
-         of 2 that divides the block.",
     ],
     sections: &[
+        (
+            "RECORDING",
+            &[
+                "blktrace records no request beyond the size that a device had when it began: begin again, or make the \
+                 device as large as it will be before, if a thin device grows or becomes a larger one. What blkparse makes, \
+                 text or dump, has times that count from the first record it was made of: of several devices that were \
+                 recorded at the same time make one, with an -i for each, or give their files for each processor.",
+                "A thin device of the kernel cuts reads and writes at its block boundaries and at its \
+                 max_sectors: a request that is cut does not fill a block, which then is zeroed or copied. \
+                 --max-sectors is twice what /sys/block/dm-N/queue/max_sectors_kb says of the thin device. \
+                 Where a block is larger than the data device's max_sectors, the kernel makes it a power \
+                 of 2 that divides the block.",
+            ],
+        ),
         (
             "COLUMNS",
             &[
