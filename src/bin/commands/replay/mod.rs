@@ -37,7 +37,8 @@ pub(crate) const PAGE: Page = Page {
         "With --clock threads the trace is played as fast as it goes instead, by a thread for each \
          of --cpus and one that is the worker, on a data device that takes no time: what the \
          locks cost when somebody else wants them, too, and how many requests a second there \
-         are. No two runs are alike then, but the mappings at the end are the same. \
+         are. No two runs are alike then, but the mappings at the end are the same, unless the pool has no space left: \
+         who comes first gets the last blocks, and the minute after which writes stop waiting does not pass. \
          A discard keeps its place among the writes; beyond that only requests of one processor \
          keep their order. Of 64 requests one is timed.",
         "Traces are read as they were recorded, compressed with gzip, zstd, xz or bzip2 or not; \

@@ -58,11 +58,59 @@ impl Dump {
         let is_known = self.start.is_some() || is_end || self.messages.len() >= MAX_REMEMBERED;
         let start = self.start.unwrap_or(0);
         let ready = if is_known { self.messages.len() } else { 0 };
+        // Those before the start all come at it, in their order, whichever processor they are of.
+        self.messages[..ready].sort_by_key(|message| message.time_ns);
         self.messages.drain(..ready).map(move |mut message| {
             message.time_ns = message
                 .time_ns
                 .saturating_add_signed(start.saturating_neg());
             message
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A record of version 7.
+    fn record(event: u8, time: u64) -> Record {
+        let mut bytes = [0; record::V7];
+        bytes[..4].copy_from_slice(&0x6561_7407_u32.to_le_bytes());
+        bytes[8..16].copy_from_slice(&time.to_le_bytes());
+        bytes[28] = event;
+        Record::parse::<false>(&bytes).expect("a record")
+    }
+
+    #[test]
+    fn messages_before_the_first_request_keep_their_order() {
+        let mut dump = Dump::default();
+        // blkparse writes out what it has of one processor after the other.
+        for (time, words) in [
+            (1200, "third"),
+            (1900, "fifth"),
+            (1100, "first"),
+            (1150, "second"),
+            (1300, "fourth"),
+        ] {
+            dump.notice(record(record::MESSAGE, time), Some(words.into()));
+        }
+        dump.notice(record(record::PROCESS, 1500), None);
+        dump.see(record(record::QUEUE, 0));
+        let placed: Vec<_> = dump
+            .placed(false)
+            .map(|message| (message.time_ns, message.text))
+            .collect();
+        let expected = [
+            (0, "first"),
+            (0, "second"),
+            (0, "third"),
+            (0, "fourth"),
+            (400, "fifth"),
+        ];
+        assert_eq!(
+            placed,
+            expected.map(|(time, words)| (time, words.to_string()))
+        );
     }
 }
