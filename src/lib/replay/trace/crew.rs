@@ -7,10 +7,12 @@ use std::thread;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Threads that do the same work on whatever they are given, as many as there are processors. They end when the crew is gone, but one
-/// that waits for its input ends with the process at the latest: a read cannot be broken off.
+/// Threads that do the same work on whatever they are given: with whoever waits for it, who helps, as many as there are processors. They
+/// end when the crew is gone, but one that waits for its input ends with the process at the latest: a read cannot be broken off.
 pub(super) struct Crew<T> {
     to: Sender<T>,
+    given: Arc<Mutex<Receiver<T>>>,
+    work: fn(&mut T),
     /// Nothing comes of what a thread panicked over.
     from: Receiver<Option<T>>,
 }
@@ -19,19 +21,21 @@ impl<T: Send + 'static> Crew<T> {
     /// A crew for so many parts. None where it would be no gain, with one processor, or where no thread can be started.
     pub(super) fn new(parts: usize, work: fn(&mut T)) -> Option<Self> {
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
-        if processors == 1 {
-            return None;
-        }
         let (to, given) = channel();
         let (done, from) = channel();
         let given = Arc::new(Mutex::new(given));
         let mut started = 0;
-        for _ in 0..processors.min(parts) {
+        for _ in 1..processors.min(parts + 1) {
             let (given, done) = (Arc::clone(&given), done.clone());
             let thread = thread::Builder::new().name("read".into());
             started += u32::from(thread.spawn(move || run(&given, &done, work)).is_ok());
         }
-        (started > 0).then_some(Self { to, from })
+        (started > 0).then_some(Self {
+            to,
+            given,
+            work,
+            from,
+        })
     }
 
     /// Gives the crew something to do.
@@ -40,12 +44,23 @@ impl<T: Send + 'static> Crew<T> {
         let _ = self.to.send(part);
     }
 
-    /// Waits for something that is done, whichever it is.
+    /// Something that is done, whichever it is; does something itself rather than wait.
     ///
     /// # Errors
     /// `Io` if a thread panicked.
     pub(super) fn take(&self) -> Result<T> {
-        let done = self.from.recv().ok().flatten();
+        let mut done = self.from.try_recv();
+        if done.is_err() {
+            // Whoever holds it waits for something to do.
+            let given = self.given.try_lock();
+            let part = given.ok().and_then(|given| given.try_recv().ok());
+            if let Some(mut part) = part {
+                (self.work)(&mut part);
+                return Ok(part);
+            }
+            done = self.from.recv().map_err(Into::into);
+        }
+        let done = done.ok().flatten();
         done.ok_or_else(|| Error::new(ErrorKind::Io, "a thread that read the trace panicked"))
     }
 }

@@ -2,7 +2,7 @@
 
 use memchr::{memchr, memchr_iter};
 
-use super::csv_spec::CsvSpec;
+use super::csv_spec::{Columns, CsvSpec, Preset};
 use super::devices::text;
 use super::fields::{Field, Fields};
 use super::lines::{Fault, Line, LineFormat, Sink, flush, plain, sectors};
@@ -27,26 +27,12 @@ struct Row<'a> {
     time: u64,
 }
 
-/// What a column means, for those who take one after the other.
-#[derive(Clone, Copy, Debug)]
-enum Column {
-    None,
-    /// The device, which goes on over so many more columns.
-    Device(usize),
-    Op,
-    Offset,
-    Length,
-    Time,
-}
-
 /// Lines of columns that a [`CsvSpec`] names.
 #[derive(Clone)]
 pub(super) struct Csv {
     spec: CsvSpec,
-    /// Those that are looked at.
-    columns: Vec<Column>,
     /// [`short_words`].
-    ops: Vec<(u64, TraceOp)>,
+    ops: [u64; 4],
     /// A heading may come yet.
     is_first: bool,
 }
@@ -54,7 +40,6 @@ pub(super) struct Csv {
 impl Csv {
     pub(super) fn new(spec: CsvSpec) -> Self {
         Self {
-            columns: columns_of(&spec),
             ops: short_words(&spec),
             is_first: true,
             spec,
@@ -67,7 +52,7 @@ impl Csv {
             let field = line.split(|&b| b == b',').nth(column);
             field.map(<[u8]>::trim_ascii).ok_or("too few columns")
         };
-        let op = column(self.spec.op)?;
+        let op = column(self.spec.columns.op)?;
         let is = |word: &String| !word.is_empty() && op.eq_ignore_ascii_case(word.as_bytes());
         let number = |(at, unit): (usize, u64), fault| {
             let number = scan::number(column(at)?);
@@ -76,7 +61,7 @@ impl Csv {
                 .ok_or(fault)
         };
         Ok(Row {
-            device: match self.spec.device {
+            device: match self.spec.columns.device {
                 None => None,
                 Some((first, last)) => {
                     let device = columns(line, first, last).ok_or("too few columns")?;
@@ -86,9 +71,9 @@ impl Csv {
             op: (self.spec.words.iter().zip(OPS))
                 .find_map(|(word, op)| is(word).then_some(op))
                 .ok_or("no operation")?,
-            offset: number(self.spec.offset, "no offset")?,
-            length: number(self.spec.length, "no length")?,
-            time: match self.spec.time {
+            offset: number(self.spec.columns.offset, "no offset")?,
+            length: number(self.spec.columns.length, "no length")?,
+            time: match self.spec.columns.time {
                 None => 0,
                 Some((at, unit)) => unit.read(column(at)?).ok_or("no time")?,
             },
@@ -97,39 +82,28 @@ impl Csv {
 
     /// Does the same with fields that were found at once. None if it is not all as it mostly is.
     #[inline(always)]
-    fn usual_row<'a>(&self, fields: &mut Fields<'a>) -> Option<Row<'a>> {
-        let mut row = Row {
-            device: None,
-            op: TraceOp::Read,
-            offset: 0,
-            length: 0,
-            time: 0,
-        };
-        for column in &self.columns {
-            match column {
-                Column::None => _ = fields.next(0)?,
-                Column::Device(more) => {
-                    let field = fields.next(*more)?;
-                    row.device = Some((field.text(), field.word()));
-                }
-                Column::Op => row.op = self.usual_op(fields.next(0)?)?,
-                Column::Offset => {
-                    row.offset = fields.next(0)?.number()?.checked_mul(self.spec.offset.1)?;
-                }
-                Column::Length => {
-                    row.length = fields.next(0)?.number()?.checked_mul(self.spec.length.1)?;
-                }
-                Column::Time => {
-                    let (_, unit) = self.spec.time?;
-                    let field = fields.next(0)?;
-                    row.time = match field.number() {
-                        Some(count) => unit.whole(count)?,
-                        None => unit.read(field.text())?,
-                    };
-                }
-            }
-        }
-        Some(row)
+    fn usual_row<'a>(&self, columns: Columns, fields: &Fields<'a>) -> Option<Row<'a>> {
+        let one = |column| fields.get(column, column);
+        Some(Row {
+            device: columns.device.map(|(first, last)| {
+                let field = fields.get(first, last);
+                (field.text(), field.word())
+            }),
+            op: self.usual_op(one(columns.op))?,
+            offset: one(columns.offset.0)
+                .number()?
+                .checked_mul(columns.offset.1)?,
+            length: one(columns.length.0)
+                .number()?
+                .checked_mul(columns.length.1)?,
+            time: match columns.time {
+                None => 0,
+                Some((column, unit)) => match one(column).number() {
+                    Some(count) => unit.whole(count)?,
+                    None => unit.read(one(column).text())?,
+                },
+            },
+        })
     }
 
     #[inline(always)]
@@ -137,12 +111,32 @@ impl Csv {
         let word = in_small_letters(field.word());
         // Reads and writes take turns at random: whoever stops at the one that fits mispredicts every other time. So it is counted
         // out, as words differ.
-        let mut place = 0;
-        for (at, (known, _)) in self.ops.iter().enumerate() {
-            place += usize::from(*known == word) * (at + 1);
-        }
-        let (_, op) = self.ops.get(place.wrapping_sub(1))?;
+        let place: usize = (1..=4)
+            .map(|place| place * usize::from(self.ops[place - 1] == word))
+            .sum();
+        let op = OPS.get(place.wrapping_sub(1))?;
         (field.len() <= 8).then_some(*op)
+    }
+
+    /// Takes a line with such columns as lines mostly are.
+    #[inline(always)]
+    fn usual_line(
+        &mut self,
+        columns: Columns,
+        text: &[u8],
+        out: &mut Sink,
+    ) -> Option<(Line, usize)> {
+        let fields = Fields::of(text, columns.last() + 1)?;
+        let row = self.usual_row(columns, &fields)?;
+        let len = fields.len();
+        let end = match &text[len..] {
+            [b'\n', ..] => 1,
+            [b'\r', b'\n', ..] => 2,
+            [b',', rest @ ..] => memchr(b'\n', rest)? + 2,
+            _ => return None,
+        };
+        let line = self.event(&row, out).ok()?;
+        Some((line, len + end))
     }
 
     /// Takes the request of a row.
@@ -167,7 +161,7 @@ impl Csv {
 
     /// True for a line that names columns: words where numbers have to be.
     fn is_heading(&self, line: &[u8]) -> bool {
-        let offset = line.split(|&b| b == b',').nth(self.spec.offset.0);
+        let offset = line.split(|&b| b == b',').nth(self.spec.columns.offset.0);
         offset.is_some_and(|field| {
             field
                 .trim_ascii()
@@ -190,53 +184,26 @@ impl LineFormat for Csv {
 
     #[inline]
     fn usual(&mut self, text: &[u8], out: &mut Sink) -> Option<(Line, usize)> {
-        let mut fields = Fields::of(text)?;
-        let row = self.usual_row(&mut fields)?;
-        let len = fields.end()?;
-        let end = match &text[len..] {
-            [b'\n', ..] => 1,
-            [b'\r', b'\n', ..] => 2,
-            [b',', rest @ ..] => memchr(b'\n', rest)? + 2,
-            _ => return None,
-        };
-        let line = self.event(&row, out).ok()?;
-        Some((line, len + end))
-    }
-}
-
-/// What the columns mean, one after the other.
-fn columns_of(spec: &CsvSpec) -> Vec<Column> {
-    let mut meant = vec![
-        (spec.op, Column::Op),
-        (spec.offset.0, Column::Offset),
-        (spec.length.0, Column::Length),
-    ];
-    meant.extend(spec.time.map(|(at, _)| (at, Column::Time)));
-    let device = |(first, last)| (first, Column::Device(last - first));
-    meant.extend(spec.device.map(device));
-    meant.sort_unstable_by_key(|&(at, _)| at);
-    let (mut columns, mut next) = (Vec::new(), 0);
-    for (at, column) in meant {
-        columns.extend((next..at).map(|_| Column::None));
-        columns.push(column);
-        next = at + 1;
-        if let Column::Device(more) = column {
-            next += more;
+        // Columns cost less where the compiler knows them.
+        match self.spec.preset {
+            Some(Preset::Alibaba) => {
+                self.usual_line(const { Preset::Alibaba.columns() }, text, out)
+            }
+            Some(Preset::Msr) => self.usual_line(const { Preset::Msr.columns() }, text, out),
+            _ => self.usual_line(self.spec.columns, text, out),
         }
     }
-    columns
 }
 
-/// The words of operations that have up to eight letters and digits, in small letters.
-fn short_words(spec: &CsvSpec) -> Vec<(u64, TraceOp)> {
-    let mut short: Vec<(u64, TraceOp)> = Vec::new();
-    for (word, op) in spec.words.iter().zip(OPS) {
+/// The words of operations that have up to eight letters and digits, in small letters; of those that have not, what no word is.
+fn short_words(spec: &CsvSpec) -> [u64; 4] {
+    let mut short = [0; 4];
+    for (at, word) in spec.words.iter().enumerate() {
         let is_plain = word.bytes().all(|byte| byte.is_ascii_alphanumeric());
         let letters = in_small_letters(eight(word.as_bytes()));
         // Of two that are alike the first one counts.
-        let is_known = short.iter().any(|&(known, _)| known == letters);
-        if is_plain && (1..=8).contains(&word.len()) && !is_known {
-            short.push((letters, op));
+        if is_plain && (1..=8).contains(&word.len()) && !short.contains(&letters) {
+            short[at] = letters;
         }
     }
     short
@@ -289,19 +256,18 @@ mod tests {
         let numbers: Vec<&str> = numbers.collect();
         let mut found = 0;
         for spec in [
-            CsvSpec::alibaba(),
-            CsvSpec::msr(),
-            CsvSpec::tencent(),
-            CsvSpec::spc(),
+            CsvSpec::from(Preset::Alibaba),
+            CsvSpec::from(Preset::Msr),
+            CsvSpec::from(Preset::Tencent),
+            CsvSpec::from(Preset::Spc),
         ] {
-            let columns = spec.to_string();
-            let is_word = |op: &str| columns.contains(&format!("={op}"));
+            let is_word = |op: &str| spec.words.iter().any(|word| word == op);
             for op in ["R", "Read", "r", "0"].into_iter().filter(|op| is_word(op)) {
                 for (at, number) in
                     (0..7).flat_map(|at| numbers.iter().map(move |number| (at, number)))
                 {
                     let mut fields = vec!["130000000000000000", "80", "16", "7", "9", "5", "3"];
-                    fields[spec.op] = op;
+                    fields[spec.columns.op] = op;
                     fields[at] = number;
                     for len in 1..=fields.len() {
                         for end in ["\n", "\r\n"] {
@@ -320,15 +286,21 @@ mod tests {
     fn usual_lines_are_read_the_quick_way() {
         let usual = [
             (
-                CsvSpec::alibaba(),
+                CsvSpec::from(Preset::Alibaba),
                 "746,W,30601408512,16384,1577808000000046",
             ),
             (
-                CsvSpec::msr(),
+                CsvSpec::from(Preset::Msr),
                 "128166372003061629,hm,1,Read,383496192,32768,58000",
             ),
-            (CsvSpec::tencent(), "1538323200,12910952,128,0,1063"),
-            (CsvSpec::spc(), "0,20941264,8192,W,0.551706,Alpha/NT"),
+            (
+                CsvSpec::from(Preset::Tencent),
+                "1538323200,12910952,128,0,1063",
+            ),
+            (
+                CsvSpec::from(Preset::Spc),
+                "0,20941264,8192,W,0.551706,Alpha/NT",
+            ),
         ];
         for (spec, line) in usual {
             for end in ["\n", "\r\n"] {

@@ -16,15 +16,32 @@ const MAX_COLUMNS: usize = 256;
 /// which their requests are spread. `read`, `write`, `discard` and `flush` are the words of the operations, in either case of letters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CsvSpec {
+    /// As it was given.
     text: String,
+    pub(super) preset: Option<Preset>,
+    pub(super) columns: Columns,
+    /// The words for read, write, discard and flush; empty if there is none.
+    pub(super) words: [String; 4],
+}
+
+/// What columns there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Columns {
     /// The first and the last.
     pub(super) device: Option<(usize, usize)>,
     pub(super) op: usize,
     pub(super) offset: (usize, Unit),
     pub(super) length: (usize, Unit),
     pub(super) time: Option<(usize, TimeUnit)>,
-    /// The words for read, write, discard and flush; empty if there is none.
-    pub(super) words: [String; 4],
+}
+
+/// Columns that are known by a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::replay) enum Preset {
+    Msr,
+    Alibaba,
+    Tencent,
+    Spc,
 }
 
 /// Bytes of one unit.
@@ -63,31 +80,75 @@ impl TimeUnit {
     }
 }
 
-impl CsvSpec {
-    pub(super) fn msr() -> Self {
-        preset("dev=1-2,op=3,off=4:bytes,len=5:bytes,ts=0:filetime,read=Read,write=Write")
-    }
-
-    pub(super) fn alibaba() -> Self {
-        preset("dev=0,op=1,off=2:bytes,len=3:bytes,ts=4:us,read=R,write=W")
-    }
-
-    pub(super) fn tencent() -> Self {
-        preset("dev=4,op=3,off=1:sectors,len=2:sectors,ts=0:whole-s,read=0,write=1")
-    }
-
-    pub(super) fn spc() -> Self {
-        preset("dev=0,op=3,off=1:sectors,len=2:bytes,ts=4:s,read=r,write=w")
-    }
-
-    /// Many requests have the same time.
-    pub(super) fn is_whole_seconds(&self) -> bool {
-        matches!(self.time, Some((_, TimeUnit::WholeSeconds)))
+impl Columns {
+    /// The last that is looked at.
+    #[inline(always)]
+    pub(super) fn last(&self) -> usize {
+        let others = [self.offset.0, self.length.0]
+            .into_iter()
+            .chain(self.device.map(|(_, last)| last))
+            .chain(self.time.map(|(column, _)| column));
+        others.fold(self.op, usize::max)
     }
 }
 
-fn preset(text: &str) -> CsvSpec {
-    text.parse().expect("a preset names columns that there are")
+impl Preset {
+    pub(super) const fn columns(self) -> Columns {
+        match self {
+            Self::Msr => Columns {
+                device: Some((1, 2)),
+                op: 3,
+                offset: (4, 1),
+                length: (5, 1),
+                time: Some((0, TimeUnit::Filetime)),
+            },
+            Self::Alibaba => Columns {
+                device: Some((0, 0)),
+                op: 1,
+                offset: (2, 1),
+                length: (3, 1),
+                time: Some((4, TimeUnit::Of(1_000))),
+            },
+            Self::Tencent => Columns {
+                device: Some((4, 4)),
+                op: 3,
+                offset: (1, 512),
+                length: (2, 512),
+                time: Some((0, TimeUnit::WholeSeconds)),
+            },
+            Self::Spc => Columns {
+                device: Some((0, 0)),
+                op: 3,
+                offset: (1, 512),
+                length: (2, 1),
+                time: Some((4, TimeUnit::Of(1_000_000_000))),
+            },
+        }
+    }
+}
+
+impl From<Preset> for CsvSpec {
+    fn from(preset: Preset) -> Self {
+        let (text, read, write) = match preset {
+            Preset::Msr => ("msr", "Read", "Write"),
+            Preset::Alibaba => ("alibaba", "R", "W"),
+            Preset::Tencent => ("tencent", "0", "1"),
+            Preset::Spc => ("spc", "r", "w"),
+        };
+        Self {
+            text: text.into(),
+            preset: Some(preset),
+            columns: preset.columns(),
+            words: [read.into(), write.into(), String::new(), String::new()],
+        }
+    }
+}
+
+impl CsvSpec {
+    /// Many requests have the same time.
+    pub(super) fn is_whole_seconds(&self) -> bool {
+        matches!(self.columns.time, Some((_, TimeUnit::WholeSeconds)))
+    }
 }
 
 impl fmt::Display for CsvSpec {
@@ -115,15 +176,14 @@ impl FromStr for CsvSpec {
                 ))
             })
         };
-        let mut spec = Self {
-            text: text.into(),
+        let mut columns = Columns {
             device: None,
             op: usize::MAX,
             offset: (usize::MAX, 1),
             length: (usize::MAX, 1),
             time: None,
-            words: Default::default(),
         };
+        let mut words: [String; 4] = Default::default();
         for item in text.split(',') {
             let (name, value) = item
                 .split_once('=')
@@ -132,9 +192,9 @@ impl FromStr for CsvSpec {
             match name {
                 "dev" => {
                     let (first, last) = value.split_once('-').unwrap_or((value, value));
-                    spec.device = Some((column(first)?, column(last)?));
+                    columns.device = Some((column(first)?, column(last)?));
                 }
-                "op" => spec.op = column(value)?,
+                "op" => columns.op = column(value)?,
                 "off" | "len" => {
                     let unit = match unit {
                         "bytes" | "" => 1,
@@ -143,9 +203,9 @@ impl FromStr for CsvSpec {
                         _ => return Err(wrong(format!("{unit} is none of bytes, sectors, kib"))),
                     };
                     let field = if name == "off" {
-                        &mut spec.offset
+                        &mut columns.offset
                     } else {
-                        &mut spec.length
+                        &mut columns.length
                     };
                     *field = (column(place)?, unit);
                 }
@@ -163,12 +223,12 @@ impl FromStr for CsvSpec {
                             )));
                         }
                     };
-                    spec.time = Some((column(place)?, unit));
+                    columns.time = Some((column(place)?, unit));
                 }
-                "read" => spec.words[0] = value.into(),
-                "write" => spec.words[1] = value.into(),
-                "discard" => spec.words[2] = value.into(),
-                "flush" => spec.words[3] = value.into(),
+                "read" => words[0] = value.into(),
+                "write" => words[1] = value.into(),
+                "discard" => words[2] = value.into(),
+                "flush" => words[3] = value.into(),
                 _ => {
                     return Err(wrong(format!(
                         "{name} is none of dev, op, off, len, ts, read, write, discard, flush"
@@ -177,22 +237,27 @@ impl FromStr for CsvSpec {
             }
         }
         for (name, column) in [
-            ("op", spec.op),
-            ("off", spec.offset.0),
-            ("len", spec.length.0),
+            ("op", columns.op),
+            ("off", columns.offset.0),
+            ("len", columns.length.0),
         ] {
             if column == usize::MAX {
                 return Err(wrong(format!("{name} is missing")));
             }
         }
-        let (first, last) = spec.device.unwrap_or((usize::MAX, usize::MAX));
-        let mut used = vec![spec.op, spec.offset.0, spec.length.0];
-        used.extend(spec.time.map(|(column, _)| column));
+        let (first, last) = columns.device.unwrap_or((usize::MAX, usize::MAX));
+        let mut used = vec![columns.op, columns.offset.0, columns.length.0];
+        used.extend(columns.time.map(|(column, _)| column));
         let is_twice = (1..used.len()).any(|i| used[..i].contains(&used[i]));
         let is_device = |column: &usize| (first..=last).contains(column);
         if first > last || is_twice || used.iter().any(is_device) {
             return Err(wrong("a column has one meaning".into()));
         }
-        Ok(spec)
+        Ok(Self {
+            text: text.into(),
+            preset: None,
+            columns,
+            words,
+        })
     }
 }

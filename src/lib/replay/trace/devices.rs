@@ -9,14 +9,20 @@ use super::scan::eight;
 const MAX_DEVICES: usize = 1 << 16;
 const MAX_NAME: usize = 255;
 const SLOTS: usize = 1 << 13;
+const WAYS: usize = 4;
+/// No index, or the last there can be.
+const FREE: u16 = u16::MAX;
 
 /// A table that only grows.
 pub(super) struct Devices {
     names: Vec<String>,
     keys: Vec<Arc<[u8]>>,
     by_key: HashMap<Arc<[u8]>, u32>,
-    /// Short keys that were met last, by a cheap hash or beside it, and their indexes.
-    slots: Vec<(u64, u32)>,
+    /// Keys that are short, as one word; 0 for those that are not.
+    words: Vec<u64>,
+    /// Indexes of short keys that were met last, by a cheap hash or near it. What is looked at often is small: it stays in a processor's
+    /// nearest cache.
+    slots: Vec<u16>,
 }
 
 impl Devices {
@@ -25,7 +31,8 @@ impl Devices {
             names: Vec::new(),
             keys: Vec::new(),
             by_key: HashMap::new(),
-            slots: vec![(0, 0); SLOTS],
+            words: Vec::new(),
+            slots: vec![FREE; SLOTS],
         }
     }
 
@@ -62,15 +69,22 @@ impl Devices {
         }
         // With its length it is never 0.
         let short = first | (key.len() as u64 + 1) << 56;
-        let slot = (short.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SLOTS.ilog2())) as usize;
-        for slot in [slot, slot ^ 1] {
-            let (known, index) = self.slots[slot];
-            if known == short {
-                return Ok(index);
+        let slot = (mixed(mixed(short)) >> (64 - SLOTS.ilog2())) as usize;
+        for way in 0..WAYS {
+            let index = self.slots[slot ^ way];
+            if self.words.get(usize::from(index)) == Some(&short) {
+                return Ok(index.into());
             }
         }
         let index = self.find(key, name)?;
-        self.slots[slot ^ 1] = std::mem::replace(&mut self.slots[slot], (short, index));
+        self.words[index as usize] = short;
+        let mut moved = index as u16;
+        for way in 0..WAYS {
+            moved = std::mem::replace(&mut self.slots[slot ^ way], moved);
+            if moved == FREE {
+                break;
+            }
+        }
         Ok(index)
     }
 
@@ -88,6 +102,7 @@ impl Devices {
         let key: Arc<[u8]> = key.into();
         self.names.push(name());
         self.keys.push(Arc::clone(&key));
+        self.words.push(0);
         self.by_key.insert(key, index);
         Ok(index)
     }
@@ -103,6 +118,47 @@ impl Devices {
     }
 }
 
+/// A word of a few digits differs from another in few bits only.
+fn mixed(word: u64) -> u64 {
+    let mixed = word.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    mixed ^ mixed >> 32
+}
+
 pub(super) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_number_of_devices_is_found_again() {
+        let mut devices = Devices::new();
+        let names: Vec<String> = (0..MAX_DEVICES).map(|at| at.to_string()).collect();
+        for round in 0..2 {
+            for (index, name) in names.iter().enumerate() {
+                let found = devices.named(name.as_bytes());
+                assert_eq!(found, Ok(index as u32), "{round}");
+            }
+        }
+        assert!(devices.named(b"one more").is_err() && devices.named(b"1more").is_err());
+        // A name may begin with another, end in zeros, or be long.
+        let mut devices = Devices::new();
+        let names: [&[u8]; 8] = [
+            b"",
+            b"\0",
+            b"\0\0",
+            b"1234567",
+            b"1234567\0",
+            b"12345678",
+            b"123456789",
+            b"1",
+        ];
+        for _ in 0..2 {
+            for (index, name) in names.iter().enumerate() {
+                assert_eq!(devices.named(name), Ok(index as u32), "{name:?}");
+            }
+        }
+    }
 }

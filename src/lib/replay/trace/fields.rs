@@ -3,27 +3,28 @@
 //! A search from each comma to the next, and a loop over digits, end where nobody can foretell; here a line costs the same whatever its
 //! fields are like.
 
+use wide::u8x16;
+
 use super::scan::{self, eight_digits, repeated};
 
 /// The bytes of a line in which fields are looked for.
 const LINE: usize = 64;
+/// Fields that are looked for.
+pub(super) const MOST: usize = 15;
 /// Eight bytes can be read from wherever a field starts.
 const WINDOW: usize = LINE + 8;
 /// Ends of lines, blanks and quotes are below this, as commas are; digits and letters are not.
 const PLAIN: u8 = b'-';
 
-/// What is left of a line.
+/// The fields that a line begins with.
 pub(super) struct Fields<'a> {
     window: &'a [u8; WINDOW],
-    /// A bit for each byte that is not plain, from the end of the next field on.
-    ends: u64,
-    /// Where the next field starts.
-    start: usize,
-    /// Nothing but commas was between those before.
-    are_plain: bool,
+    /// Where each field starts, and one more would.
+    starts: [u8; MOST + 1],
+    len: usize,
 }
 
-/// A field, or several with what is between them. All of its bytes are plain.
+/// A field, or several with commas between them. All other bytes are plain.
 #[derive(Clone, Copy)]
 pub(super) struct Field<'a> {
     window: &'a [u8; WINDOW],
@@ -32,41 +33,41 @@ pub(super) struct Field<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// The fields of the line that `text` begins with. None at the end of what was read.
+    /// The first fields, at least one and [`MOST`] at most, of the line that `text` begins with. None if there are not so many with
+    /// nothing but plain bytes, and at the end of what was read.
     #[inline(always)]
-    pub(super) fn of(text: &'a [u8]) -> Option<Self> {
+    pub(super) fn of(text: &'a [u8], count: usize) -> Option<Self> {
         let window = text.first_chunk::<WINDOW>()?;
-        Some(Self {
+        let (all, commas) = marks(window);
+        let (mut ends, mut starts) = (all, [0; MOST + 1]);
+        for start in starts.get_mut(1..=count)? {
+            *start = ends.trailing_zeros() as u8 + 1;
+            ends &= ends.wrapping_sub(1);
+        }
+        let len = usize::from(starts[count]) - 1;
+        let between = 1_u64.checked_shl(len as u32)? - 1;
+        ((all ^ commas) & between == 0).then_some(Self {
             window,
-            ends: not_plain(window),
-            start: 0,
-            are_plain: true,
+            starts,
+            len,
         })
     }
 
-    /// The next field with so many more behind it. None if there are not so many.
+    /// The fields from one to another, of those there are.
     #[inline(always)]
-    pub(super) fn next(&mut self, more: usize) -> Option<Field<'a>> {
-        let start = self.start;
-        for _ in 0..=more {
-            self.are_plain &= self.start == 0 || self.window[self.start - 1] == b',';
-            if self.ends == 0 {
-                return None;
-            }
-            self.start = self.ends.trailing_zeros() as usize + 1;
-            self.ends &= self.ends - 1;
-        }
-        Some(Field {
+    pub(super) fn get(&self, first: usize, last: usize) -> Field<'a> {
+        let start = usize::from(self.starts[first]);
+        Field {
             window: self.window,
             start,
-            len: self.start - 1 - start,
-        })
+            len: usize::from(self.starts[last + 1]) - 1 - start,
+        }
     }
 
-    /// Where the last field ended. None if one before had bytes that are not plain.
+    /// Where the last of them ends.
     #[inline(always)]
-    pub(super) fn end(&self) -> Option<usize> {
-        self.are_plain.then_some(self.start - 1)
+    pub(super) fn len(&self) -> usize {
+        self.len
     }
 }
 
@@ -115,18 +116,18 @@ fn word(window: &[u8; WINDOW], at: usize) -> u64 {
     u64::from_le_bytes(*bytes.expect("there are eight more than a line has"))
 }
 
-/// A bit for each byte of a line that is below [`PLAIN`].
+/// A bit for each byte of a line that is not plain, and for those of them that are commas.
 #[inline(always)]
-fn not_plain(window: &[u8; WINDOW]) -> u64 {
-    // The compiler compares many at once.
-    let marks: [u8; LINE] = std::array::from_fn(|at| u8::from(window[at] < PLAIN));
-    let mut bits = 0;
-    for (at, marks) in marks.chunks_exact(8).enumerate() {
-        let marks = u64::from_le_bytes(marks.try_into().expect("eight of them"));
-        // No two marks times two bits of this come to the same place, so that nothing is carried.
-        bits |= (marks.wrapping_mul(0x0102_0408_1020_4080) >> 56) << (8 * at);
+fn marks(window: &[u8; WINDOW]) -> (u64, u64) {
+    let (mut all, mut commas) = (0, 0);
+    for at in (0..LINE).step_by(16) {
+        let bytes: [u8; 16] = *window[at..].first_chunk().expect("in the window");
+        let bytes = u8x16::new(bytes);
+        let not_plain = bytes.min(u8x16::splat(PLAIN - 1)).simd_eq(bytes);
+        all |= u64::from(not_plain.to_bitmask()) << at;
+        commas |= u64::from(bytes.simd_eq(u8x16::splat(b',')).to_bitmask()) << at;
     }
-    bits
+    (all, commas)
 }
 
 #[cfg(test)]
@@ -140,9 +141,11 @@ mod tests {
                 for at in 0..LINE {
                     let mut window = [other; WINDOW];
                     window[at] = byte;
-                    let bit = |at: usize| u64::from(window[at] < b'-') << at;
-                    let expected: u64 = (0..LINE).map(bit).sum();
-                    assert_eq!(not_plain(&window), expected, "{window:?}");
+                    let bits = |is: fn(u8) -> bool| -> u64 {
+                        (0..LINE).map(|at| u64::from(is(window[at])) << at).sum()
+                    };
+                    let expected = (bits(|byte| byte < b'-'), bits(|byte| byte == b','));
+                    assert_eq!(marks(&window), expected, "{window:?}");
                 }
             }
         }

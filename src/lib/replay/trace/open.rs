@@ -9,7 +9,7 @@ use super::blkparse::Blkparse;
 use super::blktrace::Blktrace;
 use super::clock::Clock;
 use super::csv::Csv;
-use super::csv_spec::CsvSpec;
+use super::csv_spec::{CsvSpec, Preset};
 use super::disksim::Disksim;
 use super::events::{self, Events};
 use super::format::{Format, NAMED};
@@ -119,10 +119,10 @@ fn reader(format: &Format, input: Input, lenient: bool, is_alone: bool) -> Box<d
         Format::Blkparse => Box::new(Lines::new(input, Blkparse::default(), lenient)),
         Format::Iolog => Box::new(Lines::new(input, Iolog::default(), lenient)),
         Format::Csv(spec) => csv((**spec).clone(), input),
-        Format::Msr => csv(CsvSpec::msr(), input),
-        Format::Alibaba => csv(CsvSpec::alibaba(), input),
-        Format::Tencent => csv(CsvSpec::tencent(), input),
-        Format::Spc => csv(CsvSpec::spc(), input),
+        Format::Msr => csv(Preset::Msr.into(), input),
+        Format::Alibaba => csv(Preset::Alibaba.into(), input),
+        Format::Tencent => csv(Preset::Tencent.into(), input),
+        Format::Spc => csv(Preset::Spc.into(), input),
         Format::Load => Box::new(Lines::new(input, Load::default(), lenient)),
         Format::Disksim => Box::new(Lines::new(input, Disksim::default(), lenient)),
         Format::Ftrace => Box::new(Lines::new(input, Ftrace::default(), lenient)),
@@ -191,10 +191,10 @@ fn likeness(format: &Format, head: &[u8]) -> Likeness {
         Format::Blkparse => of_lines(Blkparse::default(), head),
         Format::Iolog => of_lines(Iolog::default(), head),
         Format::Csv(_) => Likeness::None,
-        Format::Msr => of_lines(Csv::new(CsvSpec::msr()), head),
-        Format::Alibaba => of_lines(Csv::new(CsvSpec::alibaba()), head),
-        Format::Tencent => of_lines(Csv::new(CsvSpec::tencent()), head),
-        Format::Spc => of_lines(Csv::new(CsvSpec::spc()), head),
+        Format::Msr => of_lines(Csv::new(Preset::Msr.into()), head),
+        Format::Alibaba => of_lines(Csv::new(Preset::Alibaba.into()), head),
+        Format::Tencent => of_lines(Csv::new(Preset::Tencent.into()), head),
+        Format::Spc => of_lines(Csv::new(Preset::Spc.into()), head),
         Format::Load => of_lines(Load::default(), head),
         Format::Disksim => of_lines(Disksim::default(), head),
         Format::Ftrace => of_lines(Ftrace::default(), head),

@@ -198,7 +198,7 @@ mod tests {
     use super::*;
     use crate::replay::event::{Batch, TraceIo, TraceNotes, TraceReader};
     use crate::replay::trace::csv::Csv;
-    use crate::replay::trace::csv_spec::CsvSpec;
+    use crate::replay::trace::csv_spec::Preset;
     use crate::replay::trace::input::Input;
     use std::io::{self, Read};
 
@@ -218,7 +218,7 @@ mod tests {
     fn all(text: &str, at_once: usize, is_lenient: bool, shares: bool) -> All {
         let from = Slowly(io::Cursor::new(text.into()), at_once);
         let input = Input::new("t".into(), Box::new(from));
-        let lines = Lines::new(input, Csv::new(CsvSpec::alibaba()), is_lenient);
+        let lines = Lines::new(input, Csv::new(Preset::Alibaba.into()), is_lenient);
         let mut reader = Pieces::new(lines, shares);
         let (mut ios, mut batch) = (Vec::new(), Batch::default());
         let error = loop {
