@@ -1,6 +1,6 @@
 //! Binary blktrace: one file for each processor, read side by side, or a dump that blkparse made of them.
 
-use std::mem;
+use std::{mem, slice};
 
 use super::crew::Crew;
 use super::decoder::{Decoder, Found, Key, STREAM};
@@ -15,6 +15,8 @@ use crate::replay::event::{ControlEvent, TraceIo};
 const AHEAD: usize = 16384;
 const LEAST_AHEAD: usize = 16;
 const MOST_AHEAD: usize = 8192;
+/// The number of a device that is one too many.
+const NONE: u32 = u32::MAX;
 
 /// Files of one or more devices and their processors.
 pub(super) struct Blktrace {
@@ -123,15 +125,18 @@ impl Blktrace {
             self.keys.extend_from_slice(stream.keys_until(end));
         }
         self.keys.sort();
-        for at in 0..self.keys.len() {
-            let number = (self.keys[at] & STREAM) as usize;
-            let stream = &mut self.streams[number];
-            let io = stream.found.ios[stream.taken];
-            stream.taken += 1;
-            if let Some(device) = self.device_index(io.device, number)? {
-                self.sink.batch.ios.push(TraceIo { device, ..io });
-            }
+        let mut untaken: Vec<_> = self.streams.iter().map(Stream::untaken).collect();
+        let ios = &mut self.sink.batch.ios;
+        let first = ios.len();
+        ios.extend(self.keys.iter().map(|key| {
+            let io = untaken[(key & STREAM) as usize].next();
+            io.expect("each key is of one")
+        }));
+        let left: Vec<_> = untaken.iter().map(|left| left.len()).collect();
+        for (stream, left) in self.streams.iter_mut().zip(left) {
+            stream.taken = stream.found.ios.len() - left;
         }
+        self.name_devices(first)?;
         self.take_controls(end);
         Ok(end != Key::MAX)
     }
@@ -143,56 +148,58 @@ impl Blktrace {
         }
         self.find(0)?;
         let found = &mut self.streams[0].found;
-        let (until, is_last) = (found.until, found.is_last);
-        let mut ios = mem::take(&mut found.ios);
-        let mut failed = None;
-        ios.retain_mut(|io| match self.device_index(io.device, 0) {
-            Ok(index) => {
-                io.device = index.unwrap_or(io.device);
-                index.is_some()
-            }
-            Err(e) => {
-                failed = Some(e);
-                false
-            }
-        });
-        if let Some(failed) = failed {
-            return Err(failed);
-        }
-        // The vectors go round.
         let all = &mut self.sink.batch.ios;
+        let first = all.len();
+        // The vectors go round.
         match all.is_empty() {
-            true => mem::swap(all, &mut ios),
-            false => all.append(&mut ios),
+            true => mem::swap(all, &mut found.ios),
+            false => all.append(&mut found.ios),
         }
-        ios.clear();
-        self.streams[0].found.ios = ios;
-        self.take_controls(if is_last { Key::MAX } else { until });
+        found.ios.clear();
+        let is_last = found.is_last;
+        self.name_devices(first)?;
+        self.take_controls(Key::MAX);
         Ok(!is_last)
     }
 
-    /// Our number of a request's device. None if there is none, with lenient reading.
-    #[inline(always)]
-    fn device_index(&mut self, device: u32, number: usize) -> Result<Option<u32>> {
-        match self.device {
-            Some((known, index)) if known == device => Ok(Some(index)),
-            _ => self.find_device(device, number),
+    /// Gives the devices of the requests from `first` on, which were found as `keys` says or all in the only file, our numbers instead of
+    /// the trace's. Lenient reading leaves out requests of devices that are too many.
+    fn name_devices(&mut self, first: usize) -> Result<()> {
+        let mut ios = mem::take(&mut self.sink.batch.ios);
+        let malformed = self.sink.notes.malformed;
+        let mut found = ios[first..].iter_mut().enumerate();
+        let named = found.try_for_each(|(at, io)| {
+            io.device = match self.device {
+                Some((known, index)) if known == io.device => index,
+                _ => self.find_device(io.device, at)?,
+            };
+            Ok(())
+        });
+        if named.is_err() {
+            ios.truncate(first);
+        } else if self.sink.notes.malformed > malformed {
+            ios.retain(|io| io.device != NONE);
         }
+        self.sink.batch.ios = ios;
+        named
     }
 
-    fn find_device(&mut self, device: u32, number: usize) -> Result<Option<u32>> {
+    /// Our number of the device of the request that was found as the so-manieth, or [`NONE`].
+    #[cold]
+    fn find_device(&mut self, device: u32, at: usize) -> Result<u32> {
         let name = || record::device_name(device);
         match self.sink.devices.index(&device.to_le_bytes(), name) {
             Ok(index) => {
                 self.device = Some((device, index));
-                Ok(Some(index))
+                Ok(index)
             }
             Err(_) if self.is_lenient => {
                 self.sink.notes.malformed += 1;
-                Ok(None)
+                Ok(NONE)
             }
             Err(fault) => {
-                let message = format!("{}: {fault}", self.streams[number].name);
+                let number = self.keys.get(at).map_or(0, |key| key & STREAM);
+                let message = format!("{}: {fault}", self.streams[number as usize].name);
                 Err(Error::new(ErrorKind::InvalidDescription, message))
             }
         }
@@ -288,6 +295,11 @@ impl Stream {
     /// All that was found is taken, and there may be more.
     fn is_used_up(&self) -> bool {
         self.taken == self.found.ios.len() && !self.found.is_last
+    }
+
+    /// The requests that were found and not taken.
+    fn untaken(&self) -> slice::Iter<'_, TraceIo> {
+        self.found.ios[self.taken..].iter()
     }
 
     /// Keys of the requests that were found and not taken, up to and with `end`.

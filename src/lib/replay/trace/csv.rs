@@ -111,9 +111,10 @@ impl Csv {
         let word = in_small_letters(field.word());
         // Reads and writes take turns at random: whoever stops at the one that fits mispredicts every other time. So it is counted
         // out, as words differ.
-        let place: usize = (1..=4)
-            .map(|place| place * usize::from(self.ops[place - 1] == word))
-            .sum();
+        let mut place = 0;
+        for (at, known) in self.ops.iter().enumerate() {
+            place += usize::from(*known == word) * (at + 1);
+        }
         let op = OPS.get(place.wrapping_sub(1))?;
         (field.len() <= 8).then_some(*op)
     }

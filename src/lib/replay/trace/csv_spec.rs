@@ -84,11 +84,14 @@ impl Columns {
     /// The last that is looked at.
     #[inline(always)]
     pub(super) fn last(&self) -> usize {
-        let others = [self.offset.0, self.length.0]
-            .into_iter()
-            .chain(self.device.map(|(_, last)| last))
-            .chain(self.time.map(|(column, _)| column));
-        others.fold(self.op, usize::max)
+        let mut last = self.op.max(self.offset.0).max(self.length.0);
+        if let Some((_, device)) = self.device {
+            last = last.max(device);
+        }
+        if let Some((time, _)) = self.time {
+            last = last.max(time);
+        }
+        last
     }
 }
 

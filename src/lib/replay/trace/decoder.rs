@@ -43,7 +43,7 @@ pub(super) struct Found {
     /// Theirs, which never go back; none of a file that is alone.
     pub(super) keys: Vec<Key>,
     pub(super) controls: Vec<(Key, ControlEvent)>,
-    /// What is found later comes no earlier.
+    /// What is found later comes no earlier, in a file that is not alone.
     pub(super) until: Key,
     pub(super) is_last: bool,
     pub(super) is_truncated: bool,
@@ -144,9 +144,11 @@ impl Decoder {
             self.is_big = record::is_big_endian(self.input.data()).unwrap_or(false);
         }
         while !self.has_enough() {
-            match self.is_big {
-                true => self.find_whole::<true>()?,
-                false => self.find_whole::<false>()?,
+            match (self.is_big, self.is_alone) {
+                (false, false) => self.find_whole::<false, false>()?,
+                (false, true) => self.find_whole::<false, true>()?,
+                (true, false) => self.find_whole::<true, false>()?,
+                (true, true) => self.find_whole::<true, true>()?,
             }
             if !self.has_enough() {
                 self.finder.found.is_last = !self.want_more()?;
@@ -163,27 +165,31 @@ impl Decoder {
         found.is_last || found.ios.len() >= least || found.controls.len() >= most_controls
     }
 
-    /// Finds those of the whole records that were read.
-    fn find_whole<const BIG: bool>(&mut self) -> Result<()> {
+    /// Finds those of the whole records that were read; with a key for each request, unless the file `IS_ALONE`.
+    fn find_whole<const BIG: bool, const IS_ALONE: bool>(&mut self) -> Result<()> {
         let data = self.input.data();
         let finder = &mut self.finder;
         let mut ios = std::mem::take(&mut finder.found.ios);
         let mut keys = std::mem::take(&mut finder.found.keys);
         let (mut rest, mut fault, mut last) = (data, None, self.last);
         let mut is_looking = finder.is_looking();
-        while ios.len() < self.ahead && finder.found.controls.len() < CONTROLS {
-            if !is_looking
+        loop {
+            while ios.len() < self.ahead
+                && !is_looking
                 && let Some((head, behind)) = rest.split_first_chunk()
                 && let Some(plain) = Plain::of::<BIG>(head)
                 && finder.is_next(plain)
             {
-                let key = key(plain.time, plain.cpu as u16, plain.sequence, self.number).max(last);
-                ios.push(plain.io());
-                if !self.is_alone {
-                    keys.push(key);
+                if !IS_ALONE {
+                    let cpu = plain.cpu as u16;
+                    last = key(plain.time, cpu, plain.sequence, self.number).max(last);
+                    keys.push(last);
                 }
-                (last, rest) = (key, behind);
-                continue;
+                ios.push(plain.io());
+                rest = behind;
+            }
+            if ios.len() >= self.ahead || finder.found.controls.len() >= CONTROLS {
+                break;
             }
             let Some(record) = Record::parse::<BIG>(rest) else {
                 break;
@@ -195,7 +201,7 @@ impl Decoder {
             match finder.judge(record, whole) {
                 Ok(Event::Io(io)) => {
                     ios.push(io);
-                    if !self.is_alone {
+                    if !IS_ALONE {
                         keys.push(key);
                     }
                     last = key;

@@ -119,6 +119,7 @@ impl Devices {
 }
 
 /// A word of a few digits differs from another in few bits only.
+#[inline(always)]
 fn mixed(word: u64) -> u64 {
     let mixed = word.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     mixed ^ mixed >> 32

@@ -60,7 +60,7 @@ impl Sink {
     }
 
     /// Takes a request that has sectors, or is a flush.
-    #[inline]
+    #[inline(always)]
     pub(super) fn io(&mut self, io: TraceIo) -> std::result::Result<Line, Fault> {
         if io.sectors == 0 && io.op != TraceOp::Flush {
             return Ok(Line::Other);
