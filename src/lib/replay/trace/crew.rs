@@ -1,6 +1,7 @@
 //! Threads that read parts of a trace before anybody needs them.
 
 use std::num::NonZero;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -40,7 +41,7 @@ impl<T: Send + 'static> Crew<T> {
 
     /// Gives the crew something to do.
     pub(super) fn give(&self, part: T) {
-        // Nobody takes it when all have panicked, which `take` tells.
+        // There is somebody who takes it: it is here.
         let _ = self.to.send(part);
     }
 
@@ -49,38 +50,33 @@ impl<T: Send + 'static> Crew<T> {
     /// # Errors
     /// `Io` if a thread panicked.
     pub(super) fn take(&self) -> Result<T> {
-        let mut done = self.from.try_recv();
-        if done.is_err() {
+        let mut done = self.from.try_recv().ok();
+        if done.is_none() {
             // Whoever holds it waits for something to do.
             let given = self.given.try_lock();
             let part = given.ok().and_then(|given| given.try_recv().ok());
-            if let Some(mut part) = part {
-                (self.work)(&mut part);
-                return Ok(part);
-            }
-            done = self.from.recv().map_err(Into::into);
+            done = match part {
+                Some(part) => Some(after(self.work, part)),
+                None => self.from.recv().ok(),
+            };
         }
-        let done = done.ok().flatten();
+        let done = done.flatten();
         done.ok_or_else(|| Error::new(ErrorKind::Io, "a thread that read the trace panicked"))
     }
 }
 
+/// The part after the work on it; none if that panicked.
+fn after<T>(work: fn(&mut T), mut part: T) -> Option<T> {
+    // What is half done is gone afterwards.
+    let worked = panic::catch_unwind(AssertUnwindSafe(|| work(&mut part)));
+    worked.is_ok().then_some(part)
+}
+
 fn run<T>(given: &Mutex<Receiver<T>>, done: &Sender<Option<T>>, work: fn(&mut T)) {
-    /// Tells of a panic.
-    struct Watch<'a, T>(&'a Sender<Option<T>>);
-    impl<T> Drop for Watch<'_, T> {
-        fn drop(&mut self) {
-            if thread::panicking() {
-                let _ = self.0.send(None);
-            }
-        }
-    }
-    let _watch = Watch(done);
     loop {
         let part = given.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(mut part) = part else { return };
-        work(&mut part);
-        if done.send(Some(part)).is_err() {
+        let Ok(part) = part else { return };
+        if done.send(after(work, part)).is_err() {
             return;
         }
     }
