@@ -53,14 +53,14 @@ struct Entry {
     value: u64,
 }
 
-/// Mappings that a reader has room for at first, each in one of two places: 16 KiB; and at most, 512 KiB, which stay in a processor's cache.
+/// Mappings that a reader has room for at first, each in one of two places: 16 KiB; and at most, 256 KiB, which stay in a processor's cache.
 const LEAST: usize = 1 << 10;
-const MOST: usize = 1 << 15;
+const MOST: usize = 1 << 14;
 /// Bits of a block's number in its device, and of a device's. What has more is not remembered.
 const BLOCK_BITS: u32 = 40;
 const DEVICE_BITS: u32 = 24;
 
-/// More room, for whichever readers need it: 2 MiB, however many there are.
+/// More room, for whichever readers need it: 1 MiB, however many there are.
 #[derive(Debug)]
 pub(super) struct Room(AtomicUsize);
 
