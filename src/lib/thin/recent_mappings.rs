@@ -2,8 +2,6 @@
 //!
 //! Each is good as long as nothing has been changed: [`Changes`] says so without a lock.
 
-use std::mem;
-
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 
 /// How often the metadata was changed.
@@ -46,21 +44,19 @@ impl Changes {
     }
 }
 
-/// A mapping, and what its place does not tell of when it was looked up and of which block.
 #[derive(Clone, Copy, Debug, Default)]
 struct Entry {
-    tag: u64,
+    time: u64,
+    device: u64,
+    block: u64,
     value: u64,
 }
 
-/// Mappings that a reader has room for at first, each in one of two places: 16 KiB; and at most, 256 KiB, which stay in a processor's cache.
+/// Mappings that a reader has room for at first, each in one of two places: 32 KiB; and at most, 512 KiB, which stay in a processor's cache.
 const LEAST: usize = 1 << 10;
 const MOST: usize = 1 << 14;
-/// Bits of a block's number in its device, and of a device's. What has more is not remembered.
-const BLOCK_BITS: u32 = 40;
-const DEVICE_BITS: u32 = 24;
 
-/// More room, for whichever readers need it: 1 MiB, however many there are.
+/// More room, for whichever readers need it: 2 MiB, however many there are.
 #[derive(Debug)]
 pub(super) struct Room(AtomicUsize);
 
@@ -81,10 +77,6 @@ impl Room {
 #[derive(Debug)]
 pub(super) struct RecentMappings {
     entries: Box<[Entry]>,
-    /// The time that mappings were looked up at which are good.
-    time: u64,
-    /// How tags call that time; those of other times have other numbers.
-    number: u64,
     /// Mappings that were good and had to make room, since there was as much room as now.
     lost: usize,
 }
@@ -93,54 +85,25 @@ impl RecentMappings {
     pub(super) fn new() -> Self {
         Self {
             entries: vec![Entry::default(); LEAST].into(),
-            time: 0,
-            number: 0,
             lost: 0,
         }
     }
 
-    /// The lowest bits of a tag, which there is a place for each of: the number of a time, and above it [`RecentMappings::second`].
+    /// The place of a block; eight neighbouring blocks are in neighbouring places. What was there before goes to [`other`].
     #[inline(always)]
-    fn bits(&self) -> u32 {
-        self.entries.len().trailing_zeros()
+    fn place(&self, device: u64, block: u64) -> usize {
+        let place = (block / 8).wrapping_add(device << 40);
+        let place = (place.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) ^ (block % 8);
+        place as usize & (self.entries.len() - 1)
     }
 
-    /// The bit of a tag that says that the mapping is in its second place.
-    #[inline(always)]
-    fn second(&self) -> u64 {
-        self.entries.len() as u64 / 2
-    }
-
-    /// True for a mapping that is good.
-    #[inline(always)]
-    fn is_good(&self, entry: Entry) -> bool {
-        entry.tag & (self.second() - 1) == self.number
-    }
-
-    /// The place of a block, and its tag there; eight neighbouring blocks are in neighbouring places. What was there before goes to
-    /// [`other`].
-    #[inline(always)]
-    fn place(&self, device: u64, block: u64) -> Option<(usize, u64)> {
-        if block >> BLOCK_BITS != 0 || device >> DEVICE_BITS != 0 {
-            return None;
-        }
-        // All of this can be undone: what the place does not tell is in the tag, so that no two blocks have both in common.
-        let eight = (device << BLOCK_BITS | block) / 8;
-        let mixed = eight.wrapping_mul(0x9e37_79b9_7f4a_7c15) << 3;
-        let high = self.bits() - 3;
-        let low = (block ^ mixed >> 32) % 8;
-        let place = (mixed >> (64 - high)) << 3 | low;
-        Some((place as usize, mixed << high | self.number))
-    }
-
-    /// Begins anew, with so much room.
-    fn clear(&mut self, len: usize) {
-        match self.entries.len() == len {
-            true => self.entries.fill(Entry::default()),
-            false => self.entries = vec![Entry::default(); len].into(),
-        }
-        // No mapping has it.
-        self.number = 1;
+    /// Puts a mapping in its place. The one that has to go altogether, if any.
+    #[inline]
+    fn keep(&mut self, new: Entry) -> Option<Entry> {
+        let place = self.place(new.device, new.block);
+        let before = std::mem::replace(&mut self.entries[place], new);
+        (before.time == new.time)
+            .then(|| std::mem::replace(&mut self.entries[other(place)], before))
     }
 
     /// Takes more of `room`, if mappings would be found in it.
@@ -150,7 +113,11 @@ impl RecentMappings {
         if self.lost > 2 * len && len < MOST {
             self.lost = 0;
             if room.take(len) {
-                self.clear(2 * len);
+                let old = std::mem::take(&mut self.entries);
+                self.entries = vec![Entry::default(); 2 * len].into();
+                for entry in old.into_iter().filter(|entry| entry.time > 0) {
+                    self.keep(entry);
+                }
             }
         }
     }
@@ -164,15 +131,12 @@ impl RecentMappings {
     /// The mapping of a block as it is at `time`, if it was looked up.
     #[inline]
     pub(super) fn get(&self, time: u64, device: u64, block: u64) -> Option<u64> {
-        if time != self.time {
-            return None;
-        }
-        let (place, tag) = self.place(device, block)?;
-        let entries = [(place, tag), (other(place), tag | self.second())];
-        let found = entries
-            .into_iter()
-            .find(|&(place, tag)| self.entries[place].tag == tag)?;
-        Some(self.entries[found.0].value)
+        let place = self.place(device, block);
+        let is_it =
+            |entry: &Entry| (entry.time, entry.device, entry.block) == (time, device, block);
+        let entries = [place, other(place)].map(|place| &self.entries[place]);
+        let found = entries.into_iter().find(|entry| is_it(entry))?;
+        Some(found.value)
     }
 
     /// Keeps what was looked up since `time`, if it is of that time.
@@ -184,26 +148,15 @@ impl RecentMappings {
         (device, block): (u64, u64),
         value: u64,
     ) {
-        if !changes.is_still(time) {
-            return;
-        }
-        if time != self.time {
-            (self.time, self.number) = (time, self.number + 1);
-            if self.number == self.second() {
-                self.clear(self.entries.len());
-            }
-        }
-        let Some((place, tag)) = self.place(device, block) else {
-            return;
-        };
-        let before = mem::replace(&mut self.entries[place], Entry { tag, value });
-        if self.is_good(before) {
-            let moved = Entry {
-                tag: before.tag ^ self.second(),
-                ..before
+        if changes.is_still(time) {
+            let new = Entry {
+                time,
+                device,
+                block,
+                value,
             };
-            let gone = mem::replace(&mut self.entries[other(place)], moved);
-            self.lost += usize::from(self.is_good(gone));
+            let gone = self.keep(new);
+            self.lost += usize::from(gone.is_some_and(|gone| gone.time == time));
         }
     }
 }
@@ -240,38 +193,6 @@ mod tests {
         recent.put(&changes, time, (0, 5), 7);
         assert_eq!(recent.get(time, 0, 5), None);
         assert!(later > time);
-    }
-
-    #[test]
-    fn what_is_found_is_of_that_block_and_of_no_time_before() {
-        let (changes, room, mut recent) = (Changes::new(), Room::new(), RecentMappings::new());
-        // Numbers that differ in one bit only, and those that have too many.
-        let bits = |bits: u32| (0..bits).map(|bit| 1_u64 << bit).chain([0]);
-        let keys = || bits(64).flat_map(|block| bits(25).map(move |device| (device, block)));
-        let value = |(device, block): (u64, u64), time| block ^ device.rotate_left(40) ^ time << 50;
-        let mut found = 0;
-        // More times than tags have numbers.
-        for round in 0..1300 {
-            let time = changes.time().expect("nothing is being changed");
-            for key in keys().step_by(round % 5 + 1) {
-                assert_eq!(recent.get(time, key.0, key.1), None, "{key:?}");
-                recent.put(&changes, time, key, value(key, time));
-                recent.grow(&room);
-                let kept = recent.get(time, key.0, key.1);
-                assert!(kept.is_none_or(|kept| kept == value(key, time)), "{key:?}");
-            }
-            for key in keys() {
-                let kept = recent.get(time, key.0, key.1);
-                assert!(kept.is_none_or(|kept| kept == value(key, time)), "{key:?}");
-                found += usize::from(kept.is_some());
-            }
-            changes.begin();
-            changes.end();
-        }
-        assert!(
-            found > 1300 * 300 && recent.entries.len() == LEAST,
-            "{found}"
-        );
     }
 
     #[test]
