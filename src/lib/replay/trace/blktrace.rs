@@ -184,7 +184,7 @@ impl Blktrace {
         named
     }
 
-    /// Our number of the device of the request that was found as the so-manieth, or [`NONE`].
+    /// Our number of a device, or [`NONE`]; `at` is the place of its request among those of `keys`.
     #[cold]
     fn find_device(&mut self, device: u32, at: usize) -> Result<u32> {
         let name = || record::device_name(device);
