@@ -6,23 +6,30 @@ use super::crew::Crew;
 use super::decoder::{Decoder, Found, Key, STREAM};
 use super::dump::Dump;
 use super::input::Input;
+use super::lane::{Lane, Lanes};
 use super::lines::{BATCH, Fill, Sink};
 use super::record;
 use crate::error::{Error, ErrorKind, Result};
 use crate::replay::event::{ControlEvent, TraceIo};
 
-/// Requests that are found in all files together before they are merged, and in one of them at least and at most.
-const AHEAD: usize = 16384;
-const LEAST_AHEAD: usize = 16;
-const MOST_AHEAD: usize = 8192;
+/// Bytes of all files that are read at once, and of one of them at least and at most.
+const AT_ONCE: usize = 256 << 10;
+const LEAST_AT_ONCE: usize = 8 << 10;
+const MOST_AT_ONCE: usize = 128 << 10;
+/// Requests of a file that are merged at once at least.
+const LEAST_MERGED: usize = 16;
+/// Requests that a batch is not filled up beyond.
+const ENOUGH: usize = BATCH / 2;
 /// The number of a device that is one too many.
 const NONE: u32 = u32::MAX;
 
 /// Files of one or more devices and their processors.
 pub(super) struct Blktrace {
     streams: Vec<Stream>,
-    /// Threads that decode the files; none where that is done as it is needed.
-    crew: Option<Crew<Box<Decoder>>>,
+    /// Those who read the files.
+    crew: Crew<Lanes>,
+    /// What comes may be still in the making.
+    is_live: bool,
     sink: Sink,
     /// The keys of the requests that are merged.
     keys: Vec<Key>,
@@ -37,8 +44,6 @@ pub(super) struct Blktrace {
 /// One file, and what was found in it.
 struct Stream {
     name: String,
-    /// None while the crew has it.
-    decoder: Option<Box<Decoder>>,
     found: Found,
     /// Those of its requests that were taken.
     taken: usize,
@@ -54,47 +59,44 @@ impl Blktrace {
             let message = format!("{} files of a blktrace are more than 65535", inputs.len());
             return Err(Error::new(ErrorKind::Unsuitable, message));
         }
-        let ahead = (AHEAD / inputs.len().max(1)).clamp(LEAST_AHEAD, MOST_AHEAD);
-        let is_alone = inputs.len() == 1;
-        let numbered = inputs.into_iter().zip(0..);
-        let decoders = numbered.map(|(input, number)| {
-            Decoder::new(input, (number, is_alone), ahead, None, is_lenient)
-        });
-        Ok(Self::of(decoders, is_lenient))
+        let share = AT_ONCE / inputs.len().max(1);
+        let at_once = share.clamp(LEAST_AT_ONCE, MOST_AT_ONCE);
+        Ok(Self::of(inputs, false, at_once, is_lenient))
     }
 
     /// Reads a dump, in which messages are out of place.
     pub(super) fn dump(input: Input, is_lenient: bool) -> Self {
-        let dump = Some(Dump::default());
-        let decoder = Decoder::new(input, (0, true), MOST_AHEAD, dump, is_lenient);
-        Self::of([decoder].into_iter(), is_lenient)
+        Self::of(vec![input], true, MOST_AT_ONCE, is_lenient)
     }
 
-    fn of(decoders: impl Iterator<Item = Decoder>, is_lenient: bool) -> Self {
-        let decoders: Vec<_> = decoders.collect();
-        // Whoever waits for a pipe waits on a thread of its own already.
-        let crew = match decoders.iter().any(Decoder::is_live) {
-            true => None,
-            false => Crew::new(decoders.len(), |decoder: &mut Box<Decoder>| decoder.find()),
+    fn of(inputs: Vec<Input>, is_dump: bool, at_once: usize, is_lenient: bool) -> Self {
+        let stream = |input: &Input| Stream {
+            name: input.name().into(),
+            found: Found::default(),
+            taken: 0,
         };
-        let mut this = Self {
-            streams: decoders.into_iter().map(Stream::new).collect(),
-            crew,
+        let streams: Vec<_> = inputs.iter().map(stream).collect();
+        let is_live = inputs.iter().any(Input::is_live);
+        let is_alone = inputs.len() == 1;
+        let lane = |(number, input): (u16, Input)| {
+            let dump = is_dump.then(Dump::default);
+            let decoder = Decoder::new(input.name().into(), (number, is_alone), dump, is_lenient);
+            Lane::new(input, decoder, at_once)
+        };
+        let lanes = Lanes::new((0..).zip(inputs).map(lane).collect());
+        // Whoever waits for a pipe waits on a thread of its own already.
+        let threads = if is_live { 0 } else { 2 * streams.len() };
+        Self {
+            streams,
+            crew: Crew::new(lanes, threads),
+            is_live,
             sink: Sink::new(),
             keys: Vec::new(),
             controls: Vec::new(),
             device: None,
             has_remap: false,
             is_lenient,
-        };
-        if let Some(crew) = &this.crew {
-            let all = this
-                .streams
-                .iter_mut()
-                .filter_map(|stream| stream.decoder.take());
-            all.for_each(|decoder| crew.give(decoder));
         }
-        this
     }
 
     /// Something the reader of the report should know about the files.
@@ -107,7 +109,7 @@ impl Blktrace {
         let mut end = Key::MAX;
         // Whoever plays a batch looks up afterwards.
         let room = BATCH.saturating_sub(self.sink.batch.ios.len());
-        let share = (room / self.streams.len().max(1)).max(LEAST_AHEAD);
+        let share = (room / self.streams.len().max(1)).max(LEAST_MERGED);
         for number in 0..self.streams.len() {
             if self.streams[number].is_used_up() {
                 self.find(number)?;
@@ -207,28 +209,14 @@ impl Blktrace {
 
     /// Gets what comes next in a file.
     fn find(&mut self, number: usize) -> Result<()> {
-        while let Some(crew) = &self.crew
-            && self.streams[number].decoder.is_none()
-        {
-            let decoder = crew.take()?;
-            let number = usize::from(decoder.number());
-            self.streams[number].decoder = Some(decoder);
-        }
         let stream = &mut self.streams[number];
-        if self.crew.is_none()
-            && let Some(decoder) = &mut stream.decoder
-        {
-            decoder.find();
-        }
-        if let Some(decoder) = &mut stream.decoder {
-            decoder.exchange(&mut stream.found)?;
-        }
         stream.taken = 0;
-        if !stream.found.is_last
-            && let Some(crew) = &self.crew
-            && let Some(decoder) = stream.decoder.take()
-        {
-            crew.give(decoder);
+        self.crew.take(|lanes| {
+            let lane = lanes.get(number);
+            lane.exchange(&mut stream.found).then_some(())
+        })?;
+        if let Some(fault) = stream.found.fault.take() {
+            return Err(fault);
         }
         self.note(number);
         Ok(())
@@ -271,27 +259,20 @@ impl Fill for Blktrace {
     }
 
     fn fill(&mut self) -> Result<()> {
-        let mut has_more = true;
-        while has_more && !self.sink.is_full() {
-            has_more = match self.streams.len() {
+        while self.sink.has_room(ENOUGH) {
+            let has_more = match self.streams.len() {
                 1 => self.take_all()?,
                 _ => self.merge()?,
             };
+            if !has_more || self.is_live && !self.sink.is_empty() {
+                break;
+            }
         }
         Ok(())
     }
 }
 
 impl Stream {
-    fn new(decoder: Decoder) -> Self {
-        Self {
-            name: decoder.name().into(),
-            decoder: Some(Box::new(decoder)),
-            found: Found::default(),
-            taken: 0,
-        }
-    }
-
     /// All that was found is taken, and there may be more.
     fn is_used_up(&self) -> bool {
         self.taken == self.found.ios.len() && !self.found.is_last
@@ -315,4 +296,87 @@ pub(super) fn below(device: &str, from: &str) -> String {
         "{device} got requests that were made to {from}: if that is the thin device, {device} is below it and its sectors are not the \
          thin device's"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replay::event::{Batch, TraceNotes, TraceReader};
+    use crate::replay::trace::resort::Resort;
+    use std::io::Cursor;
+
+    type All = (Vec<TraceIo>, Vec<ControlEvent>, TraceNotes, Option<String>);
+
+    fn all(files: &[Vec<u8>], at_once: usize, is_dump: bool, is_lenient: bool) -> All {
+        let input = |bytes: &Vec<u8>| {
+            let from = Cursor::new(bytes.clone());
+            Input::new("t".into(), Box::new(from))
+        };
+        let inputs = files.iter().map(input).collect();
+        let mut reader = Resort::new(Blktrace::of(inputs, is_dump, at_once, is_lenient));
+        let (mut ios, mut controls, mut batch) = (Vec::new(), Vec::new(), Batch::default());
+        let error = loop {
+            let more = reader.read(&mut batch);
+            ios.append(&mut batch.ios);
+            controls.append(&mut batch.controls);
+            match more {
+                Ok(true) => {}
+                Ok(false) => break None,
+                Err(e) => break Some(e.to_string()),
+            }
+        };
+        (ios, controls, reader.notes().clone(), error)
+    }
+
+    /// A file of a processor: requests, and now and then a message, a payload of any length, or something missing.
+    fn file(cpu: u32, records: u32) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for at in 0..records {
+            let odd = at.wrapping_mul(0x9e37_79b1) >> 8;
+            let message = format!("ctl phase-end {at}");
+            let (action, payload) = match odd % 31 {
+                0 => (1 << 26 | 2, message.into_bytes()),
+                1 => (1 << 17 | 7, vec![0x65; (odd >> 8) as usize % 70]),
+                2 => (1 << 17 | 1, vec![7; (odd >> 8) as usize % 9000]),
+                3 => (1 << 18 | 1 << 17 | 1, Vec::new()),
+                _ => ((1 + odd % 2) << 16 | 1, Vec::new()),
+            };
+            let missing = u32::from(odd % 97 == 5);
+            let words = [0x6561_7407, at + missing, at * 50 + cpu, 0, odd, 0, 4096];
+            let more = [action, 9, 0x00fd_0000 + odd % 3, cpu];
+            let words = words.iter().chain(&more);
+            bytes.extend(words.flat_map(|word| word.to_le_bytes()));
+            // The last word is an error and the length of the payload.
+            bytes.extend(((payload.len() as u32) << 16).to_le_bytes());
+            bytes.extend(payload);
+        }
+        bytes
+    }
+
+    #[test]
+    fn what_is_found_does_not_depend_on_how_the_bytes_come() {
+        let sound = [file(0, 3000), file(1, 2500)];
+        let cut = [sound[0][..sound[0].len() - 5].to_vec(), sound[1].clone()];
+        let mut bad = sound.clone();
+        let middle = bad[0].len() / 2;
+        bad[0][middle..middle + 100_000].fill(3);
+        for files in [&sound, &cut, &bad] {
+            for (is_dump, is_lenient) in
+                [(false, false), (false, true), (true, false), (true, true)]
+            {
+                let files = if is_dump { &files[..1] } else { &files[..] };
+                let whole = all(files, MOST_AT_ONCE, is_dump, is_lenient);
+                assert!(whole.0.len() > 1000 || whole.3.is_some());
+                for at_once in [50, 1000, 9000] {
+                    let parts = all(files, at_once, is_dump, is_lenient);
+                    // What was found before an error is not all of it.
+                    if whole.3.is_none() {
+                        assert!(parts.0 == whole.0, "{at_once} {is_dump} {is_lenient}");
+                        assert_eq!((&parts.1, &parts.2), (&whole.1, &whole.2), "{at_once}");
+                    }
+                    assert_eq!(parts.3, whole.3, "{at_once} {is_dump}");
+                }
+            }
+        }
+    }
 }

@@ -1,14 +1,14 @@
-//! One file of a blktrace, and the requests that are found in it.
+//! What the bytes of a blktrace mean: requests, and what is told beside them.
+
+use std::mem;
 
 use super::dump::Dump;
-use super::input::Input;
+use super::lane::{End, Stretch};
 use super::lines::{Fault, control};
 use super::record::{self, Plain, Record};
 use crate::error::{Error, ErrorKind, Result};
 use crate::replay::event::{ControlEvent, TraceIo, TraceOp};
 
-/// Control events that are found at once; their text can be long.
-const CONTROLS: usize = 16;
 /// Pairs of device and processor whose numbers are followed, in a file of one processor and in a dump: powers of two.
 const SEQUENCES: usize = 16;
 const DUMP_SEQUENCES: usize = 1024;
@@ -19,23 +19,24 @@ pub(super) type Key = u128;
 /// The low bits of a key, which the number of the file takes.
 pub(super) const STREAM: Key = 0xffff;
 
-/// A file that is read.
+/// What knows what the bytes of a file mean.
 pub(super) struct Decoder {
-    input: Input,
+    name: String,
     is_lenient: bool,
     is_big: bool,
     number: u16,
     is_alone: bool,
-    /// How many requests are found at once.
-    ahead: usize,
+    /// Where in the file that begins which was not understood yet, and what there is of it: a record that is not whole.
+    offset: u64,
+    rest: Vec<u8>,
+    /// What comes up to the next record was found to be none.
+    is_lost: bool,
     /// The key of what was found last.
     last: Key,
     finder: Finder,
-    /// Why nothing more is found.
-    fault: Option<Error>,
 }
 
-/// What was found in one go.
+/// What was found in a stretch of a file.
 #[derive(Default)]
 pub(super) struct Found {
     /// Requests; their device is the trace's number of it.
@@ -46,6 +47,8 @@ pub(super) struct Found {
     /// What is found later comes no earlier, in a file that is not alone.
     pub(super) until: Key,
     pub(super) is_last: bool,
+    /// Why it is the last, if not for the end of the file.
+    pub(super) fault: Option<Error>,
     pub(super) is_truncated: bool,
     /// What to say of a compressed file that ended too early.
     pub(super) cut_warning: Option<String>,
@@ -75,9 +78,8 @@ struct Finder {
 impl Decoder {
     /// Of a file with this number among the files of processors, or of a `dump`. There are no others if it `is_alone`.
     pub(super) fn new(
-        input: Input,
+        name: String,
         (number, is_alone): (u16, bool),
-        ahead: usize,
         dump: Option<Dump>,
         is_lenient: bool,
     ) -> Self {
@@ -86,96 +88,96 @@ impl Decoder {
             None => SEQUENCES,
         };
         Self {
-            input,
+            name,
             is_lenient,
             is_big: false,
             number,
             is_alone,
-            ahead,
+            offset: 0,
+            rest: Vec::new(),
+            is_lost: false,
             last: 0,
             finder: Finder {
                 sequences: vec![(u64::MAX, 0); sequences].into(),
                 dump,
                 found: Found::default(),
             },
-            fault: None,
         }
     }
 
-    pub(super) fn number(&self) -> u16 {
-        self.number
-    }
-
-    /// The file's name, for messages.
-    pub(super) fn name(&self) -> &str {
-        self.input.name()
-    }
-
-    /// What comes may be still in the making.
-    pub(super) fn is_live(&self) -> bool {
-        self.input.is_live()
-    }
-
-    /// Exchanges what was found for room to find more.
-    ///
-    /// # Errors
-    /// Whatever kept more from being found.
-    pub(super) fn exchange(&mut self, found: &mut Found) -> Result<()> {
-        std::mem::swap(&mut self.finder.found, found);
-        self.fault.take().map_or(Ok(()), Err)
-    }
-
-    /// Finds what comes next.
-    pub(super) fn find(&mut self) {
-        self.finder.found.clear();
-        self.fault = self.find_some().err();
-        let Finder { dump, found, .. } = &mut self.finder;
-        if let Some(dump) = dump {
+    /// Finds what there is in the next stretch of the file; of `found` only the room is used.
+    pub(super) fn find(&mut self, stretch: &mut Stretch, found: Found) -> Found {
+        self.finder.found = found.cleared();
+        stretch.put_before(&self.rest);
+        let mut rest = stretch.data();
+        let done = self.find_all(&mut rest, stretch.end.as_ref());
+        self.rest.clear();
+        self.rest.extend_from_slice(rest);
+        let mut found = mem::take(&mut self.finder.found);
+        let failed = stretch.end.as_mut().and_then(|end| end.failed.take());
+        found.is_last = stretch.end.is_some() || done.is_err();
+        found.fault = done.err().or(failed);
+        if let Some(dump) = &mut self.finder.dump {
             // Where they belong is found out by whoever puts all in order.
             let placed = dump.placed(found.is_last).map(|control| (0, control));
             found.controls.extend(placed);
         }
         found.until = self.last;
+        found
     }
 
-    /// Finds something, or the end.
-    fn find_some(&mut self) -> Result<()> {
-        if self.input.offset() == 0 && self.input.want(4)? {
-            self.is_big = record::is_big_endian(self.input.data()).unwrap_or(false);
+    /// Finds what there is in `data`, and leaves what goes on beyond its end.
+    fn find_all(&mut self, data: &mut &[u8], end: Option<&End>) -> Result<()> {
+        if self.offset == 0 && data.len() >= 4 {
+            self.is_big = record::is_big_endian(data).unwrap_or(false);
         }
-        while !self.has_enough() {
+        loop {
             match (self.is_big, self.is_alone) {
-                (false, false) => self.find_whole::<false, false>()?,
-                (false, true) => self.find_whole::<false, true>()?,
-                (true, false) => self.find_whole::<true, false>()?,
-                (true, true) => self.find_whole::<true, true>()?,
+                (false, false) => self.find_whole::<false, false>(data)?,
+                (false, true) => self.find_whole::<false, true>(data)?,
+                (true, false) => self.find_whole::<true, false>(data)?,
+                (true, true) => self.find_whole::<true, true>(data)?,
             }
-            if !self.has_enough() {
-                self.finder.found.is_last = !self.want_more()?;
+            let record = match self.is_big {
+                true => Record::parse::<true>(data),
+                false => Record::parse::<false>(data),
+            };
+            // A header of version 8, or of another byte order, may be no record where one of version 7 would be whole.
+            let is_bad = match end {
+                _ if record.is_some() => false,
+                None => data.len() >= record::V8,
+                Some(_) => {
+                    data.len() >= record::V8
+                        || data.len() >= record::V7
+                            && record::is_big_endian(data) != Some(self.is_big)
+                }
+            };
+            if is_bad {
+                self.search(data)?;
+                continue;
             }
+            if let Some(end) = end {
+                let found = &mut self.finder.found;
+                found.is_truncated = !data.is_empty() || end.is_cut;
+                found.cut_warning.clone_from(&end.cut_warning);
+            }
+            return Ok(());
         }
-        Ok(())
     }
 
-    /// What was found is as much as is found at once, or the last. Of what may be still in the making it is whatever there is.
-    fn has_enough(&self) -> bool {
-        let found = &self.finder.found;
-        let least = if self.is_live() { 1 } else { self.ahead };
-        let most_controls = CONTROLS.min(least);
-        found.is_last || found.ios.len() >= least || found.controls.len() >= most_controls
-    }
-
-    /// Finds those of the whole records that were read; with a key for each request, unless the file `IS_ALONE`.
-    fn find_whole<const BIG: bool, const IS_ALONE: bool>(&mut self) -> Result<()> {
-        let data = self.input.data();
+    /// Finds the whole records that `data` begins with; with a key for each request, unless the file `IS_ALONE`.
+    fn find_whole<const BIG: bool, const IS_ALONE: bool>(
+        &mut self,
+        data: &mut &[u8],
+    ) -> Result<()> {
         let finder = &mut self.finder;
-        let mut ios = std::mem::take(&mut finder.found.ios);
-        let mut keys = std::mem::take(&mut finder.found.keys);
-        let (mut rest, mut fault, mut last) = (data, None, self.last);
+        let mut ios = mem::take(&mut finder.found.ios);
+        let mut keys = mem::take(&mut finder.found.keys);
+        let (mut rest, mut last) = (*data, self.last);
+        let mut fault = None;
         let mut is_looking = finder.is_looking();
         loop {
-            while ios.len() < self.ahead
-                && !is_looking
+            while !is_looking
                 && let Some((head, behind)) = rest.split_first_chunk()
                 && let Some(plain) = Plain::of::<BIG>(head)
                 && finder.is_next(plain)
@@ -187,9 +189,6 @@ impl Decoder {
                 }
                 ios.push(plain.io());
                 rest = behind;
-            }
-            if ios.len() >= self.ahead || finder.found.controls.len() >= CONTROLS {
-                break;
             }
             let Some(record) = Record::parse::<BIG>(rest) else {
                 break;
@@ -211,78 +210,40 @@ impl Decoder {
                     last = key;
                 }
                 Ok(Event::Nothing) => finder.found.skipped += 1,
-                Err(found) => fault = Some((data.len() - rest.len(), found)),
+                Err(_) if self.is_lenient => finder.found.malformed += 1,
+                Err(found) => {
+                    fault = Some(found);
+                    break;
+                }
             }
             is_looking = finder.is_looking();
             rest = behind;
-            if fault.is_some() {
-                break;
-            }
         }
         (finder.found.ios, finder.found.keys, self.last) = (ios, keys, last);
-        let used = data.len() - rest.len();
-        if let Some((at, fault)) = fault {
-            self.malformed(self.input.offset() + at as u64, fault)?;
-        }
-        self.input.consume(used);
-        Ok(())
+        self.offset += (data.len() - rest.len()) as u64;
+        self.is_lost &= data.len() == rest.len();
+        *data = rest;
+        fault.map_or(Ok(()), |fault| Err(self.malformed(fault)))
     }
 
-    /// Reads on, where there is not enough in what was read. False at the end.
-    fn want_more(&mut self) -> Result<bool> {
-        let data = self.input.data();
-        let record = match self.is_big {
-            true => Record::parse::<true>(data),
-            false => Record::parse::<false>(data),
-        };
-        match record {
-            // Those before it ended with a bad one.
-            Some(record) if data.len() >= record.len() => Ok(true),
-            Some(record) => {
-                let is_whole = self.input.want(record.len())?;
-                self.finder.found.is_truncated |= !is_whole;
-                self.finder.found.cut_warning = self.input.cut_warning();
-                Ok(is_whole)
-            }
-            None if data.len() >= record::V8 => {
-                self.bad("no record of a blktrace")?;
-                Ok(true)
-            }
-            None => Ok(self.input.fill()? || self.last_bytes()?),
-        }
-    }
-
-    /// Judges what is left where nothing follows, less than a record of version 8. False if it is the end.
+    /// An error, or with lenient reading a search for the next record; nothing but the first of what is passed over counts.
     #[cold]
-    fn last_bytes(&mut self) -> Result<bool> {
-        let left = self.input.data().len();
-        if left >= record::V7 && record::is_big_endian(self.input.data()) != Some(self.is_big) {
-            self.bad("no record of a blktrace")?;
-            return Ok(true);
+    fn search(&mut self, data: &mut &[u8]) -> Result<()> {
+        if !self.is_lenient {
+            return Err(self.malformed("no record of a blktrace"));
         }
-        self.finder.found.is_truncated |= left > 0 || self.input.is_cut();
-        self.finder.found.cut_warning = self.input.cut_warning();
-        Ok(false)
-    }
-
-    /// An error, or with lenient reading a search for the next record.
-    #[cold]
-    fn bad(&mut self, fault: Fault) -> Result<()> {
-        self.malformed(self.input.offset(), fault)?;
-        let data = self.input.data();
+        self.finder.found.malformed += u64::from(!mem::replace(&mut self.is_lost, true));
         let next = (1..data.len() - 3).find(|&at| record::is_big_endian(&data[at..]).is_some());
-        self.input.consume(next.unwrap_or(data.len() - 3));
+        let next = next.unwrap_or(data.len() - 3);
+        self.offset += next as u64;
+        *data = &data[next..];
         Ok(())
     }
 
     #[cold]
-    fn malformed(&mut self, at: u64, fault: Fault) -> Result<()> {
-        if self.is_lenient {
-            self.finder.found.malformed += 1;
-            return Ok(());
-        }
-        let message = format!("{}, record at byte {at}: {fault}", self.name());
-        Err(Error::new(ErrorKind::InvalidDescription, message))
+    fn malformed(&self, fault: Fault) -> Error {
+        let message = format!("{}, record at byte {}: {fault}", self.name, self.offset);
+        Error::new(ErrorKind::InvalidDescription, message)
     }
 }
 
@@ -292,17 +253,17 @@ fn key(time: u64, cpu: u16, sequence: u32, file: u16) -> Key {
 }
 
 impl Found {
-    /// Keeps nothing but the room.
-    fn clear(&mut self) {
+    /// Nothing but the room.
+    fn cleared(mut self) -> Self {
         self.ios.clear();
         self.keys.clear();
         self.controls.clear();
-        *self = Self {
-            ios: std::mem::take(&mut self.ios),
-            keys: std::mem::take(&mut self.keys),
-            controls: std::mem::take(&mut self.controls),
+        Self {
+            ios: self.ios,
+            keys: self.keys,
+            controls: self.controls,
             ..Self::default()
-        };
+        }
     }
 }
 

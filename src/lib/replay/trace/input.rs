@@ -14,6 +14,8 @@ use crate::{Error, Result};
 
 /// Larger than any record: 64 bytes and 64 KiB of payload, or a line.
 const BUFFER: usize = 256 << 10;
+/// Bytes in front of what is given away, for the beginning of something that ends in it.
+pub(super) const ROOM: usize = 256;
 
 /// How much of a file was read, before it is expanded.
 #[derive(Clone)]
@@ -175,6 +177,16 @@ impl Input {
         spare[..rest.len()].copy_from_slice(rest);
         (self.start, self.end) = (0, rest.len());
         self.offset += lines as u64;
+        std::mem::swap(spare, &mut self.buffer);
+        given
+    }
+
+    /// Gives all of the window away, as a part of a vector, for a spare one into which so much is read at once.
+    pub(super) fn give(&mut self, spare: &mut Vec<u8>, len: usize) -> Range<usize> {
+        let given = self.start..self.end;
+        spare.resize(ROOM + len, 0);
+        (self.start, self.end) = (ROOM, ROOM);
+        self.offset += given.len() as u64;
         std::mem::swap(spare, &mut self.buffer);
         given
     }

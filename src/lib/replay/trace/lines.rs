@@ -91,8 +91,12 @@ impl Sink {
         !self.has_room(BATCH)
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.batch.ios.is_empty() && self.batch.controls.is_empty()
+    }
+
     /// True up to so many requests.
-    fn has_room(&self, most: usize) -> bool {
+    pub(super) fn has_room(&self, most: usize) -> bool {
         self.batch.ios.len() < most && self.batch.controls.len() < CONTROLS
     }
 
@@ -343,8 +347,7 @@ impl<F: LineFormat> Fill for Lines<F> {
             if taker.sink.is_full() {
                 break;
             }
-            let Batch { ios, controls } = &taker.sink.batch;
-            if input.is_live() && !(ios.is_empty() && controls.is_empty()) {
+            if input.is_live() && !taker.sink.is_empty() {
                 break;
             }
             if input.data().len() > MAX_LINE {

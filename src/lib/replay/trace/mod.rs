@@ -19,6 +19,7 @@ mod format;
 mod ftrace;
 mod input;
 mod iolog;
+mod lane;
 mod lines;
 mod load;
 mod log_writes;
