@@ -242,6 +242,19 @@ impl Mapper {
         passed
     }
 
+    /// See [`Reader::place`].
+    #[inline]
+    pub fn place(&self, thin: &Thin, sector: u64) -> usize {
+        let block = ThinBlock(self.pool.block_size().split(sector).0);
+        self.reader.place(&thin.metadata, block)
+    }
+
+    /// See [`Reader::touch`].
+    #[inline]
+    pub fn touch(&self, places: &[usize]) {
+        self.reader.touch(places);
+    }
+
     /// Decides where the bio of what was [left](Passed::Left) goes.
     pub fn map_left(&mut self, thin: &Thin, bio: Box<Bio>) -> Mapped {
         self.map_with(thin, bio, None, false)

@@ -133,6 +133,7 @@ impl Devices {
 
     /// The thin device that a request goes to, and where the request ends, which is not noted; none if it goes nowhere, or its device has
     /// to be [resolved](Self::resolve) first.
+    #[inline]
     pub(super) fn find(&self, io: &TraceIo) -> Option<(&Arc<Thin>, u64)> {
         find(&self.targets, io)
     }

@@ -46,12 +46,11 @@ struct Plain {
     submitted: u64,
 }
 
-/// A bio that is to be mapped, and the processor that does it.
+/// A bio that is to be mapped.
 #[derive(Debug)]
 struct Sleeper {
     thin: Arc<Thin>,
     bio: Box<Bio>,
-    cpu: u16,
 }
 
 /// A pool, and what is under way.
@@ -178,11 +177,22 @@ impl Engine {
         Ok(())
     }
 
+    /// Looks at what requests will look at first, the [places](Self::place) of their mappings.
+    #[inline]
+    pub(super) fn touch(&self, places: &[usize]) {
+        self.mappers[0].touch(places);
+    }
+
+    /// Where the mapping for a request may be remembered.
+    #[inline]
+    pub(super) fn place(&self, thin: &Thin, io: &TraceIo) -> usize {
+        self.mappers[0].place(thin, io.sector)
+    }
+
     /// Submits a request that is one read or write of a block.
     #[inline]
     fn submit_plain(&mut self, thin: &Arc<Thin>, io: &TraceIo, op: Op) {
-        let mapper = self.mapper(io.cpu);
-        match self.mappers[mapper].pass(thin, op, io.sector) {
+        match self.mapper().pass(thin, op, io.sector) {
             Passed::Remapped { passage, .. } => {
                 if op == Op::Write {
                     self.books.bytes_written += io.sectors * 512;
@@ -230,7 +240,7 @@ impl Engine {
         });
         let bio = self.spare.flush(request.into());
         self.watch.begin(thin.id(), &bio);
-        self.map(thin, bio, io.cpu);
+        self.map(thin, bio);
     }
 
     fn number(&mut self) -> u64 {
@@ -314,29 +324,24 @@ impl Engine {
                 self.watch.begin(thin.id(), &bio);
                 match was_left {
                     true => {
-                        let mapper = self.mapper(io.cpu);
-                        let mapped = self.mappers[mapper].map_left(thin, bio);
+                        let mapped = self.mapper().map_left(thin, bio);
                         self.go_on(request, mapped);
                     }
-                    false => self.map(thin, bio, io.cpu),
+                    false => self.map(thin, bio),
                 }
             }
         }
         self.parts = cut.into_memory();
     }
 
-    /// The number of the mapper of a processor.
+    /// What looks blocks up: in virtual time one thread plays, for all processors.
     #[inline]
-    fn mapper(&self, cpu: u16) -> usize {
-        match self.mappers.len() {
-            1 => 0,
-            n => usize::from(cpu) % n,
-        }
+    fn mapper(&mut self) -> &mut Mapper {
+        &mut self.mappers[0]
     }
 
-    fn map(&mut self, thin: &Arc<Thin>, bio: Box<Bio>, cpu: u16) {
+    fn map(&mut self, thin: &Arc<Thin>, bio: Box<Bio>) {
         let request = bio.id as u32;
-        let mapper = self.mapper(cpu);
         let mut busy = None;
         if self.now < self.root_until {
             // What else there is goes to the worker in any case.
@@ -347,13 +352,13 @@ impl Engine {
                     let sleeps = self.root_until - self.now;
                     self.books.work.root_wait_ns += sleeps;
                     let thin = Arc::clone(thin);
-                    return self.start(Io::Map(Box::new(Sleeper { thin, bio, cpu })), sleeps);
+                    return self.start(Io::Map(Box::new(Sleeper { thin, bio })), sleeps);
                 }
                 LockScheme::V2013 | LockScheme::B => busy = Some(WouldBlock::Root),
                 _ => {}
             }
         }
-        let mapped = self.mappers[mapper].map_beside(thin, bio, busy);
+        let mapped = self.mapper().map_beside(thin, bio, busy);
         self.go_on(request, mapped);
     }
 
@@ -563,7 +568,7 @@ impl Engine {
                 });
             }
             Some(Io::Ended(bio, result)) => self.end(bio, result),
-            Some(Io::Map(one)) => self.map(&one.thin, one.bio, one.cpu),
+            Some(Io::Map(one)) => self.map(&one.thin, one.bio),
             Some(Io::Worker) => {
                 self.is_awaited = false;
                 let event = self.told.pop_front().unwrap_or(Event::Work);

@@ -14,6 +14,7 @@ use super::engine::Engine;
 use super::event::{ControlEvent, TraceIo};
 use super::heat::HeatMap;
 use super::latencies::LatencyClasses;
+use super::run::SOON;
 use super::verify::{Verified, Watch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{Event, Line, Mapper, Message, Pool, Settings, Worker};
@@ -201,6 +202,15 @@ impl Player {
     /// `Busy` if somebody else still has the pool.
     pub fn into_metadata(self) -> Result<PoolMetadata> {
         self.engine.into_metadata()
+    }
+
+    /// Prepares for requests that come soon: whatever memory each of them would wait for is waited for at once.
+    pub(super) fn prepare(&self, ios: &[TraceIo; SOON]) {
+        let place = |io| match self.devices.find(io) {
+            Some((thin, _)) => self.engine.place(thin, io),
+            None => 0,
+        };
+        self.engine.touch(&ios.each_ref().map(place));
     }
 
     /// Plays a request.

@@ -136,6 +136,7 @@ impl Prefill {
         let is_complete = follow(reader, beside, observer, |happening| match happening {
             Happening::Io(device, io) => prefill.io(device, io),
             Happening::Control(event) => prefill.control(event),
+            Happening::Soon(_) => Ok(()),
         })?;
         match is_complete {
             true => Ok(prefill),

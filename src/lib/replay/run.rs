@@ -104,12 +104,17 @@ impl Snapshots {
     }
 }
 
+/// Requests that are told of together before they come.
+pub(super) const SOON: usize = 16;
+
 /// What comes next.
 pub(super) enum Happening<'a> {
     /// A request, to the trace's device of this name.
     Io(&'a str, &'a TraceIo),
     /// A control event, of the trace or beside it.
     Control(&'a ControlEvent),
+    /// These requests come soon.
+    Soon(&'a [TraceIo; SOON]),
 }
 
 /// Tells `each` everything that `reader` has and what happens beside it, in order of time. False if the observer wished to stop.
@@ -127,7 +132,12 @@ pub(super) fn follow(
     while reader.read(&mut batch)? {
         let mut controls = std::mem::take(&mut batch.controls).into_iter().peekable();
         let devices = reader.devices();
-        for io in &batch.ios {
+        for (at, io) in batch.ios.iter().enumerate() {
+            if at % SOON == 0
+                && let Some(soon) = batch.ios[at..].first_chunk()
+            {
+                each(Happening::Soon(soon))?;
+            }
             let is_due = |event: &ControlEvent| event.time_ns <= io.time_ns;
             while let Some(event) = controls.next_if(is_due) {
                 each(Happening::Control(&event))?;
@@ -180,6 +190,10 @@ pub fn play(
         Happening::Control(event) => {
             player.control(event)?;
             at_control(player)
+        }
+        Happening::Soon(ios) => {
+            player.prepare(ios);
+            Ok(())
         }
     })?;
     player.finish()?;

@@ -364,6 +364,22 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
         })
     }
 
+    /// Where the mapping of a block would be remembered, for [`touch`](Self::touch).
+    #[inline]
+    pub fn place(&self, thin: &OpenThin, block: ThinBlock) -> usize {
+        let recent = self.recent.as_ref();
+        recent.map_or(0, |recent| recent.place(thin.id.0, block.0))
+    }
+
+    /// Looks at such places. Whoever does so for a handful of blocks that are looked up next waits once for memory that is far away, not
+    /// for each of them.
+    #[inline]
+    pub fn touch(&self, places: &[usize]) {
+        if let Some(recent) = &self.recent {
+            recent.touch(places);
+        }
+    }
+
     /// Where a virtual block is; none if it is not mapped. May wait.
     ///
     /// # Errors

@@ -526,7 +526,11 @@ enum Step {
 #[inline(always)]
 fn step(view: View<'_>, key: u64, is_top: bool) -> (Step, bool) {
     let is_leaf = view.is_leaf();
-    let Some(at) = view.floor(key) else {
+    let at = match is_leaf {
+        true => view.find(key),
+        false => view.floor(key),
+    };
+    let Some(at) = at else {
         let end = match is_top {
             true => Found::NoDevice,
             false => Found::Nothing,
@@ -534,14 +538,9 @@ fn step(view: View<'_>, key: u64, is_top: bool) -> (Step, bool) {
         return (Step::End(end), false);
     };
     let value = view.number(max_entries(8), at);
-    if !is_leaf {
-        return (Step::Down(MetadataBlock(value)), false);
-    }
-    match (view.key(at) == key, is_top) {
-        (true, true) => (Step::Down(MetadataBlock(value)), true),
+    match (is_leaf, is_top) {
         (true, false) => (Step::End(Found::Value(value)), false),
-        (false, true) => (Step::End(Found::NoDevice), false),
-        (false, false) => (Step::End(Found::Nothing), false),
+        (is_device, _) => (Step::Down(MetadataBlock(value)), is_device),
     }
 }
 

@@ -46,6 +46,7 @@ pub(super) fn read(
                 }
             }
             Happening::Control(event) => parcel.control = Some(event.clone()),
+            Happening::Soon(_) => return Ok(()),
         }
         send(&mut parcel)
     })?;
