@@ -11,6 +11,15 @@ pub(super) const ROWS: usize = 64;
 pub(super) const COLUMNS: usize = 200;
 /// Kinds of requests that are told apart.
 pub(super) const KINDS: [&str; 3] = ["reads", "writes", "discards"];
+/// The kind of each operation.
+const KIND_OF: [Option<usize>; TraceOp::ALL.len()] = {
+    let mut kinds = [None; TraceOp::ALL.len()];
+    kinds[TraceOp::Read as usize] = Some(0);
+    kinds[TraceOp::Write as usize] = Some(1);
+    kinds[TraceOp::WriteZeroes as usize] = Some(1);
+    kinds[TraceOp::Discard as usize] = Some(2);
+    kinds
+};
 /// The smallest cell: 4 KiB, and 1.05 ms, by which division is a shift.
 const LEAST_SECTORS: u64 = 8;
 const LEAST_NS: u64 = 1 << 20;
@@ -42,29 +51,44 @@ fn at(kind: usize, row: usize, column: usize) -> usize {
 impl HeatMap {
     /// Notes a request. Flushes are nowhere.
     pub(super) fn record(&mut self, io: &TraceIo) {
-        let kind = match io.op {
-            TraceOp::Read => 0,
-            TraceOp::Write | TraceOp::WriteZeroes => 1,
-            TraceOp::Discard => 2,
-            TraceOp::Flush => return,
+        // Looked up, since the branches of a match would be taken at random.
+        let Some(kind) = KIND_OF[io.op as usize] else {
+            return;
         };
         let Some(more) = io.sectors.checked_sub(1) else {
             return;
         };
         let last = io.sector.saturating_add(more);
         // Both edges are powers of two.
-        let row = |map: &Self, sector: u64| sector >> map.cell_sectors.trailing_zeros();
-        while row(self, last) >= ROWS as u64 {
+        let (mut rows, mut columns) = (
+            self.cell_sectors.trailing_zeros(),
+            self.cell_ns.trailing_zeros(),
+        );
+        if last >> rows >= ROWS as u64 || io.time_ns >> columns >= COLUMNS as u64 {
+            self.make_room(last, io.time_ns);
+            rows = self.cell_sectors.trailing_zeros();
+            columns = self.cell_ns.trailing_zeros();
+        }
+        let column = (io.time_ns >> columns) as usize;
+        let (mut row, last) = ((io.sector >> rows) as usize, (last >> rows) as usize);
+        loop {
+            let cell = &mut self.cells[at(kind, row, column)];
+            *cell = cell.saturating_add(1);
+            if row >= last {
+                break;
+            }
+            row += 1;
+        }
+    }
+
+    /// Makes cells so large that a sector and a time are in one.
+    #[cold]
+    fn make_room(&mut self, sector: u64, time_ns: u64) {
+        while sector / self.cell_sectors >= ROWS as u64 {
             self.double_sectors();
         }
-        let column = |map: &Self| io.time_ns >> map.cell_ns.trailing_zeros();
-        while column(self) >= COLUMNS as u64 {
+        while time_ns / self.cell_ns >= COLUMNS as u64 {
             self.double_time();
-        }
-        let column = column(self) as usize;
-        for row in row(self, io.sector)..=row(self, last) {
-            let cell = &mut self.cells[at(kind, row as usize, column)];
-            *cell = cell.saturating_add(1);
         }
     }
 

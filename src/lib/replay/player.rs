@@ -206,11 +206,13 @@ impl Player {
 
     /// Prepares for requests that come soon: whatever memory each of them would wait for is waited for at once.
     pub(super) fn prepare(&self, ios: &[TraceIo; SOON]) {
-        let place = |io| match self.devices.find(io) {
-            Some((thin, _)) => self.engine.place(thin, io),
-            None => 0,
-        };
-        self.engine.touch(&ios.each_ref().map(place));
+        let mut places = [0; SOON];
+        for (place, io) in places.iter_mut().zip(ios) {
+            if let Some((thin, _)) = self.devices.find(io) {
+                *place = self.engine.place(thin, io);
+            }
+        }
+        self.engine.touch(&places);
     }
 
     /// Plays a request.

@@ -54,9 +54,11 @@ struct Entry {
     value: u64,
 }
 
-/// Mappings that a reader has room for at first, each in one of two places: 32 KiB; and at most, 512 KiB, which stay in a processor's cache.
+/// Mappings that a reader has room for at first, each in one of two places: 32 KiB; and at most, 1 MiB.
 const LEAST: usize = 1 << 10;
-const MOST: usize = 1 << 14;
+const MOST: usize = 1 << 15;
+/// Of so many that have room, one can be lost before there is to be more: a walk down the trees takes longer than to make room.
+const FEW: usize = 4;
 
 /// More room, for whichever readers need it: 2 MiB, however many there are.
 #[derive(Debug)]
@@ -64,7 +66,7 @@ pub(super) struct Room(AtomicUsize);
 
 impl Room {
     pub(super) fn new() -> Self {
-        Self(AtomicUsize::new(4 * MOST))
+        Self(AtomicUsize::new(2 * MOST))
     }
 
     /// True if there is so much, which is taken.
@@ -112,7 +114,7 @@ impl RecentMappings {
     #[inline]
     pub(super) fn grow(&mut self, room: &Room) {
         let len = self.entries.len();
-        if self.lost > 2 * len && len < MOST {
+        if self.lost > len / FEW && len < MOST {
             self.lost = 0;
             if room.take(len) {
                 let old = std::mem::take(&mut self.entries);
@@ -171,10 +173,10 @@ impl RecentMappings {
     }
 }
 
-/// Where a mapping goes for which another one comes; and the other way round.
+/// Where a mapping goes for which another one comes, and the other way round: in the same line of a processor's cache.
 #[inline(always)]
 fn other(place: usize) -> usize {
-    place ^ 8
+    place ^ 1
 }
 
 #[cfg(all(test, not(loom)))]
@@ -227,7 +229,7 @@ mod tests {
         let sizes: Vec<_> = readers.iter().map(|recent| recent.entries.len()).collect();
         assert_eq!((sizes[0], sizes[15]), (MOST, LEAST));
         readers.iter().for_each(|recent| recent.give_back(&room));
-        assert_eq!(room.0.into_inner(), 4 * MOST);
+        assert_eq!(room.0.into_inner(), 2 * MOST);
     }
 }
 

@@ -7,6 +7,7 @@
 use crate::pdata::forest::TreeKind;
 use crate::pdata::node::{FLAG_INTERNAL, FLAG_LEAF, max_entries};
 use crate::units::{BLOCK_SIZE, ENTRIES_PER_BITMAP, MetadataBlock};
+use std::hint;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// 64-bit words of a block.
@@ -154,7 +155,7 @@ impl View<'_> {
         }
         while len > 1 {
             let half = len / 2;
-            low += if self.key(low + half) <= key { half } else { 0 };
+            low += hint::select_unpredictable(self.key(low + half) <= key, half, 0);
             len -= half;
         }
         low + usize::from(self.key(low) <= key)
