@@ -45,7 +45,7 @@ fn allocations() -> u64 {
 const BLOCKS: u64 = 4096;
 
 /// Times that a reader's room for mappings doubles, under the scheme in which it remembers them.
-const DOUBLINGS: u64 = 4;
+const DOUBLINGS: u64 = 5;
 
 fn pool(scheme: LockScheme) -> Worker {
     let mut metadata =

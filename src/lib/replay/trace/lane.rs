@@ -78,7 +78,11 @@ struct Store {
 
 impl Lane {
     /// Of a file that is read so many bytes at a time.
-    pub(super) fn new(input: Input, decoder: Decoder, at_once: usize) -> Self {
+    pub(super) fn new(mut input: Input, decoder: Decoder, at_once: usize) -> Self {
+        // As much is read as there is room for.
+        if input.data().is_empty() {
+            input.give(&mut Vec::new(), at_once);
+        }
         let is_ended = false;
         Self {
             source: Mutex::new(Source {
