@@ -244,14 +244,14 @@ impl Mapper {
 
     /// See [`Reader::place`].
     #[inline]
-    pub fn place(&self, thin: &Thin, sector: u64) -> usize {
+    pub(crate) fn place(&self, thin: &Thin, sector: u64) -> usize {
         let block = ThinBlock(self.pool.block_size().split(sector).0);
         self.reader.place(&thin.metadata, block)
     }
 
     /// See [`Reader::touch`].
     #[inline]
-    pub fn touch(&self, places: &[usize]) {
+    pub(crate) fn touch(&self, places: &[usize]) {
         self.reader.touch(places);
     }
 

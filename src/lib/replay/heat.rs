@@ -60,35 +60,18 @@ impl HeatMap {
         };
         let last = io.sector.saturating_add(more);
         // Both edges are powers of two.
-        let (mut rows, mut columns) = (
-            self.cell_sectors.trailing_zeros(),
-            self.cell_ns.trailing_zeros(),
-        );
-        if last >> rows >= ROWS as u64 || io.time_ns >> columns >= COLUMNS as u64 {
-            self.make_room(last, io.time_ns);
-            rows = self.cell_sectors.trailing_zeros();
-            columns = self.cell_ns.trailing_zeros();
-        }
-        let column = (io.time_ns >> columns) as usize;
-        let (mut row, last) = ((io.sector >> rows) as usize, (last >> rows) as usize);
-        loop {
-            let cell = &mut self.cells[at(kind, row, column)];
-            *cell = cell.saturating_add(1);
-            if row >= last {
-                break;
-            }
-            row += 1;
-        }
-    }
-
-    /// Makes cells so large that a sector and a time are in one.
-    #[cold]
-    fn make_room(&mut self, sector: u64, time_ns: u64) {
-        while sector / self.cell_sectors >= ROWS as u64 {
+        let row = |map: &Self, sector: u64| sector >> map.cell_sectors.trailing_zeros();
+        while row(self, last) >= ROWS as u64 {
             self.double_sectors();
         }
-        while time_ns / self.cell_ns >= COLUMNS as u64 {
+        let column = |map: &Self| io.time_ns >> map.cell_ns.trailing_zeros();
+        while column(self) >= COLUMNS as u64 {
             self.double_time();
+        }
+        let column = column(self) as usize;
+        for row in row(self, io.sector)..=row(self, last) {
+            let cell = &mut self.cells[at(kind, row as usize, column)];
+            *cell = cell.saturating_add(1);
         }
     }
 

@@ -366,7 +366,7 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
 
     /// Where the mapping of a block would be remembered, for [`touch`](Self::touch).
     #[inline]
-    pub fn place(&self, thin: &OpenThin, block: ThinBlock) -> usize {
+    pub(crate) fn place(&self, thin: &OpenThin, block: ThinBlock) -> usize {
         let recent = self.recent.as_ref();
         recent.map_or(0, |recent| recent.place(thin.id.0, block.0))
     }
@@ -374,7 +374,7 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
     /// Looks at such places. Whoever does so for a handful of blocks that are looked up next waits once for memory that is far away, not
     /// for each of them.
     #[inline]
-    pub fn touch(&self, places: &[usize]) {
+    pub(crate) fn touch(&self, places: &[usize]) {
         if let Some(recent) = &self.recent {
             recent.touch(places);
         }

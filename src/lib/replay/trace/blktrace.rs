@@ -33,6 +33,8 @@ pub(super) struct Blktrace {
     sink: Sink,
     /// The keys of the requests that are merged.
     keys: Vec<Key>,
+    /// Everything is merged up to here.
+    merged: Key,
     /// Control events that were found and not taken.
     controls: Vec<(Key, ControlEvent)>,
     /// The device of the last request, by its number in the trace and by ours.
@@ -92,6 +94,7 @@ impl Blktrace {
             is_live,
             sink: Sink::new(),
             keys: Vec::new(),
+            merged: 0,
             controls: Vec::new(),
             device: None,
             has_remap: false,
@@ -111,7 +114,7 @@ impl Blktrace {
         let room = BATCH.saturating_sub(self.sink.batch.ios.len());
         let share = (room / self.streams.len().max(1)).max(LEAST_MERGED);
         for number in 0..self.streams.len() {
-            if self.streams[number].is_used_up() {
+            if self.streams[number].is_used_up(self.merged) {
                 self.find(number)?;
             }
             let Stream { found, taken, .. } = &self.streams[number];
@@ -140,6 +143,7 @@ impl Blktrace {
         }
         self.name_devices(first)?;
         self.take_controls(end);
+        self.merged = end;
         Ok(end != Key::MAX)
     }
 
@@ -273,9 +277,11 @@ impl Fill for Blktrace {
 }
 
 impl Stream {
-    /// All that was found is taken, and there may be more.
-    fn is_used_up(&self) -> bool {
-        self.taken == self.found.ios.len() && !self.found.is_last
+    /// All that was found is taken, what there may be more comes after it, and everything up to there is `merged`: of a file that is
+    /// ahead of the others nothing more is held.
+    fn is_used_up(&self, merged: Key) -> bool {
+        let found = &self.found;
+        self.taken == found.ios.len() && !found.is_last && found.until <= merged
     }
 
     /// The requests that were found and not taken.
@@ -351,6 +357,34 @@ mod tests {
             bytes.extend(payload);
         }
         bytes
+    }
+
+    #[test]
+    fn messages_of_a_file_that_is_ahead_are_not_held() {
+        let record = |at: u32, time: u32, action: u32, payload: &[u8]| {
+            let words = [0x6561_7407, at, time, 0, 8, 0, 4096, action, 9, 1 << 20, 0];
+            let last = (payload.len() as u32) << 16;
+            let words = words.into_iter().chain([last]);
+            let mut bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
+            bytes.extend(payload);
+            bytes
+        };
+        let message = |at| record(at, 1 << 30 | at, 1 << 26 | 2, b"ctl phase-end far");
+        let requests: Vec<u8> = (0..20_000)
+            .flat_map(|at| record(at, at, 1 << 16 | 1, b""))
+            .collect();
+        let messages: Vec<u8> = (0..20_000).flat_map(message).collect();
+        let input = |bytes| Input::new("t".into(), Box::new(Cursor::new(bytes)));
+        let inputs = vec![input(messages), input(requests)];
+        let mut reader = Blktrace::of(inputs, false, LEAST_AT_ONCE, false);
+        let (mut ios, mut controls, mut held) = (0, 0, 0);
+        let mut batch = Batch::default();
+        while reader.read(&mut batch).expect("sound") {
+            (ios, controls) = (ios + batch.ios.len(), controls + batch.controls.len());
+            held = held.max(reader.controls.len());
+        }
+        assert_eq!((ios, controls), (20_000, 20_000));
+        assert!(held < 1000, "{held}");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::{Error, Result};
 /// Larger than any record: 64 bytes and 64 KiB of payload, or a line.
 const BUFFER: usize = 256 << 10;
 /// Bytes in front of what is given away, for the beginning of something that ends in it.
-pub(super) const ROOM: usize = 256;
+const ROOM: usize = 256;
 
 /// How much of a file was read, before it is expanded.
 #[derive(Clone)]
