@@ -213,7 +213,7 @@ mod tests {
         let (changes, mut recent) = (Changes::new(), RecentMappings::new());
         let time = changes.time().expect("nothing is being changed");
         for block in 0..4 * LEAST as u64 {
-            recent.put(&changes, time, (3, 1 << 30 | block * 100), 1);
+            recent.put(&changes, time, (3, (1 << 30) + block * 100), 1);
         }
         let mut missed = 0;
         for block in (0..LEAST as u64 / 8).cycle().take(LEAST) {
