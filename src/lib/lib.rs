@@ -10,6 +10,7 @@ pub mod io;
 pub mod observer;
 pub mod pdata;
 pub mod pool;
+mod prefetch;
 pub mod replay;
 pub mod runtime;
 mod sync;

@@ -249,6 +249,18 @@ impl Mapper {
         self.reader.place(&thin.metadata, block)
     }
 
+    /// See [`Reader::walks`].
+    #[inline]
+    pub(crate) fn walks(&self) -> u64 {
+        self.reader.walks()
+    }
+
+    /// See [`Reader::approach`].
+    pub(crate) fn approach(&self, thin: &Thin, sector: u64) {
+        let block = ThinBlock(self.pool.block_size().split(sector).0);
+        self.reader.approach(&thin.metadata, block);
+    }
+
     /// See [`Reader::touch`].
     #[inline]
     pub(crate) fn touch(&self, places: &[usize]) {

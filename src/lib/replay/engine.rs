@@ -183,6 +183,17 @@ impl Engine {
         self.mappers[0].touch(places);
     }
 
+    /// See [`Mapper::walks`].
+    #[inline]
+    pub(super) fn walks(&self) -> u64 {
+        self.mappers[0].walks()
+    }
+
+    /// Has what a walk to the block of a request will read come closer.
+    pub(super) fn approach(&self, thin: &Thin, io: &TraceIo) {
+        self.mappers[0].approach(thin, io.sector);
+    }
+
     /// Where the mapping for a request may be remembered.
     #[inline]
     pub(super) fn place(&self, thin: &Thin, io: &TraceIo) -> usize {

@@ -52,6 +52,8 @@ pub struct Player {
     pub(super) engine: Engine,
     pub(super) devices: Devices,
     clock: Clock,
+    /// [Walks](Engine::walks) when it prepared last.
+    walks: u64,
 }
 
 impl Player {
@@ -71,6 +73,7 @@ impl Player {
             devices: Devices::new(active.collect()),
             engine: Engine::new(metadata, &options)?,
             clock: Clock::default(),
+            walks: 0,
             options,
         })
     }
@@ -205,7 +208,7 @@ impl Player {
     }
 
     /// Prepares for requests that come soon: whatever memory each of them would wait for is waited for at once.
-    pub(super) fn prepare(&self, ios: &[TraceIo; SOON]) {
+    pub(super) fn prepare(&mut self, ios: &[TraceIo; SOON]) {
         let mut places = [0; SOON];
         for (place, io) in places.iter_mut().zip(ios) {
             if let Some((thin, _)) = self.devices.find(io) {
@@ -213,6 +216,15 @@ impl Player {
             }
         }
         self.engine.touch(&places);
+        // If most of those before were not remembered, these are not.
+        let walks = self.engine.walks();
+        if walks - std::mem::replace(&mut self.walks, walks) > SOON as u64 / 2 {
+            for io in ios {
+                if let Some((thin, _)) = self.devices.find(io) {
+                    self.engine.approach(thin, io);
+                }
+            }
+        }
     }
 
     /// Plays a request.

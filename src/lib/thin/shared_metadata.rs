@@ -10,7 +10,7 @@ use super::recent_mappings::{Changes, RecentMappings, Room};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::txn::{
     A, B, BlockIo, BlockManager, Found, Kernel, LockScheme, LookupCounts, NoTally, Optimistic,
-    Place, Roots, V2013, WouldBlock, lookup,
+    Place, Roots, V2013, WouldBlock, approach, lookup,
 };
 use crate::units::{DataBlock, MetadataBlock, ThinBlock, ThinId};
 use std::collections::HashMap;
@@ -74,6 +74,7 @@ pub struct Reader<P: Deref<Target = SharedMetadata>> {
     counts: Option<Box<LookupCounts>>,
     /// Under [`LockScheme::Optimistic`].
     recent: Option<RecentMappings>,
+    walks: u64,
 }
 
 impl<P: Deref<Target = SharedMetadata>> Drop for Reader<P> {
@@ -307,6 +308,7 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
             place: shared.roots.epochs.join(),
             counts: counting.then(Box::default),
             recent: (shared.scheme == LockScheme::Optimistic).then(RecentMappings::new),
+            walks: 0,
             shared,
         }
     }
@@ -350,6 +352,7 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
             }
             return Ok(TryLookup::Mapped(lookup_of(thin, value)));
         }
+        self.walks += u64::from(self.recent.is_some());
         Ok(match self.look(thin, block, false)? {
             Found::Value(value) => {
                 if let (Some(recent), Some(time)) = (&mut self.recent, time) {
@@ -378,6 +381,21 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
         if let Some(recent) = &self.recent {
             recent.touch(places);
         }
+    }
+
+    /// Lookups so far of what was not remembered, under [`LockScheme::Optimistic`].
+    #[inline]
+    pub(crate) fn walks(&self) -> u64 {
+        self.walks
+    }
+
+    /// Has the memory come closer that a walk to a block will take.
+    pub(crate) fn approach(&self, thin: &OpenThin, block: ThinBlock) {
+        approach(
+            &self.shared.blocks,
+            &self.shared.roots,
+            (thin.id.0, block.0),
+        );
     }
 
     /// Where a virtual block is; none if it is not mapped. May wait.

@@ -307,8 +307,8 @@ impl BlockManager {
     }
 
     #[inline]
-    fn mark(&self, slot: usize) {
-        let tag = &self.slots[slot].tag;
+    fn mark(&self, slot: &Slot) {
+        let tag = &slot.tag;
         if tag.load(Ordering::Relaxed) & REFERENCED == 0 {
             tag.fetch_or(REFERENCED, Ordering::Relaxed);
         }
@@ -345,7 +345,7 @@ impl BlockManager {
                     slot,
                 };
                 if self.holds(slot, block, validator)? {
-                    self.mark(slot);
+                    self.mark(&self.slots[slot]);
                     return Ok(guard);
                 }
             } else if self.find(block).is_none() {
@@ -376,13 +376,21 @@ impl BlockManager {
         if !self.holds(slot, block, validator)? {
             return Ok(Err(Missed::NotCached));
         }
-        self.mark(slot);
+        self.mark(&self.slots[slot]);
         Ok(Ok(guard))
     }
 
     /// A look at the block without a lock, if it is in the cache and nobody changes it.
     #[inline(always)]
     pub(super) fn peek(&self, block: MetadataBlock) -> std::result::Result<Peek<'_>, Missed> {
+        let peek = self.glance(block)?;
+        self.mark(peek.slot);
+        Ok(peek)
+    }
+
+    /// The same, and the block does not count as looked at.
+    #[inline(always)]
+    pub(super) fn glance(&self, block: MetadataBlock) -> std::result::Result<Peek<'_>, Missed> {
         let Some(slot) = self.find(block) else {
             return Err(Missed::NotCached);
         };
@@ -392,13 +400,32 @@ impl BlockManager {
         if found & TAG_BLOCK != block.0 as u32 + 1 {
             return Err(Missed::NotCached);
         }
-        self.mark(slot);
         Ok(Peek {
             slot: of_slot,
             words: &self.words[slot],
             block: found & (TAG_BLOCK | TAG_VALIDATOR),
             version,
         })
+    }
+
+    /// What `look` finds in the block, which is read if it is not in the cache. For the thread that changes blocks: nobody else does, so
+    /// that a look without a lock is seldom one too few.
+    #[inline]
+    pub(super) fn look<T>(
+        &self,
+        block: MetadataBlock,
+        validator: Validator,
+        look: impl Fn(View<'_>) -> T,
+    ) -> Result<T> {
+        if let Ok(peek) = self.peek(block)
+            && peek.block == tag(block, validator)
+        {
+            let found = look(peek.view());
+            if peek.is_valid() {
+                return Ok(found);
+            }
+        }
+        Ok(look(self.read(block, validator)?.view()))
     }
 
     /// The block, exclusively; read if it is not in the cache.

@@ -34,6 +34,12 @@ pub(super) fn too_deep(root: MetadataBlock) -> Error {
     )
 }
 
+/// Where a node leads.
+enum Step<T> {
+    Down(MetadataBlock),
+    End(T),
+}
+
 /// True if `key` can be put into the node without splitting it.
 fn has_room(node: View<'_>, key: u64) -> bool {
     node.len() < node.max() || node.is_leaf() && node.find(key).is_some()
@@ -47,17 +53,19 @@ impl Transaction {
         root: MetadataBlock,
         key: u64,
     ) -> Result<Option<Cell>> {
-        let validator = Validator::of(kind);
-        let mut node = self.blocks.read(root, validator)?;
+        let step = |view: View<'_>| match view.is_leaf() {
+            true => Step::End(view.find(key).map(|at| view.value(at))),
+            false => match view.floor(key) {
+                Some(at) => Step::Down(view.child(at)),
+                None => Step::End(None),
+            },
+        };
+        let mut block = root;
         for _ in 0..MOST_LEVELS {
-            let view = node.view();
-            if view.is_leaf() {
-                return Ok(view.find(key).map(|at| view.value(at)));
+            match self.blocks.look(block, Validator::of(kind), step)? {
+                Step::Down(child) => block = child,
+                Step::End(found) => return Ok(found),
             }
-            let Some(at) = view.floor(key) else {
-                return Ok(None);
-            };
-            node = self.blocks.read(view.child(at), validator)?;
         }
         Err(too_deep(root))
     }
@@ -107,8 +115,9 @@ impl Transaction {
     }
 
     /// True if the block is of this transaction and of one tree only, so that it may be changed in place.
-    fn is_own(&mut self, block: MetadataBlock) -> Result<bool> {
-        Ok(self.is_new(block) && !self.metadata_count_is_many(block)?)
+    pub(super) fn is_own(&mut self, block: MetadataBlock) -> Result<bool> {
+        Ok(self.is_new(block)
+            && (self.is_new_once(block) || !self.metadata_count_is_many(block)?))
     }
 
     /// The lowest node on the way to `key` that is to be held exclusively: all above it stay as they are, and lookups may go on
@@ -128,16 +137,26 @@ impl Transaction {
             if !self.is_own(block)? {
                 break;
             }
-            let node = blocks.read(block, validator)?;
-            let view = node.view();
-            if needs_room && !has_room(view, key) {
-                break;
+            let step = |view: View<'_>| match needs_room && !has_room(view, key) {
+                true => Step::End(false),
+                false if view.is_leaf() => Step::End(true),
+                false => match view.floor(key) {
+                    Some(at) => Step::Down(view.child(at)),
+                    None => Step::End(true),
+                },
+            };
+            let is_enough = match blocks.look(block, validator, step)? {
+                Step::Down(child) => {
+                    above = Some(block);
+                    block = child;
+                    continue;
+                }
+                Step::End(is_enough) => is_enough,
+            };
+            if is_enough {
+                above = Some(block);
             }
-            above = Some(block);
-            match view.floor(key) {
-                Some(at) if !view.is_leaf() => block = view.child(at),
-                _ => break,
-            }
+            break;
         }
         above
             .map(|block| blocks.write(block, validator))
@@ -223,13 +242,12 @@ impl Transaction {
         for _ in 0..MOST_LEVELS {
             let view = node.view();
             if view.is_leaf() {
-                let old = view.find(key).map(|at| {
-                    let old = view.value(at);
-                    view.set_value(at, value);
-                    old
-                });
-                if old.is_none() {
-                    view.insert(view.upper(key), key, value);
+                let above = view.upper(key);
+                let at = above.checked_sub(1).filter(|&at| view.key(at) == key);
+                let old = at.map(|at| view.value(at));
+                match at {
+                    Some(at) => view.set_value(at, value),
+                    None => view.insert(above, key, value),
                 }
                 return Ok(Changed {
                     root: new_root,

@@ -8,7 +8,7 @@ use super::block_set::BlockSet;
 use super::map_blocks::missing;
 use super::transaction::{Pending, Transaction};
 use super::validator::Validator;
-use super::view::cell;
+use super::view::{View, cell};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::forest::TreeKind;
 use crate::pdata::space_map::{IndexEntry, SpaceMapRoot, nr_bitmaps};
@@ -247,8 +247,8 @@ impl Transaction {
 
     fn bits(&self, which: Which, block: u64) -> Result<u32> {
         let entry = self.known_entry(which, block / ENTRIES_PER_BITMAP)?;
-        let bitmap = self.blocks.read(entry.block, Validator::Bitmap)?;
-        Ok(bitmap.view().bits(block % ENTRIES_PER_BITMAP))
+        let bits = |view: View<'_>| view.bits(block % ENTRIES_PER_BITMAP);
+        self.blocks.look(entry.block, Validator::Bitmap, bits)
     }
 
     /// The bitmap that counts `block`, to be changed.
@@ -337,14 +337,14 @@ impl Transaction {
                 let entry = self.entry(which, number)?;
                 if entry.nr_free > 0 {
                     let first = (at - base).max(u64::from(entry.none_free_before));
-                    let bitmap = self.blocks.read(entry.block, Validator::Bitmap)?;
                     let map = self.map(which);
                     let is_taken = |bit: u64| {
                         let block = base + bit;
                         map.freed.contains(block)
                             || which == Which::Metadata && self.pending.contains_key(&block)
                     };
-                    if let Some(bit) = bitmap.view().first_free(first, to - base, is_taken) {
+                    let free = |view: View<'_>| view.first_free(first, to - base, is_taken);
+                    if let Some(bit) = self.blocks.look(entry.block, Validator::Bitmap, free)? {
                         return Ok(Some(base + bit));
                     }
                 }
@@ -397,6 +397,7 @@ impl Transaction {
     }
 
     pub(crate) fn increment_metadata(&mut self, block: u64) -> Result<()> {
+        self.note_again(block);
         self.change_metadata(block, true)
     }
 

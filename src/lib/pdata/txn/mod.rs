@@ -1,6 +1,7 @@
 //! Persistent data that changes: block manager, transaction manager, space maps and btrees, as the kernel's persistent-data library
 //! has them.
 
+mod approach;
 mod block_manager;
 mod block_set;
 mod btree;
@@ -14,6 +15,7 @@ mod validator;
 mod version_lock;
 mod view;
 
+pub(crate) use approach::approach;
 pub use block_manager::{BlockIo, BlockManager, CacheUse};
 pub(crate) use epoch::Place;
 pub(crate) use schemes::{A, B, Found, Kernel, NoTally, Optimistic, Roots, V2013, lookup};

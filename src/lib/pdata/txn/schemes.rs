@@ -202,7 +202,7 @@ impl Roots {
         self.has_failed.store(true, Ordering::Release);
     }
 
-    fn root(&self) -> Option<MetadataBlock> {
+    pub(super) fn root(&self) -> Option<MetadataBlock> {
         match self.published.load(Ordering::Acquire) {
             0 => None,
             root => Some(MetadataBlock(root)),

@@ -31,6 +31,8 @@ pub struct Transaction {
     pub(super) blocks: Arc<BlockManager>,
     /// Blocks that are new in this transaction.
     shadows: BlockSet,
+    /// Those of them that were counted again since they are new.
+    again: BlockSet,
     pub(super) metadata: Map,
     pub(super) data: Map,
     /// How deep in operations on the metadata map we are; 1 is the outermost.
@@ -103,6 +105,7 @@ impl Transaction {
         Self {
             blocks,
             shadows: BlockSet::default(),
+            again: BlockSet::default(),
             metadata: Map::new(SpaceMapRoot::default()),
             data: Map::new(SpaceMapRoot::default()),
             depth: 0,
@@ -159,6 +162,18 @@ impl Transaction {
         self.shadows.contains(block.0)
     }
 
+    /// True if the block, which is new, is certainly counted once only. Asking the map costs more.
+    pub(super) fn is_new_once(&self, block: MetadataBlock) -> bool {
+        !self.again.contains(block.0)
+    }
+
+    /// The block is about to be counted once more.
+    pub(super) fn note_again(&mut self, block: u64) {
+        if self.shadows.contains(block) {
+            self.again.insert(block);
+        }
+    }
+
     pub(super) fn note_new(&mut self, block: MetadataBlock) {
         self.shadows.insert(block.0);
     }
@@ -192,10 +207,10 @@ impl Transaction {
         kind: TreeKind,
         block: MetadataBlock,
     ) -> Result<WriteGuard<'a>> {
-        let is_shared = self.metadata_count_is_many(block)?;
-        if !is_shared && self.is_new(block) {
+        if self.is_own(block)? {
             return blocks.write(block, Validator::of(kind));
         }
+        let is_shared = self.metadata_count_is_many(block)?;
         let copy = self.new_metadata_block()?;
         let to = {
             let from = blocks.read(block, Validator::of(kind))?;
@@ -258,6 +273,7 @@ impl Transaction {
     /// Begins the next transaction, once the superblock is durable.
     pub fn next(&mut self) {
         self.shadows.clear();
+        self.again.clear();
         let engine = self.blocks.engine();
         (self.metadata.freed()).for_each(|block| engine.forget(MetadataBlock(block)));
         self.metadata.next();

@@ -6,6 +6,7 @@
 
 use crate::pdata::forest::TreeKind;
 use crate::pdata::node::{FLAG_INTERNAL, FLAG_LEAF, max_entries};
+use crate::prefetch::prefetch;
 use crate::units::{BLOCK_SIZE, ENTRIES_PER_BITMAP, MetadataBlock};
 use std::hint;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,6 +15,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(super) const WORDS: usize = BLOCK_SIZE / 8;
 const HEADER: usize = 4;
 const BITMAP_HEADER: usize = 2;
+/// Words of a line of cache.
+const LINE: usize = 8;
 const LOW_BITS: u64 = 0x5555_5555_5555_5555;
 
 /// A value of any tree: as many of the words as its size needs.
@@ -22,6 +25,20 @@ pub(crate) type Cell = [u64; 3];
 /// The value of a tree whose values are numbers.
 pub(crate) fn cell(value: u64) -> Cell {
     [value, 0, 0]
+}
+
+/// Words that are moved at once: all of them are read before one is written.
+const STEP: usize = 8;
+
+/// Copies as many words, which may overlap.
+#[inline(always)]
+fn copy_step(from: &[AtomicU64], to: &[AtomicU64]) {
+    if let (Some(from), Some(to)) = (from.first_chunk::<STEP>(), to.first_chunk::<STEP>()) {
+        let words = from.each_ref().map(|word| word.load(Ordering::Relaxed));
+        for (to, word) in to.iter().zip(words) {
+            to.store(word, Ordering::Relaxed);
+        }
+    }
 }
 
 /// The words of one block.
@@ -178,10 +195,32 @@ impl View<'_> {
         self.floor(key).filter(|&at| self.key(at) == key)
     }
 
+    /// Asks for the memory of this leaf that looking for `key` takes; `parent` has it at `at`. It is a few lines of cache if no key can be
+    /// left out, or all of them: where a search goes, and what an insertion moves, is not known yet.
+    pub(super) fn prefetch_leaf(self, parent: View<'_>, at: usize, key: u64) {
+        let first = parent.key(at);
+        let is_last = at + 1 >= parent.len();
+        let most = max_entries(8);
+        let guess = key.wrapping_sub(first);
+        if !is_last && parent.key(at + 1).wrapping_sub(first) <= most as u64 {
+            let place = HEADER + guess as usize % most;
+            for at in [0, place, place + most] {
+                prefetch(&self.0[at]);
+            }
+            return;
+        }
+        self.0.iter().step_by(LINE).for_each(prefetch);
+    }
+
     /// Moves words up by `n` places.
     fn make_room(self, begin: usize, end: usize, n: usize) {
         let words = &self.0[begin..end + n];
-        for at in (0..end - begin).rev() {
+        let mut at = end - begin;
+        while at >= STEP {
+            at -= STEP;
+            copy_step(&words[at..], &words[at + n..]);
+        }
+        for at in (0..at).rev() {
             words[at + n].store(words[at].load(Ordering::Relaxed), Ordering::Relaxed);
         }
     }
@@ -189,7 +228,12 @@ impl View<'_> {
     /// Moves words down by `n` places.
     fn close_gap(self, begin: usize, end: usize, n: usize) {
         let words = &self.0[begin - n..end];
-        for at in n..words.len() {
+        let mut at = n;
+        while words.len() - at >= STEP {
+            copy_step(&words[at..], &words[at - n..]);
+            at += STEP;
+        }
+        for at in at..words.len() {
             words[at - n].store(words[at].load(Ordering::Relaxed), Ordering::Relaxed);
         }
     }
