@@ -1,5 +1,5 @@
-//! Writes a trace to standard output: `generate-trace SHAPE FORMAT EVENTS [VOLUMES]`, where SHAPE is random, uniform, locality or
-//! provisioning and FORMAT is alibaba, blkparse or iolog; or as blktrace's files: `generate-trace SHAPE blktrace EVENTS PROCESSORS NAME`
+//! Writes a trace to standard output: `generate-trace SHAPE FORMAT EVENTS [VOLUMES]`, where SHAPE is random, uniform, locality,
+//! provisioning or filling, and FORMAT is alibaba, blkparse or iolog; or as blktrace's files: `generate-trace SHAPE blktrace EVENTS PROCESSORS NAME`
 //! writes NAME.blktrace.0 and so on.
 
 #[path = "trace_shapes.rs"]
@@ -12,7 +12,7 @@ use trace_shapes::Shape;
 
 fn main() -> std::io::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let usage = "usage: generate-trace random|uniform|locality|provisioning alibaba|blkparse|iolog EVENTS [VOLUMES] \
+    let usage = "usage: generate-trace random|uniform|locality|provisioning|filling alibaba|blkparse|iolog EVENTS [VOLUMES] \
                  | SHAPE blktrace EVENTS PROCESSORS NAME";
     let number = |at: usize| args.get(at).and_then(|n| n.parse::<u64>().ok());
     let shape = args

@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 
 # Of blocks that are not mapped yet, and of those that are; how many blocks generate-trace has requests for.
-SHAPES = ("provisioning", "uniform", "locality")
+SHAPES = ("provisioning", "filling", "uniform", "locality")
+# Those of them that give each block of an empty pool its first write: they have a request for each block, as nothing is provisioned twice.
+EMPTY = ("provisioning", "filling")
 BLOCKS = 1 << 20
 # The device of the traces, as a thin device of 64 GiB; that of the CSV.
 MAP = ["--map", "254:1=0:64g"]
@@ -83,7 +85,7 @@ def generate(args, *words, stdout=None):
 
 def rates(args):
     """The table of rates."""
-    events = args.events or 4_000_000
+    wanted = args.events or 4_000_000
     replay = [str(args.ours), "thin_replay", "--quiet"]
     print("| trace | command | M events/s | by CPU time | CPU s | of fio's rate | by CPU time | peak MiB |")
     print("|---|---|--:|--:|--:|--:|--:|--:|")
@@ -91,33 +93,39 @@ def rates(args):
     pool = ["--create", "--data-size", "1t", "--metadata-size", "256m"]
     Run(args.folder, [*replay, *pool, *MAP, "-o", "mapped.img", "start.blktrace.0"])
     for shape in SHAPES:
+        is_empty = shape in EMPTY
+        events = min(wanted, BLOCKS) if is_empty else wanted
         generate(args, shape, "blktrace", str(events), "2", shape)
         dump = f"{shape}.blktrace-dump"
         make_dump = ["blkparse", "-q", "-O", "-i", shape, "-d", dump]
         Run(args.folder, make_dump)
-        start = pool if shape == "provisioning" else ["--metadata", "mapped.img", "--data-size", "1t"]
+        start = pool if is_empty else ["--metadata", "mapped.img", "--data-size", "1t"]
         fresh = ["sh", "-c", 'rm -f report.json && exec "$@"', "sh"]
         whole = [*replay, *start, *MAP, "--json", "report.json", "--max-sectors", "1024"]
         fio = ["fio", "--name=replay", "--ioengine=null", "--iodepth=32", "--thread", "--replay_no_stall=1"]
         fio += ["--replay_redirect=/dev/null", f"--read_iolog={dump}"]
+        peer = Row("fio, null engine", fio, is_peer=True)
         rows = [
-            Row("thin_replay, reading only, files", [*replay, "--dry-run", f"{shape}.blktrace.0"]),
-            Row("thin_replay, reading only, dump", [*replay, "--dry-run", dump]),
             *(Row(f"thin_replay, locks {locks}", [*fresh, *whole, "--locks", locks, dump]) for locks in ("kernel", "optimistic")),
-            Row("fio, null engine", fio, is_peer=True),
-            Row("blkparse, text", ["blkparse", "-q", "-i", shape], is_peer=True),
-            Row("blkparse -d", make_dump, is_peer=True),
+            peer,
         ]
+        if not is_empty:
+            rows += [
+                Row("thin_replay, reading only, files", [*replay, "--dry-run", f"{shape}.blktrace.0"]),
+                Row("thin_replay, reading only, dump", [*replay, "--dry-run", dump]),
+                Row("blkparse, text", ["blkparse", "-q", "-i", shape], is_peer=True),
+                Row("blkparse -d", make_dump, is_peer=True),
+            ]
         measure(args, rows)
         for row in rows:
-            print_row([shape, row.name, *row.cells(events, None if row.is_peer else rows[4])])
+            print_row([shape, row.name, *row.cells(events, None if row.is_peer else peer)])
         for path in args.folder.glob(f"{shape}.*"):
             path.unlink()
     with open(args.folder / "volumes.csv", "xb") as file:
-        generate(args, "random", "alibaba", str(events), "1000", stdout=file)
+        generate(args, "random", "alibaba", str(wanted), "1000", stdout=file)
     row = Row("thin_replay, reading only", [*replay, "--dry-run", "--format", "alibaba", "volumes.csv"])
     measure(args, [row])
-    print_row(["CSV of 1000 volumes", row.name, *row.cells(events, None)])
+    print_row(["CSV of 1000 volumes", row.name, *row.cells(wanted, None)])
 
 
 def memory(args):

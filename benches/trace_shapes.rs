@@ -16,6 +16,8 @@ pub(crate) enum Shape {
     Locality,
     /// A write of each of these blocks, out of order, again and again.
     Provisioning,
+    /// The same in order.
+    Filling,
 }
 
 /// Microseconds between requests of all shapes but [`Shape::Random`], so that the worker of a pool keeps up with them.
@@ -30,6 +32,7 @@ impl Shape {
             "uniform" => Self::Uniform,
             "locality" => Self::Locality,
             "provisioning" => Self::Provisioning,
+            "filling" => Self::Filling,
             _ => return None,
         })
     }
@@ -75,6 +78,7 @@ pub(crate) fn requests(shape: Shape, events: u64) -> impl Iterator<Item = Reques
                 (is_write, start + number % RUN, 1)
             }
             // Odd, so that each block has its turn.
+            Shape::Filling => (true, number % BLOCKS * UNITS, UNITS),
             Shape::Provisioning => (
                 true,
                 number.wrapping_mul(0x9e37_79b1) % BLOCKS * UNITS,

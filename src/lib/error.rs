@@ -78,6 +78,7 @@ pub struct EventFault {
 
 impl Error {
     /// An error without a cause below it.
+    #[cold]
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self {
             kind,
@@ -88,6 +89,7 @@ impl Error {
     }
 
     /// An error caused by `source`.
+    #[cold]
     pub fn with_source(
         kind: ErrorKind,
         message: impl Into<String>,
@@ -100,6 +102,7 @@ impl Error {
     }
 
     /// A failed system call; a closed pipe keeps a kind of its own.
+    #[cold]
     pub fn io(message: impl Into<String>, source: std::io::Error) -> Self {
         let kind = match source.kind() {
             std::io::ErrorKind::BrokenPipe => ErrorKind::BrokenPipe,

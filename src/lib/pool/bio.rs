@@ -66,6 +66,8 @@ pub struct Bio {
     pub(super) zeroes: Option<(u64, u64)>,
     /// The virtual cell that the map half took for it, and one to spare.
     pub(super) reserved: Option<(Held, Option<Box<Cell>>)>,
+    /// Its block was not mapped, by the changes until then.
+    pub(super) unmapped_at: Option<u64>,
     next: Option<Box<Bio>>,
 }
 
@@ -93,6 +95,7 @@ impl Bio {
             fills: None,
             zeroes: None,
             reserved: None,
+            unmapped_at: None,
             next: None,
         }
     }
@@ -105,7 +108,7 @@ impl Bio {
         );
         (self.id, self.op, self.sector, self.sectors) = (id, op, sector, sectors);
         self.is_fua = is_fua;
-        (self.fills, self.zeroes) = (None, None);
+        (self.fills, self.zeroes, self.unmapped_at) = (None, None, None);
     }
 
     /// A flush.

@@ -118,13 +118,33 @@ pub enum Passed {
     /// A read of what was never written: zeros, and it is done.
     Zero,
     /// It needs a bio: [`Mapper::map_left`].
-    Left,
+    Left(Left),
+}
+
+/// What was seen of a block, without holding it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Left {
+    /// Why it has to be left to the worker, if that is known.
+    reason: Option<Reason>,
+    /// It was not mapped, by the [changes](SharedMetadata::time) until then.
+    unmapped_at: Option<u64>,
 }
 
 /// Something is in flight that has no bio.
 #[derive(Debug)]
 #[must_use]
 pub struct Passage(pub(super) Ticket);
+
+/// What is known of the block of a bio.
+#[derive(Clone, Copy, Debug)]
+enum Known {
+    /// It was not looked up.
+    Nothing,
+    /// It was, without holding it.
+    Left(Left),
+    /// A lookup gives up.
+    Busy(WouldBlock),
+}
 
 /// What the map half did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -218,8 +238,7 @@ impl Mapper {
     /// The same; but if it comes to a lookup, that gives up for the reason given. For models of time, in which nothing happens at once
     /// that would happen at once on real processors.
     pub fn map_beside(&mut self, thin: &Thin, bio: Box<Bio>, busy: Option<WouldBlock>) -> Mapped {
-        let may_pass = self.is_optimistic && busy.is_none();
-        self.map_with(thin, bio, busy, may_pass)
+        self.map_with(thin, bio, busy.map_or(Known::Nothing, Known::Busy))
     }
 
     /// Decides where a read or write goes that lies within a block and need not be durable when it completes, if it may be issued without
@@ -228,7 +247,7 @@ impl Mapper {
     pub fn pass(&mut self, thin: &Thin, op: Op, sector: u64) -> Passed {
         let pool = &*self.pool;
         if !self.is_optimistic || pool.mode() == PoolMode::Fail || is_held_back(pool, thin) {
-            return Passed::Left;
+            return Passed::Left(Left::default());
         }
         pool.traffic.begin();
         let passed = self.find_way(thin, op, sector);
@@ -236,7 +255,7 @@ impl Mapper {
         match passed {
             Passed::Remapped { .. } => self.counts.remapped += 1,
             Passed::Zero => self.counts.zero += 1,
-            Passed::Left => return passed,
+            Passed::Left(_) => return passed,
         }
         self.counts.bios += 1;
         passed
@@ -267,23 +286,16 @@ impl Mapper {
         self.reader.touch(places);
     }
 
-    /// Decides where the bio of what was [left](Passed::Left) goes.
-    pub fn map_left(&mut self, thin: &Thin, bio: Box<Bio>) -> Mapped {
-        self.map_with(thin, bio, None, false)
+    /// Decides where the bio of what was just [left](Passed::Left) goes.
+    pub fn map_left(&mut self, thin: &Thin, bio: Box<Bio>, left: Left) -> Mapped {
+        self.map_with(thin, bio, Known::Left(left))
     }
 
-    /// With `may_pass` it is tried whether it can go without holding anything.
-    fn map_with(
-        &mut self,
-        thin: &Thin,
-        mut bio: Box<Bio>,
-        busy: Option<WouldBlock>,
-        may_pass: bool,
-    ) -> Mapped {
+    fn map_with(&mut self, thin: &Thin, mut bio: Box<Bio>, known: Known) -> Mapped {
         bio.thin = thin.number;
         self.counts.bios += 1;
         self.pool.traffic.begin();
-        let mapped = self.decide(thin, bio, busy, may_pass);
+        let mapped = self.decide(thin, bio, known);
         self.pool.traffic.end(matches!(mapped, Mapped::Deferred(_)));
         match &mapped {
             Mapped::Remapped { .. } => self.counts.remapped += 1,
@@ -295,13 +307,7 @@ impl Mapper {
     }
 
     #[inline]
-    fn decide(
-        &mut self,
-        thin: &Thin,
-        mut bio: Box<Bio>,
-        busy: Option<WouldBlock>,
-        may_pass: bool,
-    ) -> Mapped {
+    fn decide(&mut self, thin: &Thin, mut bio: Box<Bio>, mut known: Known) -> Mapped {
         let pool = &*self.pool;
         if !bio.is_within_bounds(pool.block_size()) {
             return Mapped::Failed(bio, BioError::Invalid);
@@ -320,14 +326,14 @@ impl Mapper {
             pool.submit(bio);
             return Mapped::Deferred(reason);
         }
-        if may_pass {
+        if matches!(known, Known::Nothing) && self.is_optimistic {
             match self.find_way(thin, bio.op, bio.sector) {
                 Passed::Remapped { sector, passage } => {
                     bio.all_io = Some(passage.0);
                     return Mapped::Remapped { bio, sector };
                 }
                 Passed::Zero => return Mapped::Zero(bio),
-                Passed::Left => {}
+                Passed::Left(left) => known = Known::Left(left),
             }
             if self.passes_shared_reads
                 && bio.op == Op::Read
@@ -336,11 +342,11 @@ impl Mapper {
                 return Mapped::Remapped { bio, sector };
             }
         }
-        self.detain(thin, bio, busy)
+        self.detain(thin, bio, known)
     }
 
     /// Maps a bio while it holds its blocks.
-    fn detain(&mut self, thin: &Thin, bio: Box<Bio>, busy: Option<WouldBlock>) -> Mapped {
+    fn detain(&mut self, thin: &Thin, bio: Box<Bio>, known: Known) -> Mapped {
         let pool = &*self.pool;
         let block = bio.block(pool.block_size());
         let key = Key::of_virtual(thin.id(), block, ThinBlock(block.0 + 1));
@@ -355,9 +361,18 @@ impl Mapper {
                 return Mapped::Deferred(Reason::CellHeld);
             }
         };
-        let found = match busy {
-            None => self.reader.try_find_block(&thin.metadata, block),
-            Some(busy) => Ok(TryLookup::WouldBlock(busy)),
+        let found = match known {
+            Known::Left(Left {
+                reason: Some(reason),
+                unmapped_at,
+            }) => {
+                bio.unmapped_at = unmapped_at;
+                bio.reserved = Some((held, second));
+                pool.submit(bio);
+                return Mapped::Deferred(reason);
+            }
+            Known::Busy(busy) => Ok(TryLookup::WouldBlock(busy)),
+            Known::Nothing | Known::Left(_) => self.reader.try_find_block(&thin.metadata, block),
         };
         let reason = match found {
             Ok(TryLookup::Mapped(found)) if !found.is_shared => {
@@ -419,22 +434,31 @@ impl Mapper {
         let key = Key::of_virtual(thin.id(), block, ThinBlock(block.0 + 1));
         let ticket = pool.all_io.enter();
         let is_free = !(pool.prison.may_be_held(&key) || is_held_back(pool, thin));
+        let time = pool.metadata.time();
         let found = is_free.then(|| self.reader.try_find_block(&thin.metadata, block));
-        let is_zero = match found {
+        let left = |reason, unmapped_at| {
+            let reason = Some(reason);
+            Passed::Left(Left {
+                reason,
+                unmapped_at,
+            })
+        };
+        let passed = match found {
             Some(Ok(TryLookup::Mapped(found))) if !found.is_shared => {
                 return Passed::Remapped {
                     sector: pool.remap(found.block, sector),
                     passage: Passage(ticket),
                 };
             }
-            Some(Ok(TryLookup::Unmapped)) => op == Op::Read && thin.origin_sectors.is_none(),
-            _ => false,
+            Some(Ok(TryLookup::Mapped(_))) => left(Reason::Shared, None),
+            Some(Ok(TryLookup::Unmapped)) if op == Op::Read && thin.origin_sectors.is_none() => {
+                Passed::Zero
+            }
+            Some(Ok(TryLookup::Unmapped)) => left(Reason::Unprovisioned, time),
+            _ => Passed::Left(Left::default()),
         };
         pool.end_passage(Passage(ticket));
-        match is_zero {
-            true => Passed::Zero,
-            false => Passed::Left,
-        }
+        passed
     }
 }
 

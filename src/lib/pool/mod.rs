@@ -29,7 +29,7 @@ pub use cells::{AllocationOrder, Wait};
 pub use contention::LockCounts;
 pub use effect::{Effect, Event, Notice, Source};
 pub use line::{Line, Words};
-pub use map::{MapCounts, Mapped, Mapper, Passage, Passed, Reason};
+pub use map::{Left, MapCounts, Mapped, Mapper, Passage, Passed, Reason};
 pub use message::Message;
 pub use mode::PoolMode;
 pub use pool::Pool;

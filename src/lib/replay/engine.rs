@@ -13,8 +13,8 @@ use super::verify::Watch;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::txn::{LockScheme, WouldBlock};
 use crate::pool::{
-    Bio, BioResult, Effect, Event, JobId, MapCounts, Mapped, Mapper, Op, Passage, Passed, Pool,
-    Reason, Thin, Worker,
+    Bio, BioResult, Effect, Event, JobId, Left, MapCounts, Mapped, Mapper, Op, Passage, Passed,
+    Pool, Reason, Thin, Worker,
 };
 use crate::thin::PoolMetadata;
 use std::collections::{HashMap, VecDeque};
@@ -172,7 +172,7 @@ impl Engine {
         {
             self.submit_plain(thin, io, op);
         } else {
-            self.submit(thin, io, Some(self.now), None, false);
+            self.submit(thin, io, Some(self.now), None, None);
         }
         Ok(())
     }
@@ -219,7 +219,9 @@ impl Engine {
             }
             Passed::Zero => self.books.count_plain(true, 0),
             // Its bio is not tried again.
-            Passed::Left => return self.submit(thin, io, Some(self.now), None, true),
+            Passed::Left(left) => {
+                return self.submit(thin, io, Some(self.now), None, Some(left));
+            }
         }
         self.books.input.map_calls += 1;
         if self.pool.has_work() {
@@ -304,14 +306,14 @@ impl Engine {
         self.books.sample(self.now, &self.pool, &counts, worker);
     }
 
-    /// Submits a request without its flush, cut into bios. If it `was_left`, it was tried without one.
+    /// Submits a request without its flush, cut into bios. If it was `left`, it was tried without one.
     fn submit(
         &mut self,
         thin: &Arc<Thin>,
         io: &TraceIo,
         submitted: Option<u64>,
         deferred: Option<Reason>,
-        was_left: bool,
+        left: Option<Left>,
     ) {
         let size = self.pool.block_size();
         let parts = std::mem::take(&mut self.parts);
@@ -332,12 +334,12 @@ impl Engine {
             for part in cut.parts() {
                 let bio = self.spare.bio(request.into(), &cut, part);
                 self.watch.begin(thin.id(), &bio);
-                match was_left {
-                    true => {
-                        let mapped = self.mapper().map_left(thin, bio);
+                match left {
+                    Some(left) => {
+                        let mapped = self.mapper().map_left(thin, bio, left);
                         self.go_on(request, mapped);
                     }
-                    false => self.map(thin, bio),
+                    None => self.map(thin, bio),
                 }
             }
         }
@@ -425,7 +427,7 @@ impl Engine {
             && result.is_ok()
         {
             let (thin, io) = &*then;
-            return self.submit(thin, io, request.submitted, request.deferred, false);
+            return self.submit(thin, io, request.submitted, request.deferred, None);
         }
         if let Some(submitted) = request.submitted
             && !request.has_failed

@@ -316,7 +316,7 @@ impl Submitter {
             let end = (at - at % size).saturating_add(size).min(bytes.end);
             let status = match self.mapper.pass(&self.thin.thin, Op::Read, at / SECTOR) {
                 Passed::Zero => HOLE,
-                Passed::Left => ALLOCATED,
+                Passed::Left(_) => ALLOCATED,
                 Passed::Remapped { passage, .. } => {
                     self.thin.driver.pool.end_passage(passage);
                     ALLOCATED

@@ -15,7 +15,7 @@ use crate::pdata::txn::{
 use crate::units::{DataBlock, MetadataBlock, ThinBlock, ThinId};
 use std::collections::HashMap;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
@@ -61,6 +61,8 @@ pub struct SharedMetadata {
     changes: Changes,
     room: Room,
     writer: Mutex<Writer>,
+    /// A commit would change something.
+    is_changed: AtomicBool,
     commits: AtomicU64,
     barrier_stalls: AtomicU64,
     barrier_wait_ns: AtomicU64,
@@ -95,6 +97,7 @@ impl SharedMetadata {
             roots: Roots::new(pool.mapping_root()),
             changes: Changes::new(),
             room: Room::new(),
+            is_changed: AtomicBool::new(pool.is_changed()),
             commits: AtomicU64::new(0),
             barrier_stalls: AtomicU64::new(0),
             barrier_wait_ns: AtomicU64::new(0),
@@ -171,9 +174,26 @@ impl SharedMetadata {
         let changed = change(&mut writer.pool);
         self.roots.publish(writer.pool.mapping_root(), self.scheme);
         self.changes.end();
+        self.note_changed(&writer);
         drop(held);
         writer.refresh(false);
         changed
+    }
+
+    /// The number of changes so far, unless one is under way: what is looked up from here on is right for as long as it is the same.
+    #[inline]
+    pub(crate) fn time(&self) -> Option<u64> {
+        self.changes.time()
+    }
+
+    fn note_changed(&self, writer: &Writer) {
+        self.is_changed
+            .store(writer.pool.is_changed(), Ordering::Relaxed);
+    }
+
+    /// True if a commit would change something; for whoever changes and commits, as others may be told too late.
+    pub(crate) fn is_changed(&self) -> bool {
+        self.is_changed.load(Ordering::Relaxed)
     }
 
     /// What was read from the metadata device, and written to it, since it was opened.
@@ -222,6 +242,7 @@ impl SharedMetadata {
         // The top-level tree is final: what a commit still changes are the details and the space maps.
         let barrier = self.roots.epochs.begin();
         let committed = writer.pool.commit_without(kept);
+        self.note_changed(&writer);
         drop(held);
         if !self.scheme.excludes_lookups() {
             let since = Instant::now();
@@ -250,6 +271,7 @@ impl SharedMetadata {
         self.roots.publish(MetadataBlock(0), self.scheme);
         self.roots.epochs.wait(self.roots.epochs.begin());
         writer.pool.abort().inspect_err(|_| self.roots.fail())?;
+        self.note_changed(&writer);
         self.roots.publish(writer.pool.mapping_root(), self.scheme);
         self.changes.end();
         drop(held);

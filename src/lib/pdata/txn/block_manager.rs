@@ -44,6 +44,8 @@ pub struct BlockManager {
     /// Slot numbers and one, by block number, open addressing; twice as many as slots, so that a search always ends.
     table: Box<[AtomicU32]>,
     fill: Mutex<Fill>,
+    blocks_read: AtomicU64,
+    blocks_written: AtomicU64,
     is_read_only: AtomicBool,
     /// Blocks that somebody who could not wait missed; 0 is none.
     missed: Box<[AtomicU32]>,
@@ -58,7 +60,6 @@ struct Fill {
     used: usize,
     hand: usize,
     buffer: AlignedBuffer,
-    io: BlockIo,
 }
 
 impl fmt::Debug for BlockManager {
@@ -230,8 +231,9 @@ impl BlockManager {
                 used: 0,
                 hand: 0,
                 buffer: AlignedBuffer::new(RUN),
-                io: BlockIo::default(),
             }),
+            blocks_read: AtomicU64::new(0),
+            blocks_written: AtomicU64::new(0),
             is_read_only: AtomicBool::new(false),
             missed: numbers(MOST_MISSED),
             has_missed: AtomicBool::new(false),
@@ -245,7 +247,10 @@ impl BlockManager {
 
     /// What was read from the device, and written to it.
     pub fn io(&self) -> BlockIo {
-        self.filling().io
+        BlockIo {
+            read: self.blocks_read.load(Ordering::Relaxed),
+            written: self.blocks_written.load(Ordering::Relaxed),
+        }
     }
 
     /// What the cache takes.
@@ -507,7 +512,7 @@ impl BlockManager {
         let filled = match validator {
             None => Ok(()),
             Some(validator) => {
-                fill.io.read += 1;
+                self.blocks_read.fetch_add(1, Ordering::Relaxed);
                 let buffer = fill.buffer.blocks_mut(1);
                 self.engine
                     .read(block, buffer)
@@ -613,7 +618,8 @@ impl BlockManager {
         self.engine
             .write(first, buffer)
             .map_err(|e| Error::io(format!("cannot write metadata blocks from {first} on"), e))?;
-        fill.io.written += slots.len() as u64;
+        self.blocks_written
+            .fetch_add(slots.len() as u64, Ordering::Relaxed);
         for &slot in slots {
             self.slots[slot].tag.fetch_and(!DIRTY, Ordering::Relaxed);
         }
@@ -654,7 +660,7 @@ impl BlockManager {
         self.engine
             .write(block, buffer)
             .map_err(|e| Error::io(format!("cannot write metadata block {block}"), e))?;
-        fill.io.written += 1;
+        self.blocks_written.fetch_add(1, Ordering::Relaxed);
         self.engine
             .sync()
             .map_err(|e| Error::io("cannot flush the metadata device", e))

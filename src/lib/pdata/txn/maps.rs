@@ -36,6 +36,8 @@ pub(super) struct Map {
     pub(super) root: SpaceMapRoot,
     /// All entries of the metadata map's index; those of the data map's that were used since the last commit.
     index: BTreeMap<u64, Cached>,
+    /// The entry that was put there last, which is asked for most.
+    last: Option<(u64, IndexEntry)>,
     /// Counted at the last commit, and not any more.
     freed: BlockSet,
     /// Not counted at the last commit, but now.
@@ -51,6 +53,7 @@ impl Map {
         Self {
             root,
             index: BTreeMap::new(),
+            last: None,
             freed: BlockSet::default(),
             fresh: BlockSet::default(),
             cursor: 0,
@@ -109,6 +112,14 @@ impl Map {
 
     fn remember(&mut self, number: u64, entry: IndexEntry, is_dirty: bool) {
         self.index.insert(number, Cached { entry, is_dirty });
+        self.last = Some((number, entry));
+    }
+
+    fn recall(&self, number: u64) -> Option<IndexEntry> {
+        match self.last {
+            Some((last, entry)) if last == number => Some(entry),
+            _ => self.index.get(&number).map(|cached| cached.entry),
+        }
     }
 
     /// Blocks that were counted at the last commit and are not any more.
@@ -185,8 +196,8 @@ impl Transaction {
 
     /// Where a bitmap is.
     fn known_entry(&self, which: Which, number: u64) -> Result<IndexEntry> {
-        if let Some(cached) = self.map(which).index.get(&number) {
-            return Ok(cached.entry);
+        if let Some(entry) = self.map(which).recall(number) {
+            return Ok(entry);
         }
         if which == Which::Metadata {
             return Err(missing(number));
@@ -198,12 +209,13 @@ impl Transaction {
 
     /// The same, remembered.
     fn entry(&mut self, which: Which, number: u64) -> Result<IndexEntry> {
-        let entry = self.known_entry(which, number)?;
-        if self.map(which).index.contains_key(&number) {
+        if let Some(entry) = self.map(which).recall(number) {
             return Ok(entry);
         }
+        let entry = self.known_entry(which, number)?;
         if self.data.index.len() >= MOST_CACHED {
             self.data.index.retain(|_, cached| cached.is_dirty);
+            self.data.last = None;
         }
         self.data.remember(number, entry, false);
         Ok(entry)
@@ -505,6 +517,7 @@ impl Transaction {
             if self.data.index.len() >= MOST_CACHED {
                 self.write_data_index()?;
                 self.data.index.clear();
+                self.data.last = None;
             }
         }
         self.data.root.nr_blocks = nr_blocks;

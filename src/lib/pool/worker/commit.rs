@@ -7,7 +7,6 @@ use crate::pool::bio::{Bio, BioError, BioResult};
 use crate::pool::effect::Effect;
 use crate::pool::message::Message;
 use crate::pool::mode::PoolMode;
-use crate::thin::PoolMetadata;
 
 /// Who waits for a commit.
 #[derive(Debug)]
@@ -47,14 +46,14 @@ impl Worker {
         }
         self.pool.mode().is_writable()
             && self.now.saturating_sub(self.last_commit) >= SECOND
-            && self.pool.metadata.inspect(PoolMetadata::is_changed)
+            && self.pool.metadata.is_changed()
     }
 
     /// Begins a commit: with the flush of the data device, if there is anything to commit.
     pub(super) fn begin_commit(&mut self, effects: &mut Effects) {
         let is_for_space = std::mem::take(&mut self.wants_commit);
         let waiters = std::mem::take(&mut self.waiters);
-        let is_changed = self.pool.metadata.inspect(PoolMetadata::is_changed);
+        let is_changed = self.pool.metadata.is_changed();
         if !self.pool.mode().is_writable() {
             let refused = || Error::new(ErrorKind::ReadOnly, "the pool's metadata is read-only");
             // What is not changed is committed already.
@@ -83,7 +82,7 @@ impl Worker {
             .map_err(|e| Error::with_source(ErrorKind::Io, "cannot flush the data device", e));
         // I5: whatever the metadata leads to is durable first.
         debug_assert!(
-            commit.was_flushed || !self.pool.metadata.inspect(PoolMetadata::is_changed),
+            commit.was_flushed || !self.pool.metadata.is_changed(),
             "I5: a commit without a flush of the data"
         );
         let committed = flushed.and_then(|()| self.commit_metadata());

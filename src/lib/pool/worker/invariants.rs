@@ -227,7 +227,7 @@ impl Worker {
 
     /// After every commit, and when a device is seen for the first time.
     fn check_counts(&mut self) {
-        let is_changed = self.pool.metadata.inspect(PoolMetadata::is_changed);
+        let is_changed = self.pool.metadata.is_changed();
         let devices = &self.devices;
         let is_open = |id: &u64| devices.get(id).is_some_and(|device| device.open > 0);
         self.before.mappings.retain(|id, _| is_open(id));

@@ -118,6 +118,8 @@ pub struct Worker {
     jobs: Jobs,
     /// New mappings whose data is in place.
     prepared: VecDeque<JobId>,
+    /// Memory for [`Inbox::filled`](super::pool::Inbox), which is empty.
+    spare_filled: Vec<(Box<Bio>, BioResult)>,
     /// What waited in a deferred set and has not to any more.
     ready: VecDeque<JobId>,
     todo: Todo,
@@ -194,6 +196,7 @@ impl Worker {
             devices: BTreeMap::new(),
             jobs: Jobs::new(settings.jobs.max(2)),
             prepared: VecDeque::new(),
+            spare_filled: Vec::new(),
             ready: VecDeque::new(),
             todo: Todo::default(),
             cells: is_reserved.then(|| [Cell::spare(), Cell::spare()]),
@@ -307,7 +310,7 @@ impl Worker {
     /// When it has to be told [`Event::Work`] even if nothing happens: the time passed to [`apply`](Self::apply) at which there will be
     /// something to do.
     pub fn deadline(&self) -> Option<Duration> {
-        let is_changed = self.pool.metadata.inspect(PoolMetadata::is_changed);
+        let is_changed = self.pool.metadata.is_changed();
         let is_due = is_changed && self.commit.is_none() && self.pool.mode().is_writable();
         let commit = is_due.then(|| self.last_commit.saturating_add(SECOND));
         let timeout = self.out_of_space_since.zip(self.settings.no_space_timeout);
@@ -399,14 +402,16 @@ impl Worker {
     fn look_into_inbox(&mut self, effects: &mut Effects) {
         let mut inbox = self.pool.open_inbox();
         let (bios, ready) = (inbox.bios.take(), inbox.ready.take());
-        let filled = std::mem::take(&mut inbox.filled);
-        self.starved.extend(std::mem::take(&mut inbox.starved));
+        let spare = std::mem::take(&mut self.spare_filled);
+        let mut filled = std::mem::replace(&mut inbox.filled, spare);
+        self.starved.extend(inbox.starved.drain(..));
         drop(inbox);
         self.ready.extend(ready.map(|work| work.job));
         bios.for_each(|bio| self.todo.push(bio));
-        for (bio, result) in filled {
+        for (bio, result) in filled.drain(..) {
             self.filled(bio, result, effects);
         }
+        self.spare_filled = filled;
     }
 
     /// Submitters are slowed down while one stretch of work takes more than a second.

@@ -109,7 +109,13 @@ impl Worker {
         spare: Option<Box<Cell>>,
         effects: &mut Effects,
     ) {
-        let Ok(found) = self.reader.find_block(&thin.metadata, block) else {
+        // Nothing was changed since the map half looked it up.
+        let is_unmapped = bio.unmapped_at.is_some() && bio.unmapped_at == self.pool.metadata.time();
+        let found = match is_unmapped {
+            true => Ok(None),
+            false => self.reader.find_block(&thin.metadata, block),
+        };
+        let Ok(found) = found else {
             self.keep_cells(spare);
             return self.fail_cell(held, bio, BioError::Io, effects);
         };

@@ -8,7 +8,6 @@ use crate::pool::bio::BioError;
 use crate::pool::effect::Effect;
 use crate::pool::mode::PoolMode;
 use crate::pool::table::PoolTable;
-use crate::thin::PoolMetadata;
 
 /// How far a suspension has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +72,7 @@ impl Worker {
             return;
         }
         // A commit may find space for those who wait for it. If not, they wait for the resumption, as the pool may have grown then.
-        if !self.retry.is_empty() && self.pool.metadata.inspect(PoolMetadata::is_changed) {
+        if !self.retry.is_empty() && self.pool.metadata.is_changed() {
             self.wants_commit = true;
             return;
         }
