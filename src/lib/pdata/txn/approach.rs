@@ -35,3 +35,39 @@ pub(crate) fn approach(blocks: &BlockManager, roots: &Roots, (device, block): (u
         node = child;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::RamEngine;
+    use crate::pdata::forest::TreeKind;
+    use crate::pdata::txn::{Transaction, cell};
+    use crate::units::MetadataBlock;
+    use std::sync::Arc;
+
+    #[test]
+    fn nothing_is_read_or_noted_of_any_block_there_is_or_is_not() {
+        // The smallest cache there is has a sixth of the leaves.
+        let blocks = Arc::new(BlockManager::new(Arc::new(RamEngine::new(2048)), 0));
+        let (mut txn, top, _) = Transaction::format(Arc::clone(&blocks)).unwrap();
+        let mut root = txn.new_tree(TreeKind::Mappings).unwrap();
+        for key in 0..100_000 {
+            let inserted = txn.insert(TreeKind::Mappings, root, key, cell(key << 24));
+            root = inserted.unwrap().root;
+        }
+        let top = txn.insert(TreeKind::TopLevel, top, 7, cell(root.0));
+        let roots = Roots::new(top.unwrap().root);
+        let (before, table) = (blocks.io(), blocks.cache_use());
+        for block in (0..110_000).chain([1 << 40, u64::MAX]) {
+            approach(&blocks, &roots, (7, block));
+            approach(&blocks, &roots, (8, block));
+        }
+        // A root that is no node, and one that is no block.
+        for wrong in [1, 1 << 40, u64::MAX] {
+            approach(&blocks, &Roots::new(MetadataBlock(wrong)), (7, 0));
+        }
+        assert_eq!((blocks.io(), blocks.cache_use()), (before, table));
+        let found = txn.lookup(TreeKind::Mappings, root, 99_999).unwrap();
+        assert_eq!(found, Some(cell(99_999 << 24)));
+    }
+}
