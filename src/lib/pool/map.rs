@@ -124,6 +124,8 @@ pub enum Passed {
 /// What was seen of a block, without holding it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Left {
+    /// Number of the open device, and its block.
+    block: (u32, ThinBlock),
     /// Why it has to be left to the worker, if that is known.
     reason: Option<Reason>,
     /// It was not mapped, by the [changes](SharedMetadata::time) until then.
@@ -293,6 +295,7 @@ impl Mapper {
 
     fn map_with(&mut self, thin: &Thin, mut bio: Box<Bio>, known: Known) -> Mapped {
         bio.thin = thin.number;
+        bio.unmapped_at = None;
         self.counts.bios += 1;
         self.pool.traffic.begin();
         let mapped = self.decide(thin, bio, known);
@@ -363,9 +366,10 @@ impl Mapper {
         };
         let found = match known {
             Known::Left(Left {
+                block: of,
                 reason: Some(reason),
                 unmapped_at,
-            }) => {
+            }) if of == (thin.number, block) => {
                 bio.unmapped_at = unmapped_at;
                 bio.reserved = Some((held, second));
                 pool.submit(bio);
@@ -437,9 +441,9 @@ impl Mapper {
         let time = pool.metadata.time();
         let found = is_free.then(|| self.reader.try_find_block(&thin.metadata, block));
         let left = |reason, unmapped_at| {
-            let reason = Some(reason);
             Passed::Left(Left {
-                reason,
+                block: (thin.number, block),
+                reason: Some(reason),
                 unmapped_at,
             })
         };
