@@ -219,8 +219,12 @@ impl Player {
         // If most of those before were not remembered, these are not.
         let walks = self.engine.walks();
         if walks - std::mem::replace(&mut self.walks, walks) > SOON as u64 / 2 {
+            let mut end = None;
             for io in ios {
-                if let Some((thin, _)) = self.devices.find(io) {
+                // What goes on where the one before it ended is mostly in the same leaf.
+                let goes_on = end == Some((io.device, io.sector));
+                end = Some((io.device, io.sector.wrapping_add(io.sectors)));
+                if !goes_on && let Some((thin, _)) = self.devices.find(io) {
                     self.engine.approach(thin, io);
                 }
             }

@@ -81,6 +81,9 @@ pub struct PoolMetadata {
     /// What the next commit writes.
     current: Fields,
     thins: BTreeMap<u64, Thin>,
+    /// The device whose mappings were changed last, and their root: the way there may be changed in place. Forgotten by whatever else may
+    /// end that.
+    way: Option<(ThinId, MetadataBlock)>,
     is_changed: bool,
     /// The last commit cannot be read any more.
     is_failed: bool,
@@ -145,6 +148,7 @@ impl PoolMetadata {
             committed: superblock,
             current: superblock,
             thins: BTreeMap::new(),
+            way: None,
             is_changed: false,
             is_failed: false,
             is_in_doubt: false,
@@ -239,6 +243,12 @@ impl PoolMetadata {
     }
 
     fn begin(&mut self) -> Result<()> {
+        self.way = None;
+        self.begin_in_way()
+    }
+
+    /// The same of what leaves the way to the mappings changed last as it is.
+    fn begin_in_way(&mut self) -> Result<()> {
         self.refuse_if_failed()?;
         self.refuse_until_abort()?;
         if self.is_in_doubt {
@@ -490,18 +500,32 @@ impl PoolMetadata {
         id: ThinId,
         change: impl FnOnce(&mut Transaction, MetadataBlock) -> Result<(MetadataBlock, T)>,
     ) -> Result<T> {
-        let root = self.root_of(id)?;
-        // The way down is copied from the top: what a shared leaf of the top-level tree points to is counted once more before it is
-        // asked whether it is shared.
-        let top = self.current.mapping_root;
-        let (top, leaf, at) = self.txn.shadow_path(TreeKind::TopLevel, top, id.0)?;
-        self.current.mapping_root = top;
+        let root = match self.way.take() {
+            Some((of, root)) if of == id => root,
+            _ => {
+                let root = self.root_of(id)?;
+                // The way down is copied from the top: what a shared leaf of the top-level tree points to is counted once more before
+                // it is asked whether it is shared.
+                self.shadow_way(id)?;
+                root
+            }
+        };
         let (new_root, result) = change(&mut self.txn, root)?;
         if new_root != root {
+            let (leaf, at) = self.shadow_way(id)?;
             self.txn
                 .set_value(TreeKind::TopLevel, leaf, at, cell(new_root.0))?;
         }
+        self.way = Some((id, new_root));
         Ok(result)
+    }
+
+    /// Makes the way through the top-level tree to a device one that may be changed; the leaf, and the entry's place in it.
+    fn shadow_way(&mut self, id: ThinId) -> Result<(MetadataBlock, usize)> {
+        let top = self.current.mapping_root;
+        let (top, leaf, at) = self.txn.shadow_path(TreeKind::TopLevel, top, id.0)?;
+        self.current.mapping_root = top;
+        Ok((leaf, at))
     }
 
     /// Maps a virtual block to a data block, at the present time. The data block that it was mapped to before loses a reference; the
@@ -520,7 +544,7 @@ impl PoolMetadata {
                 ),
             ));
         }
-        self.begin()?;
+        self.begin_in_way()?;
         let mapping = BlockTime {
             block: data,
             time: self.current.time,
@@ -601,7 +625,7 @@ impl PoolMetadata {
     /// # Errors
     /// `NoSpace` when the metadata device is full, `Io`, `Damaged`.
     pub fn alloc_data_block(&mut self) -> Result<Option<DataBlock>> {
-        self.begin()?;
+        self.begin_in_way()?;
         Ok(self.txn.new_data_block()?.map(DataBlock))
     }
 
@@ -652,6 +676,7 @@ impl PoolMetadata {
             return Ok(());
         }
         self.must_abort = true;
+        self.way = None;
         for (&id, thin) in &mut self.thins {
             if thin.is_changed {
                 let root = self.current.details_root;

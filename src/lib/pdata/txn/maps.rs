@@ -34,10 +34,10 @@ struct Cached {
 #[derive(Debug)]
 pub(super) struct Map {
     pub(super) root: SpaceMapRoot,
-    /// All entries of the metadata map's index; those of the data map's that were used since the last commit.
-    index: BTreeMap<u64, Cached>,
-    /// The entry that was put there last, which is asked for most.
-    last: Option<(u64, IndexEntry)>,
+    /// All entries of the metadata map's index; those of the data map's that were used since the last commit. But for the last.
+    others: BTreeMap<u64, Cached>,
+    /// The entry that was remembered last, which is asked for and changed most. What the others have of it is old.
+    last: Option<(u64, Cached)>,
     /// Counted at the last commit, and not any more.
     freed: BlockSet,
     /// Not counted at the last commit, but now.
@@ -52,7 +52,7 @@ impl Map {
     pub(super) fn new(root: SpaceMapRoot) -> Self {
         Self {
             root,
-            index: BTreeMap::new(),
+            others: BTreeMap::new(),
             last: None,
             freed: BlockSet::default(),
             fresh: BlockSet::default(),
@@ -111,15 +111,26 @@ impl Map {
     }
 
     fn remember(&mut self, number: u64, entry: IndexEntry, is_dirty: bool) {
-        self.index.insert(number, Cached { entry, is_dirty });
-        self.last = Some((number, entry));
+        let last = (number, Cached { entry, is_dirty });
+        if let Some((old, cached)) = self.last.replace(last)
+            && old != number
+        {
+            self.others.insert(old, cached);
+        }
+    }
+
+    /// All that are remembered.
+    fn index(&mut self) -> &mut BTreeMap<u64, Cached> {
+        self.others.extend(self.last.take());
+        &mut self.others
     }
 
     fn recall(&self, number: u64) -> Option<IndexEntry> {
-        match self.last {
-            Some((last, entry)) if last == number => Some(entry),
-            _ => self.index.get(&number).map(|cached| cached.entry),
-        }
+        let cached = match &self.last {
+            Some((last, cached)) if *last == number => Some(cached),
+            _ => self.others.get(&number),
+        };
+        cached.map(|cached| cached.entry)
     }
 
     /// Blocks that were counted at the last commit and are not any more.
@@ -174,10 +185,12 @@ impl Transaction {
 
     /// Where the bitmaps of the metadata map are.
     pub(super) fn metadata_bitmaps(&self) -> impl Iterator<Item = MetadataBlock> {
-        self.metadata
-            .index
-            .values()
-            .map(|cached| cached.entry.block)
+        let map = &self.metadata;
+        let is_last = |number: u64| map.last.is_some_and(|(last, _)| last == number);
+        let others = (map.others.iter()).filter(move |&(&number, _)| !is_last(number));
+        let others = others.map(|(_, cached)| cached);
+        let all = others.chain(map.last.iter().map(|(_, cached)| cached));
+        all.map(|cached| cached.entry.block)
     }
 
     fn map_mut(&mut self, which: Which) -> &mut Map {
@@ -213,9 +226,8 @@ impl Transaction {
             return Ok(entry);
         }
         let entry = self.known_entry(which, number)?;
-        if self.data.index.len() >= MOST_CACHED {
-            self.data.index.retain(|_, cached| cached.is_dirty);
-            self.data.last = None;
+        if self.data.others.len() >= MOST_CACHED {
+            self.data.index().retain(|_, cached| cached.is_dirty);
         }
         self.data.remember(number, entry, false);
         Ok(entry)
@@ -453,7 +465,7 @@ impl Transaction {
     /// Writes what changed of the data map's index into its tree.
     pub(super) fn write_data_index(&mut self) -> Result<()> {
         loop {
-            let dirty = self.data.index.iter().find(|(_, c)| c.is_dirty);
+            let dirty = self.data.index().iter().find(|(_, c)| c.is_dirty);
             let Some((&number, &cached)) = dirty else {
                 return Ok(());
             };
@@ -467,7 +479,7 @@ impl Transaction {
 
     /// Writes the metadata map's index, if it changed, to a new block.
     pub(super) fn write_metadata_index(&mut self) -> Result<()> {
-        if !self.metadata.index.values().any(|c| c.is_dirty) {
+        if !self.metadata.index().values().any(|c| c.is_dirty) {
             return Ok(());
         }
         let old = self.metadata.root.bitmap_root;
@@ -480,7 +492,7 @@ impl Transaction {
         let index = self
             .blocks
             .write_zeroed(self.metadata.root.bitmap_root, Validator::Index)?;
-        for (&number, cached) in &mut self.metadata.index {
+        for (&number, cached) in self.metadata.index() {
             let words = words_of(cached.entry);
             index.view().set_word(2 + 2 * number as usize, words[0]);
             index.view().set_word(3 + 2 * number as usize, words[1]);
@@ -514,10 +526,9 @@ impl Transaction {
         for number in from..nr_bitmaps(nr_blocks) {
             let entry = self.new_bitmap()?;
             self.data.remember(number, entry, true);
-            if self.data.index.len() >= MOST_CACHED {
+            if self.data.others.len() >= MOST_CACHED {
                 self.write_data_index()?;
-                self.data.index.clear();
-                self.data.last = None;
+                self.data.index().clear();
             }
         }
         self.data.root.nr_blocks = nr_blocks;

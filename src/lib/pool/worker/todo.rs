@@ -1,6 +1,6 @@
 //! Bios that the worker has to look at, in the order in which it does: those that hold a cell come first, then by device and sector.
 //!
-//! A tree, since a worker that is behind has many of them and gets a few more again and again.
+//! A tree, since a worker that is behind has many of them and gets a few more again and again; one that is not has one at a time.
 
 use crate::pool::bio::Bio;
 use std::collections::BTreeMap;
@@ -11,6 +11,8 @@ type Place = (bool, u32, u64, i64);
 /// The bios.
 #[derive(Debug, Default)]
 pub(super) struct Todo {
+    /// If there is one only.
+    alone: Option<(Place, Box<Bio>)>,
     bios: BTreeMap<Place, Box<Bio>>,
     first: i64,
     last: i64,
@@ -22,38 +24,51 @@ impl Todo {
     }
 
     pub(super) fn len(&self) -> usize {
-        self.bios.len()
+        usize::from(self.alone.is_some()) + self.bios.len()
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.bios.is_empty()
+        self.len() == 0
     }
 
     /// The next.
     pub(super) fn pop(&mut self) -> Option<Box<Bio>> {
-        self.bios.pop_first().map(|(_, bio)| bio)
+        let next = self.alone.take().or_else(|| self.bios.pop_first());
+        next.map(|(_, bio)| bio)
     }
 
     /// The next, if it is one that is wanted.
     pub(super) fn pop_if(&mut self, is_wanted: impl FnOnce(&Bio) -> bool) -> Option<Box<Bio>> {
-        let next = self.bios.first_entry()?;
-        is_wanted(next.get()).then(|| next.remove())
+        let next = match &self.alone {
+            Some((_, bio)) => bio,
+            None => self.bios.first_key_value()?.1,
+        };
+        is_wanted(next).then(|| self.pop()).flatten()
     }
 
     /// Behind those that are like it.
     pub(super) fn push(&mut self, bio: Box<Bio>) {
         self.last += 1;
-        self.bios.insert(Self::place(&bio, self.last), bio);
+        self.add(self.last, bio);
     }
 
     /// Puts one back, in front of those that are like it.
     pub(super) fn put_back(&mut self, bio: Box<Bio>) {
         self.first -= 1;
-        self.bios.insert(Self::place(&bio, self.first), bio);
+        self.add(self.first, bio);
+    }
+
+    fn add(&mut self, number: i64, bio: Box<Bio>) {
+        let one = (Self::place(&bio, number), bio);
+        match self.is_empty() {
+            true => self.alone = Some(one),
+            false => self.bios.extend(self.alone.take().into_iter().chain([one])),
+        }
     }
 
     /// Takes all of them.
     pub(super) fn take(&mut self) -> impl Iterator<Item = Box<Bio>> + use<> {
+        self.bios.extend(self.alone.take());
         std::mem::take(&mut self.bios).into_values()
     }
 }
