@@ -302,6 +302,17 @@ impl Transaction {
     /// Changes a count by one, either way.
     fn change(&mut self, which: Which, block: u64, is_increment: bool) -> Result<()> {
         let old = self.stored(which, block)?;
+        self.change_from(which, block, old, is_increment)
+    }
+
+    /// The same of a count that is known.
+    fn change_from(
+        &mut self,
+        which: Which,
+        block: u64,
+        old: u32,
+        is_increment: bool,
+    ) -> Result<()> {
         let new = match is_increment {
             true => old.checked_add(1),
             false => old.checked_sub(1),
@@ -403,7 +414,7 @@ impl Transaction {
         let block = self.find_free(Which::Data)?;
         if let Some(block) = block {
             self.data.cursor = block + 1;
-            self.increment_data(block)?;
+            self.change_from(Which::Data, block, 0, true)?;
         }
         Ok(block)
     }
