@@ -276,10 +276,10 @@ impl Mapper {
         self.reader.walks()
     }
 
-    /// See [`Reader::approach`].
-    pub(crate) fn approach(&self, thin: &Thin, sector: u64) {
+    /// See [`Reader::prefetch_leaf`].
+    pub(crate) fn prefetch_leaf(&self, thin: &Thin, sector: u64) {
         let block = ThinBlock(self.pool.block_size().split(sector).0);
-        self.reader.approach(&thin.metadata, block);
+        self.reader.prefetch_leaf(&thin.metadata, block);
     }
 
     /// See [`Reader::touch`].

@@ -189,9 +189,9 @@ impl Engine {
         self.mappers[0].walks()
     }
 
-    /// Has what a walk to the block of a request will read come closer.
-    pub(super) fn approach(&self, thin: &Thin, io: &TraceIo) {
-        self.mappers[0].approach(thin, io.sector);
+    /// Prefetches the leaf that a walk to the block of a request will end in.
+    pub(super) fn prefetch_leaf(&self, thin: &Thin, io: &TraceIo) {
+        self.mappers[0].prefetch_leaf(thin, io.sector);
     }
 
     /// Where the mapping for a request may be remembered.

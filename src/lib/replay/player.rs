@@ -225,7 +225,7 @@ impl Player {
                 let goes_on = end == Some((io.device, io.sector));
                 end = Some((io.device, io.sector.wrapping_add(io.sectors)));
                 if !goes_on && let Some((thin, _)) = self.devices.find(io) {
-                    self.engine.approach(thin, io);
+                    self.engine.prefetch_leaf(thin, io);
                 }
             }
         }

@@ -10,7 +10,7 @@ use super::recent_mappings::{Changes, RecentMappings, Room};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::txn::{
     A, B, BlockIo, BlockManager, Found, Kernel, LockScheme, LookupCounts, NoTally, Optimistic,
-    Place, Roots, V2013, WouldBlock, approach, lookup,
+    Place, Roots, V2013, WouldBlock, lookup, prefetch_leaf,
 };
 use crate::units::{DataBlock, MetadataBlock, ThinBlock, ThinId};
 use std::collections::HashMap;
@@ -411,9 +411,9 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
         self.walks
     }
 
-    /// Has the memory come closer that a walk to a block will take.
-    pub(crate) fn approach(&self, thin: &OpenThin, block: ThinBlock) {
-        approach(
+    /// Prefetches the leaf that a walk to a block will end in.
+    pub(crate) fn prefetch_leaf(&self, thin: &OpenThin, block: ThinBlock) {
+        prefetch_leaf(
             &self.shared.blocks,
             &self.shared.roots,
             (thin.id.0, block.0),

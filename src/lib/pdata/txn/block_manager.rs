@@ -388,14 +388,17 @@ impl BlockManager {
     /// A look at the block without a lock, if it is in the cache and nobody changes it.
     #[inline(always)]
     pub(super) fn peek(&self, block: MetadataBlock) -> std::result::Result<Peek<'_>, Missed> {
-        let peek = self.glance(block)?;
+        let peek = self.peek_unmarked(block)?;
         self.mark(peek.slot);
         Ok(peek)
     }
 
     /// The same, and the block does not count as looked at.
     #[inline(always)]
-    pub(super) fn glance(&self, block: MetadataBlock) -> std::result::Result<Peek<'_>, Missed> {
+    pub(super) fn peek_unmarked(
+        &self,
+        block: MetadataBlock,
+    ) -> std::result::Result<Peek<'_>, Missed> {
         let Some(slot) = self.find(block) else {
             return Err(Missed::NotCached);
         };
@@ -411,6 +414,14 @@ impl BlockManager {
             block: found & (TAG_BLOCK | TAG_VALIDATOR),
             version,
         })
+    }
+
+    /// How many blocks count as looked at, none of which do afterwards.
+    #[cfg(test)]
+    pub(super) fn unmark_all(&self) -> usize {
+        let unmark =
+            |slot: &&Slot| slot.tag.fetch_and(!REFERENCED, Ordering::Relaxed) & REFERENCED != 0;
+        self.slots.iter().filter(unmark).count()
     }
 
     /// What `look` finds in the block, which is read if it is not in the cache. For the thread that changes blocks: nobody else does, so

@@ -131,34 +131,24 @@ impl Transaction {
         needs_room: bool,
     ) -> Result<Option<WriteGuard<'a>>> {
         let validator = Validator::of(kind);
-        let mut above = None;
-        let mut block = root;
+        // None where the node has no room; else its child, if there is one to go on to.
+        let step = |view: View<'_>| {
+            let child = || view.floor(key).map(|at| view.child(at));
+            let is_enough = !needs_room || has_room(view, key);
+            is_enough.then(|| if view.is_leaf() { None } else { child() })
+        };
+        let (mut lowest, mut next) = (None, Some(root));
         for _ in 0..MOST_LEVELS {
+            let Some(block) = next else { break };
             if !self.is_own(block)? {
                 break;
             }
-            let step = |view: View<'_>| match needs_room && !has_room(view, key) {
-                true => Step::End(false),
-                false if view.is_leaf() => Step::End(true),
-                false => match view.floor(key) {
-                    Some(at) => Step::Down(view.child(at)),
-                    None => Step::End(true),
-                },
+            let Some(child) = blocks.look(block, validator, step)? else {
+                break;
             };
-            let is_enough = match blocks.look(block, validator, step)? {
-                Step::Down(child) => {
-                    above = Some(block);
-                    block = child;
-                    continue;
-                }
-                Step::End(is_enough) => is_enough,
-            };
-            if is_enough {
-                above = Some(block);
-            }
-            break;
+            (lowest, next) = (Some(block), child);
         }
-        above
+        lowest
             .map(|block| blocks.write(block, validator))
             .transpose()
     }

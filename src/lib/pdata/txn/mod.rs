@@ -1,7 +1,6 @@
 //! Persistent data that changes: block manager, transaction manager, space maps and btrees, as the kernel's persistent-data library
 //! has them.
 
-mod approach;
 mod block_manager;
 mod block_set;
 mod btree;
@@ -9,15 +8,16 @@ mod cursor;
 mod epoch;
 mod map_blocks;
 mod maps;
+mod prefetch_leaf;
 mod schemes;
 mod transaction;
 mod validator;
 mod version_lock;
 mod view;
 
-pub(crate) use approach::approach;
 pub use block_manager::{BlockIo, BlockManager, CacheUse};
 pub(crate) use epoch::Place;
+pub(crate) use prefetch_leaf::prefetch_leaf;
 pub(crate) use schemes::{A, B, Found, Kernel, NoTally, Optimistic, Roots, V2013, lookup};
 pub use schemes::{LockScheme, LookupCounts, WouldBlock};
 pub(crate) use transaction::LowSpace;

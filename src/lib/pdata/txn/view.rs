@@ -197,7 +197,7 @@ impl View<'_> {
 
     /// Asks for the memory of this leaf that looking for `key` takes; `parent` has it at `at`. It is a few lines of cache if no key can be
     /// left out, or all of them: where a search goes, and what an insertion moves, is not known yet.
-    pub(super) fn prefetch_leaf(self, parent: View<'_>, at: usize, key: u64) {
+    pub(super) fn prefetch(self, parent: View<'_>, at: usize, key: u64) {
         let first = parent.key(at);
         let is_last = at + 1 >= parent.len();
         let most = max_entries(8);

@@ -98,5 +98,17 @@ mod tests {
             .collect();
         assert_eq!(order, [1, 3, 2, 0, 4]);
         assert!(todo.is_empty());
+        // One is alone, and is not any more.
+        let bio = |id, sector| Box::new(Bio::new(id, Op::Read, sector, 8));
+        todo.push(bio(5, 8));
+        assert_eq!((todo.len(), todo.is_empty()), (1, false));
+        assert!(todo.pop_if(|bio| bio.id != 5).is_none());
+        todo.push(bio(6, 0));
+        assert_eq!(todo.len(), 2);
+        assert_eq!(todo.pop_if(|bio| bio.id == 6).map(|bio| bio.id), Some(6));
+        assert_eq!(todo.take().map(|bio| bio.id).collect::<Vec<_>>(), [5]);
+        todo.put_back(bio(7, 0));
+        assert_eq!(todo.take().map(|bio| bio.id).collect::<Vec<_>>(), [7]);
+        assert!(todo.is_empty());
     }
 }

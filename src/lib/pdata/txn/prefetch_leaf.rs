@@ -1,4 +1,4 @@
-//! Has the leaf of a block that is looked up soon come closer, so that the lookup need not wait for memory.
+//! Prefetches the leaf of a block that is looked up soon, so that the lookup need not wait for memory.
 //!
 //! Inner nodes are at hand: there are few. They are looked at here; of the leaf memory is only asked for. Nothing is locked, read or
 //! noted, and what was torn leads nowhere.
@@ -8,11 +8,11 @@ use super::btree::MOST_LEVELS;
 use super::schemes::Roots;
 
 /// Does so for a block of a device.
-pub(crate) fn approach(blocks: &BlockManager, roots: &Roots, (device, block): (u64, u64)) {
+pub(crate) fn prefetch_leaf(blocks: &BlockManager, roots: &Roots, (device, block): (u64, u64)) {
     let Some(root) = roots.root() else { return };
     let (mut node, mut key, mut is_top) = (root, device, true);
     for _ in 0..MOST_LEVELS {
-        let Ok(peek) = blocks.glance(node) else {
+        let Ok(peek) = blocks.peek_unmarked(node) else {
             return;
         };
         let view = peek.view();
@@ -23,10 +23,10 @@ pub(crate) fn approach(blocks: &BlockManager, roots: &Roots, (device, block): (u
             (true, false) => return,
             (false, true) => {}
             (false, false) => {
-                let first = blocks.glance(view.child(0));
+                let first = blocks.peek_unmarked(view.child(0));
                 if first.is_ok_and(|first| first.view().is_leaf()) {
-                    if let Ok(leaf) = blocks.glance(child) {
-                        leaf.view().prefetch_leaf(view, at, key);
+                    if let Ok(leaf) = blocks.peek_unmarked(child) {
+                        leaf.view().prefetch(view, at, key);
                     }
                     return;
                 }
@@ -58,15 +58,17 @@ mod tests {
         let top = txn.insert(TreeKind::TopLevel, top, 7, cell(root.0));
         let roots = Roots::new(top.unwrap().root);
         let (before, table) = (blocks.io(), blocks.cache_use());
+        assert!(blocks.unmark_all() > 0);
         for block in (0..110_000).chain([1 << 40, u64::MAX]) {
-            approach(&blocks, &roots, (7, block));
-            approach(&blocks, &roots, (8, block));
+            prefetch_leaf(&blocks, &roots, (7, block));
+            prefetch_leaf(&blocks, &roots, (8, block));
         }
         // A root that is no node, and one that is no block.
         for wrong in [1, 1 << 40, u64::MAX] {
-            approach(&blocks, &Roots::new(MetadataBlock(wrong)), (7, 0));
+            prefetch_leaf(&blocks, &Roots::new(MetadataBlock(wrong)), (7, 0));
         }
         assert_eq!((blocks.io(), blocks.cache_use()), (before, table));
+        assert_eq!(blocks.unmark_all(), 0);
         let found = txn.lookup(TreeKind::Mappings, root, 99_999).unwrap();
         assert_eq!(found, Some(cell(99_999 << 24)));
     }
