@@ -942,12 +942,12 @@ impl PoolMetadata {
         )
     }
 
-    /// The cache that it works in.
     /// The device that it is on.
     pub(crate) fn engine(&self) -> &Arc<dyn BlockEngine> {
         self.txn.blocks().engine()
     }
 
+    /// The cache that it works in.
     pub(super) fn blocks(&self) -> &Arc<BlockManager> {
         self.txn.blocks()
     }
