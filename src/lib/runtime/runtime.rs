@@ -41,13 +41,17 @@ impl Thins {
     /// How a device is exported, which has to be; none is as it is.
     fn activation(&self, id: ThinId) -> Result<Option<Arc<Activation>>> {
         match self.active.get(&id.0) {
-            None if !self.is_all => Err(Error::new(
-                ErrorKind::NotFound,
-                format!("thin device {id} is not active"),
-            )),
+            None if !self.is_all => Err(not_active(id)),
             found => Ok(found.cloned()),
         }
     }
+}
+
+fn not_active(id: ThinId) -> Error {
+    Error::new(
+        ErrorKind::NotFound,
+        format!("thin device {id} is not active"),
+    )
 }
 
 /// A running pool. All methods may be called from any thread.
@@ -373,8 +377,7 @@ impl Runtime {
                 pool: self.driver.table().metadata_device,
                 id,
                 origin: export
-                    .origin
-                    .as_ref()
+                    .origin()
                     .map(|origin| origin.path().display().to_string()),
             },
         })
@@ -411,24 +414,16 @@ impl Runtime {
     /// `NotFound` if it is not active; `Busy` while clients use it.
     pub fn deactivate(&self, id: ThinId) -> Result<()> {
         let mut thins = self.thins();
-        if thins
-            .open
-            .get(&id.0)
-            .is_some_and(|export| export.strong_count() > 0)
-        {
+        let activation = thins.active.get(&id.0).ok_or_else(|| not_active(id))?;
+        // Whoever opens it, has it open or is still closing it holds its activation.
+        if Arc::strong_count(activation) > 1 {
             return Err(Error::new(
                 ErrorKind::Busy,
                 format!("thin device {id} is in use by clients"),
             ));
         }
-        let was_active = thins.active.remove(&id.0);
-        let not_active = || {
-            Error::new(
-                ErrorKind::NotFound,
-                format!("thin device {id} is not active"),
-            )
-        };
-        was_active.map(drop).ok_or_else(not_active)
+        thins.active.remove(&id.0);
+        Ok(())
     }
 
     /// The thin devices that are exported.
@@ -447,7 +442,7 @@ impl Runtime {
     /// Opens a thin device that is exported, or shares it with those who have it open.
     pub(super) fn export(&self, id: ThinId) -> Result<Arc<ThinExport>> {
         let as_ptr = |activation: &Option<Arc<_>>| activation.as_ref().map(Arc::as_ptr);
-        let mut opened = None;
+        let mut opened: Option<Arc<ThinExport>> = None;
         loop {
             let mut thins = self.thins();
             if let Some(open) = thins.open.get(&id.0).and_then(Weak::upgrade) {
@@ -456,7 +451,7 @@ impl Runtime {
             let activation = thins.activation(id)?;
             match opened.take() {
                 // It may have been deactivated meanwhile, and activated in another way.
-                Some((export, of)) if as_ptr(&of) == as_ptr(&activation) => {
+                Some(export) if as_ptr(&export.activation) == as_ptr(&activation) => {
                     thins.open.retain(|_, export| export.strong_count() > 0);
                     thins.open.insert(id.0, Arc::downgrade(&export));
                     return Ok(export);
@@ -464,9 +459,12 @@ impl Runtime {
                 _ => drop(thins),
             }
             // This waits for the end of a commit, as it does in the kernel. Whoever has to do with other devices does not.
-            let Activation { size, origin } = activation.as_deref().cloned().unwrap_or_default();
-            let export = ThinExport::open(&self.driver, id, size, origin, self.is_read_only)?;
-            opened = Some((export, activation));
+            opened = Some(ThinExport::open(
+                &self.driver,
+                id,
+                activation,
+                self.is_read_only,
+            )?);
         }
     }
 

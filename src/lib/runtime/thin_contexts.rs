@@ -213,7 +213,7 @@ impl ThinExport {
         most: usize,
     ) -> Result<Vec<Extent>> {
         let size = self.block_sectors() * SECTOR;
-        let of_origin = match &self.origin {
+        let of_origin = match self.origin() {
             Some(origin) => origin.sectors()? * SECTOR,
             None => 0,
         };

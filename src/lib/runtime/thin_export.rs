@@ -3,6 +3,7 @@
 use super::data_device::{DataDevice, SECTOR};
 use super::driver::Driver;
 use super::io_counts::IoCounts;
+use super::runtime::Activation;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{Features, Thin};
 use crate::units::{ThinBlock, ThinId};
@@ -15,8 +16,8 @@ pub(super) struct ThinExport {
     pub(super) thin: Arc<Thin>,
     /// Size in bytes.
     pub(super) size: u64,
-    /// Has what was never written.
-    pub(super) origin: Option<Arc<DataDevice>>,
+    /// How it is exported, held until it is closed. None if nobody said how.
+    pub(super) activation: Option<Arc<Activation>>,
     pub(super) is_read_only: bool,
     pub(super) counts: Arc<IoCounts>,
 }
@@ -37,17 +38,17 @@ impl Drop for ThinExport {
 }
 
 impl ThinExport {
-    /// Opens thin device `id`, of `size` bytes; if none is given it ends with its last mapped block.
+    /// Opens thin device `id`.
     ///
     /// # Errors
     /// `NotFound`, `Io`, `Damaged`; `InvalidArgument` for a size that no thin device can have.
     pub(super) fn open(
         driver: &Arc<Driver>,
         id: ThinId,
-        size: Option<u64>,
-        origin: Option<Arc<DataDevice>>,
+        activation: Option<Arc<Activation>>,
         is_read_only: bool,
     ) -> Result<Arc<Self>> {
+        let Activation { size, origin } = activation.as_deref().cloned().unwrap_or_default();
         let origin_sectors = origin.as_ref().map(|origin| origin.sectors()).transpose()?;
         let thin = driver.call(move |worker| worker.open_thin(id, origin_sectors))??;
         if let Some(origin) = &origin {
@@ -61,7 +62,7 @@ impl ThinExport {
             driver: Arc::clone(driver),
             thin,
             size: 0,
-            origin,
+            activation,
             is_read_only,
             counts: driver.io_counts(id),
         };
@@ -100,6 +101,11 @@ impl ThinExport {
         known.map(|(highest, _)| highest)
     }
 
+    /// Has what was never written.
+    pub(super) fn origin(&self) -> Option<&Arc<DataDevice>> {
+        self.activation.as_ref()?.origin.as_ref()
+    }
+
     /// Sectors in a block of the pool.
     pub(super) fn block_sectors(&self) -> u64 {
         self.driver.pool.block_sectors()
@@ -111,7 +117,7 @@ impl ThinExport {
 
     /// True if what is not mapped reads as zeros, and stays so when a part of the block is written.
     pub(super) fn is_unmapped_zero(&self) -> bool {
-        self.origin.is_none() && !self.features().skip_block_zeroing
+        self.origin().is_none() && !self.features().skip_block_zeroing
     }
 
     /// True if blocks that shall read as zeros can be unmapped.
@@ -162,3 +168,45 @@ pub(super) fn check_size(id: ThinId, size: u64) -> Result<()> {
 
 /// The last byte that a signed offset can name: of a device, and of a file.
 pub(super) const MOST_BYTES: u64 = i64::MAX as u64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::{Options, Runtime};
+    use std::fs::File;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn it_is_in_use_until_the_worker_knows_that_it_is_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        let [metadata, data] = ["meta", "data"].map(|name| folder.path().join(name));
+        for path in [&metadata, &data] {
+            File::create(path).unwrap().set_len(1 << 20).unwrap();
+        }
+        let options = Options {
+            create: Some(128),
+            ..Options::new(&metadata, &data)
+        };
+        let runtime = Runtime::open(&options).unwrap();
+        runtime.message("create_thin 7".parse().unwrap()).unwrap();
+        runtime.activate(ThinId(7), Activation::default()).unwrap();
+        let export = runtime.export(ThinId(7)).unwrap();
+        let left = Arc::downgrade(&export);
+        // Whoever closes it waits for this before the worker is told.
+        let origins = runtime.driver.origins.read().unwrap();
+        let end = Instant::now() + Duration::from_secs(60);
+        thread::scope(|scope| {
+            scope.spawn(|| drop(export));
+            while left.strong_count() > 0 {
+                assert!(Instant::now() < end, "nobody closes it");
+                thread::yield_now();
+            }
+            let refused = runtime.deactivate(ThinId(7)).map_err(|e| e.kind());
+            drop(origins);
+            assert_eq!(refused, Err(ErrorKind::Busy));
+        });
+        runtime.deactivate(ThinId(7)).unwrap();
+        runtime.message("delete 7".parse().unwrap()).unwrap();
+    }
+}
