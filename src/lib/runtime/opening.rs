@@ -181,7 +181,7 @@ pub(super) fn open_metadata(
         true => PoolMetadata::open_to_rescue(engine, options.cache_bytes),
         // A bitmap that turned out to be lost later would fail a write, and make the pool read-only.
         false => PoolMetadata::open(engine, options.cache_bytes)
-            .and_then(|pool| pool.verify_space_maps().map(|()| pool)),
+            .and_then(|mut pool| pool.verify_space_maps().map(|()| pool)),
     };
     Ok((pool.map_err(unusable)?, false))
 }

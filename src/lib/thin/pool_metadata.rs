@@ -81,9 +81,9 @@ pub struct PoolMetadata {
     /// What the next commit writes.
     current: Fields,
     thins: BTreeMap<u64, Thin>,
-    /// The device whose mappings were changed last, and their root: the way there may be changed in place. Forgotten by whatever else may
+    /// The device whose mappings were changed last, and their root: the path there may be changed in place. Forgotten by whatever else may
     /// end that.
-    way: Option<(ThinId, MetadataBlock)>,
+    path: Option<(ThinId, MetadataBlock)>,
     is_changed: bool,
     /// The last commit cannot be read any more.
     is_failed: bool,
@@ -148,7 +148,7 @@ impl PoolMetadata {
             committed: superblock,
             current: superblock,
             thins: BTreeMap::new(),
-            way: None,
+            path: None,
             is_changed: false,
             is_failed: false,
             is_in_doubt: false,
@@ -161,7 +161,7 @@ impl PoolMetadata {
     ///
     /// # Errors
     /// `Damaged` with the first block that cannot be used, `Io`.
-    pub fn verify_space_maps(&self) -> Result<()> {
+    pub fn verify_space_maps(&mut self) -> Result<()> {
         self.txn.verify_maps()
     }
 
@@ -243,12 +243,12 @@ impl PoolMetadata {
     }
 
     fn begin(&mut self) -> Result<()> {
-        self.way = None;
-        self.begin_in_way()
+        self.path = None;
+        self.begin_on_path()
     }
 
-    /// The same of what leaves the way to the mappings changed last as it is.
-    fn begin_in_way(&mut self) -> Result<()> {
+    /// The same of what leaves the path to the mappings changed last as it is.
+    fn begin_on_path(&mut self) -> Result<()> {
         self.refuse_if_failed()?;
         self.refuse_until_abort()?;
         if self.is_in_doubt {
@@ -500,28 +500,28 @@ impl PoolMetadata {
         id: ThinId,
         change: impl FnOnce(&mut Transaction, MetadataBlock) -> Result<(MetadataBlock, T)>,
     ) -> Result<T> {
-        let root = match self.way.take() {
+        let root = match self.path.take() {
             Some((of, root)) if of == id => root,
             _ => {
                 let root = self.root_of(id)?;
-                // The way down is copied from the top: what a shared leaf of the top-level tree points to is counted once more before
+                // The path is copied from the top: what a shared leaf of the top-level tree points to is counted once more before
                 // it is asked whether it is shared.
-                self.shadow_way(id)?;
+                self.shadow_path_to(id)?;
                 root
             }
         };
         let (new_root, result) = change(&mut self.txn, root)?;
         if new_root != root {
-            let (leaf, at) = self.shadow_way(id)?;
+            let (leaf, at) = self.shadow_path_to(id)?;
             self.txn
                 .set_value(TreeKind::TopLevel, leaf, at, cell(new_root.0))?;
         }
-        self.way = Some((id, new_root));
+        self.path = Some((id, new_root));
         Ok(result)
     }
 
-    /// Makes the way through the top-level tree to a device one that may be changed; the leaf, and the entry's place in it.
-    fn shadow_way(&mut self, id: ThinId) -> Result<(MetadataBlock, usize)> {
+    /// Makes the path through the top-level tree to a device one that may be changed; the leaf, and the entry's place in it.
+    fn shadow_path_to(&mut self, id: ThinId) -> Result<(MetadataBlock, usize)> {
         let top = self.current.mapping_root;
         let (top, leaf, at) = self.txn.shadow_path(TreeKind::TopLevel, top, id.0)?;
         self.current.mapping_root = top;
@@ -544,7 +544,7 @@ impl PoolMetadata {
                 ),
             ));
         }
-        self.begin_in_way()?;
+        self.begin_on_path()?;
         let mapping = BlockTime {
             block: data,
             time: self.current.time,
@@ -625,7 +625,7 @@ impl PoolMetadata {
     /// # Errors
     /// `NoSpace` when the metadata device is full, `Io`, `Damaged`.
     pub fn alloc_data_block(&mut self) -> Result<Option<DataBlock>> {
-        self.begin_in_way()?;
+        self.begin_on_path()?;
         Ok(self.txn.new_data_block()?.map(DataBlock))
     }
 
@@ -676,7 +676,7 @@ impl PoolMetadata {
             return Ok(());
         }
         self.must_abort = true;
-        self.way = None;
+        self.path = None;
         for (&id, thin) in &mut self.thins {
             if thin.is_changed {
                 let root = self.current.details_root;

@@ -374,7 +374,7 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
             }
             return Ok(TryLookup::Mapped(lookup_of(thin, value)));
         }
-        self.walks += u64::from(self.recent.is_some());
+        self.walks += 1;
         Ok(match self.look(thin, block, false)? {
             Found::Value(value) => {
                 if let (Some(recent), Some(time)) = (&mut self.recent, time) {
@@ -405,7 +405,7 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
         }
     }
 
-    /// Lookups so far of what was not remembered, under [`LockScheme::Optimistic`].
+    /// Lookups so far of what was not remembered.
     #[inline]
     pub(crate) fn walks(&self) -> u64 {
         self.walks

@@ -15,7 +15,7 @@ impl Transaction {
     ///
     /// # Errors
     /// `Damaged` with the first block that cannot be used, `Io`.
-    pub(crate) fn verify_maps(&self) -> Result<()> {
+    pub(crate) fn verify_maps(&mut self) -> Result<()> {
         let mut bitmaps: Vec<u64> = self.metadata_bitmaps().map(|block| block.0).collect();
         let wanted = nr_bitmaps(self.data_map().nr_blocks);
         let index = self.cursor(TreeKind::DataIndex, self.data_map().bitmap_root, 0)?;

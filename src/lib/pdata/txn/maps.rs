@@ -184,13 +184,9 @@ impl Transaction {
     }
 
     /// Where the bitmaps of the metadata map are.
-    pub(super) fn metadata_bitmaps(&self) -> impl Iterator<Item = MetadataBlock> {
-        let map = &self.metadata;
-        let is_last = |number: u64| map.last.is_some_and(|(last, _)| last == number);
-        let others = (map.others.iter()).filter(move |&(&number, _)| !is_last(number));
-        let others = others.map(|(_, cached)| cached);
-        let all = others.chain(map.last.iter().map(|(_, cached)| cached));
-        all.map(|cached| cached.entry.block)
+    pub(super) fn metadata_bitmaps(&mut self) -> impl Iterator<Item = MetadataBlock> {
+        let index = self.metadata.index();
+        index.values().map(|cached| cached.entry.block)
     }
 
     fn map_mut(&mut self, which: Which) -> &mut Map {
