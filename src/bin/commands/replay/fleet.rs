@@ -119,7 +119,7 @@ fn is_finished(path: &Path, options: &[String]) -> anyhow::Result<bool> {
 }
 
 /// Plays what of the shard has no report yet.
-pub(super) fn run(args: &Args, manifest: &Path, play: &play::Args) -> anyhow::Result<Exit> {
+pub(super) fn run(args: &Args, manifest: &Path, play: &super::args::Args) -> anyhow::Result<Exit> {
     let session = Session::new("Replaying", play.quiet)?;
     let folder = args.reports.as_deref().unwrap_or(Path::new("."));
     let together = match &args.pools {
@@ -183,7 +183,7 @@ pub(super) fn run(args: &Args, manifest: &Path, play: &play::Args) -> anyhow::Re
 fn play_all(
     pools: &[(FleetPool, PathBuf)],
     jobs: Option<NonZero<usize>>,
-    play: &play::Args,
+    play: &super::args::Args,
     session: &Session,
     is_unexpected: &AtomicBool,
     written: &AtomicUsize,
@@ -245,7 +245,7 @@ impl Observer for OfOne<'_> {
 
 fn play_pool(
     pool: &FleetPool,
-    play: &play::Args,
+    play: &super::args::Args,
     session: &Session,
 ) -> anyhow::Result<Vec<Report>> {
     let shown = || pool.name.clone();

@@ -1,5 +1,6 @@
 //! `thin_replay`: recorded block I/O through the pool engine.
 
+mod args;
 mod compare;
 mod dry_run;
 mod expect;
@@ -9,7 +10,10 @@ mod outputs;
 mod play;
 mod saved;
 mod split;
+mod start;
 mod trace;
+mod values;
+mod ways;
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, FromArgMatches};
@@ -17,7 +21,7 @@ use clap::{ArgMatches, FromArgMatches};
 use super::Page;
 use crate::exit::Exit;
 
-pub(super) use play::sectors;
+pub(super) use values::sectors;
 
 /// The name of the command.
 pub(crate) const NAME: &str = "thin_replay";
@@ -222,7 +226,7 @@ pub(crate) struct Args {
     fleet: fleet::Args,
 
     #[command(flatten)]
-    play: play::Args,
+    play: args::Args,
 }
 
 impl Args {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::bail;
 use thintools::replay::{Format, PlayedTrace, TraceOp, TraceReader, Window, open};
 
-use super::play::time;
+use super::values::time;
 use crate::session::Session;
 
 /// Which trace, and what of it.
