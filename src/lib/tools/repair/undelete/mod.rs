@@ -10,22 +10,25 @@
 //! 4. A leaf that may have been written after the state is believed in no part: one that a current device has too, unless a
 //!    current device had it in that state already; and one with a mapping that cannot be the device's.
 
-use super::contested::Omitted;
-use super::reuse::{Current, Judgement};
-use super::scan::Scan;
-use super::states::{State, States};
-use super::{DataMap, Liveness, Options, Recovery, recover};
+mod leaves;
+mod report;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::BlockEngine;
 use crate::observer::Observer;
-use crate::pdata::{Leaves, Shape, Structure, TreeKind, Walk};
+use crate::pdata::{Leaves, Structure, TreeKind, Walk};
 use crate::thin::DeviceDetail;
-use crate::tools::affected::Affected;
-use crate::tools::sharing::leaves;
+use crate::tools::repair::contested::Omitted;
+use crate::tools::repair::reuse::Current;
+use crate::tools::repair::scan::Scan;
+use crate::tools::repair::states::States;
+use crate::tools::repair::{DataMap, Liveness, Options, Recovery, recover};
 use crate::units::{MAX_THIN_ID, MetadataBlock, ThinId};
-use serde::Serialize;
+use leaves::{Judged, survivors};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
+
+pub use report::{DeletedDevice, DeletedList, Remains, Undeleted, Wanted};
 
 /// Devices that are listed.
 const MOST_LISTED: usize = 1000;
@@ -34,134 +37,6 @@ const MOST_OTHERS: usize = 16;
 /// Said when the current state is damaged.
 const REFUSED: &str = "the current state of the pool is damaged, so that nobody can tell which data blocks of deleted devices others \
                        have by now; repair it first";
-
-/// What became of a deleted device's mappings.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Remains {
-    /// Mappings whose data blocks nobody maps now. What they hold is not known: they may have been discarded, or used and
-    /// freed again.
-    pub free: u64,
-    /// Mappings that the device shares with a current one, as snapshots do: their data blocks were never freed.
-    pub shared: u64,
-    /// Mappings whose data blocks others have by now: lost.
-    pub reused: u64,
-    /// Mappings in leaves that may have been written after the device was deleted: not to be believed.
-    pub doubtful: u64,
-}
-
-impl Remains {
-    /// Mappings that can be brought back.
-    pub fn kept(&self) -> u64 {
-        self.free + self.shared
-    }
-
-    /// Mappings that cannot.
-    pub fn left_out(&self) -> u64 {
-        self.reused + self.doubtful
-    }
-
-    fn add(&mut self, other: Self) {
-        self.free += other.free;
-        self.shared += other.shared;
-        self.reused += other.reused;
-        self.doubtful += other.doubtful;
-    }
-}
-
-/// A device that an older state of the pool has, and the current one has not.
-#[derive(Clone, Debug, Serialize)]
-pub struct DeletedDevice {
-    /// Its id.
-    pub dev_id: ThinId,
-    /// The pool's transaction id when it was created.
-    pub transaction: u64,
-    /// The snapshot clock when it was created.
-    pub creation_time: u32,
-    /// Root of the top-level tree of the state that it is told of: the latest in which it is whole.
-    pub mapping_root: MetadataBlock,
-    /// Its mappings in that state.
-    pub mapped_blocks: u64,
-    /// All of its tree is left.
-    pub is_whole: bool,
-    /// No later version of it is known, be it whole or overwritten.
-    pub is_latest: bool,
-    /// The last virtual block that is mapped, and one; 0 if none is or the tree is not whole.
-    pub end: u64,
-    /// What became of its mappings; none if the tree is not whole.
-    pub remains: Option<Remains>,
-    /// Another device has its id now.
-    pub id_is_taken: bool,
-    /// Roots of the top-level trees of states with other versions of it that are whole, the latest first.
-    pub other_versions: Vec<MetadataBlock>,
-}
-
-impl fmt::Display for DeletedDevice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "device {}: {} mapped blocks, created at transaction {}, time {}; in the state of mapping root {}",
-            self.dev_id,
-            self.mapped_blocks,
-            self.transaction,
-            self.creation_time,
-            self.mapping_root
-        )?;
-        match self.remains {
-            None => f.write_str("; part of its tree is overwritten, it cannot be brought back")?,
-            Some(remains) => write!(
-                f,
-                "; {} shared with current devices, {} in free data blocks, {} reused by others, {} doubtful",
-                remains.shared, remains.free, remains.reused, remains.doubtful
-            )?,
-        }
-        if !self.is_latest {
-            f.write_str("; a later version of it existed")?;
-        }
-        if self.id_is_taken {
-            f.write_str("; another device has its id")?;
-        }
-        for (i, root) in self.other_versions.iter().enumerate() {
-            let before = if i == 0 { "; other versions: " } else { ", " };
-            write!(f, "{before}{root}")?;
-        }
-        Ok(())
-    }
-}
-
-/// Deleted devices that are left in older states.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct DeletedList {
-    /// The devices, ascending by id, those of one id the latest first.
-    pub devices: Vec<DeletedDevice>,
-    /// How many more there are.
-    pub more_devices: usize,
-    /// Older versions of devices that still exist.
-    pub older_versions: usize,
-}
-
-/// Which device to bring back, and as which.
-#[derive(Clone, Copy, Debug)]
-pub struct Wanted {
-    /// Its id.
-    pub dev_id: ThinId,
-    /// The id to give it; none for its own.
-    pub new_id: Option<ThinId>,
-    /// Root of the top-level tree of the state to take it from; none for the latest in which it is whole.
-    pub from: Option<MetadataBlock>,
-}
-
-/// The current state with a device brought back.
-#[derive(Debug)]
-pub struct Undeleted<'a> {
-    /// The pool, to be told to a restorer.
-    pub recovery: Recovery<'a>,
-    /// The device as it was found.
-    pub device: DeletedDevice,
-    /// The id that it has now.
-    pub new_id: ThinId,
-    /// Ranges of virtual blocks whose mappings are left out, in whole or in part.
-    pub left_out: Vec<Affected>,
-}
 
 /// A device for good: ids are given again, times of creation are not.
 type Identity = (u64, u64, u32);
@@ -328,216 +203,6 @@ impl<'a> Deletions<'a> {
     fn is_whole(&self, version: &Version) -> bool {
         self.is_tree_whole(version.root, &version.detail)
     }
-}
-
-/// The current devices in an older state, with the roots and details that they had.
-fn survivors<'a>(
-    state: &'a State,
-    current: &'a HashMap<Identity, MetadataBlock>,
-) -> impl Iterator<Item = (MetadataBlock, &'a DeviceDetail)> {
-    state.roots.iter().filter_map(|(&id, &root)| {
-        let detail = state.details.get(&id)?;
-        current
-            .contains_key(&identity(id, detail))
-            .then_some((root, detail))
-    })
-}
-
-/// A leaf of a deleted device.
-#[derive(Clone, Copy, Debug)]
-struct Leaf {
-    block: MetadataBlock,
-    first: u64,
-    last: u64,
-    entries: u64,
-}
-
-/// The leaves of a deleted device that may be brought back.
-struct Sorted {
-    /// Those that a current device has too.
-    shared: Vec<Leaf>,
-    /// Those that no current device has.
-    alone: Vec<Leaf>,
-    /// Those that may have been written after the device was deleted.
-    doubtful: Vec<Leaf>,
-}
-
-impl Deletions<'_> {
-    /// The current mappings, to hold others against.
-    fn mappings(&self) -> Current<'_> {
-        Current::of(
-            &self.recovery.engine,
-            self.observer,
-            &self.recovery.recovered.forest,
-            &self.recovery.trees.devices,
-            self.recovery.trees.pool.time,
-            self.nr_data_blocks,
-        )
-    }
-
-    /// The version that is brought back: the latest that is whole; or else the latest.
-    fn best(&self, versions: &[Version]) -> Option<Version> {
-        let mut whole = versions.iter().filter(|v| self.is_whole(v));
-        whole.next().or(versions.first()).copied()
-    }
-
-    /// Leaves that current devices had in this state already.
-    fn confirmed(&self, state: usize) -> HashSet<MetadataBlock> {
-        let forest = &self.recovery.recovered.forest;
-        let current = self.current();
-        let whole = survivors(&self.states.states[state], &current)
-            .filter(|(root, detail)| self.is_tree_whole(*root, detail));
-        let roots: Vec<usize> = whole.filter_map(|(root, _)| forest.number(root)).collect();
-        let nodes = forest.children_first(&roots).into_iter();
-        let nodes = nodes.map(|n| &forest.nodes()[n]);
-        let leaves = nodes.filter(|n| matches!(n.shape, Shape::Leaf { .. }));
-        leaves.map(|n| n.block).collect()
-    }
-
-    /// Sorts the leaves of a version that is whole, as far as that can be done without reading them.
-    fn sort(
-        &self,
-        version: &Version,
-        confirmed: &HashSet<MetadataBlock>,
-        mappings: &Current<'_>,
-    ) -> Sorted {
-        let forest = &self.recovery.recovered.forest;
-        let mut sorted = Sorted {
-            shared: Vec::new(),
-            alone: Vec::new(),
-            doubtful: Vec::new(),
-        };
-        for n in forest
-            .number(version.root)
-            .into_iter()
-            .flat_map(|n| leaves(forest, n))
-        {
-            let node = &forest.nodes()[n];
-            let (first, last, entries) = match node.shape {
-                Shape::Leaf {
-                    first,
-                    last,
-                    entries,
-                } if entries > 0 => (first, last, entries),
-                _ => continue,
-            };
-            let is_before = |time: u32| {
-                let latest = self.scan.time(node.block);
-                latest.is_none_or(|latest| latest < time.min(version.detail.snapshotted_time))
-            };
-            let list = match mappings.snapped(node.block) {
-                None => &mut sorted.alone,
-                Some(time) if confirmed.contains(&node.block) && is_before(time) => {
-                    &mut sorted.shared
-                }
-                Some(_) => &mut sorted.doubtful,
-            };
-            list.push(Leaf {
-                block: node.block,
-                first,
-                last,
-                entries: u64::from(entries),
-            });
-        }
-        sorted
-    }
-}
-
-/// A version of a device with what is known of its leaves.
-struct Judged {
-    version: Version,
-    sorted: Sorted,
-    /// Leaves that map a data block which the device has elsewhere too.
-    repeated: HashSet<MetadataBlock>,
-}
-
-impl Judged {
-    /// What became of the mappings in a leaf that no current device has.
-    fn remains(&self, leaf: &Leaf, judgement: Option<&Judgement>) -> Remains {
-        let doubtful = Remains {
-            doubtful: leaf.entries,
-            ..Remains::default()
-        };
-        let Some(judgement) = judgement else {
-            return doubtful;
-        };
-        let snapped = self.version.detail.snapshotted_time;
-        if judgement.is_foreign
-            || judgement.same_until.is_some_and(|time| time >= snapped)
-            || self.repeated.contains(&leaf.block)
-        {
-            return doubtful;
-        }
-        Remains {
-            free: judgement.entries - judgement.same - judgement.reused,
-            shared: judgement.same,
-            reused: judgement.reused,
-            doubtful: 0,
-        }
-    }
-
-    /// The leaves that no current device has, ascending.
-    fn alone(&self) -> Vec<u64> {
-        let mut alone: Vec<u64> = self.sorted.alone.iter().map(|l| l.block.0).collect();
-        alone.sort_unstable();
-        alone
-    }
-
-    /// The leaves to bring back, by their first keys, and what is left out, for the device with id `new_id`.
-    fn split(
-        &self,
-        judgements: &HashMap<MetadataBlock, Judgement>,
-        omitted: &Omitted,
-        new_id: ThinId,
-    ) -> (Vec<(u64, Option<MetadataBlock>)>, Vec<Affected>) {
-        let mut kept: Vec<&Leaf> = self.sorted.shared.iter().collect();
-        let mut ranges: Vec<(u64, u64)> = Vec::new();
-        let mut lose = |leaf: &Leaf| ranges.push((leaf.first, leaf.last.saturating_add(1)));
-        self.sorted.doubtful.iter().for_each(&mut lose);
-        for leaf in &self.sorted.alone {
-            let remains = self.remains(leaf, judgements.get(&leaf.block));
-            match remains.kept() {
-                0 => lose(leaf),
-                _ => kept.push(leaf),
-            }
-        }
-        let keys = kept.iter().filter_map(|leaf| omitted.get(&leaf.block));
-        ranges.extend(keys.flatten().map(|&key| (key, key.saturating_add(1))));
-        kept.sort_unstable_by_key(|leaf| leaf.first);
-        let kept = kept.into_iter().map(|leaf| (leaf.first, Some(leaf.block)));
-        (kept.collect(), joined(ranges, new_id))
-    }
-
-    /// What became of all mappings.
-    fn total(&self, judgements: &HashMap<MetadataBlock, Judgement>) -> Remains {
-        let sum = |list: &[Leaf]| list.iter().map(|l| l.entries).sum();
-        let mut total = Remains {
-            shared: sum(&self.sorted.shared),
-            doubtful: sum(&self.sorted.doubtful),
-            ..Remains::default()
-        };
-        for leaf in &self.sorted.alone {
-            total.add(self.remains(leaf, judgements.get(&leaf.block)));
-        }
-        total
-    }
-}
-
-/// Ranges of virtual blocks, those that touch made one.
-fn joined(mut ranges: Vec<(u64, u64)>, device: ThinId) -> Vec<Affected> {
-    ranges.sort_unstable();
-    let mut joined: Vec<Affected> = Vec::new();
-    for (begin, end) in ranges.into_iter().filter(|r| r.0 < r.1) {
-        match joined.last_mut() {
-            Some(last) if last.end == Some(begin) => last.end = Some(end),
-            _ => joined.push(Affected {
-                device: Some(device),
-                begin,
-                end: Some(end),
-            }),
-        }
-    }
-    joined
 }
 
 impl Deletions<'_> {
