@@ -483,3 +483,77 @@ fn what_was_interrupted_is_not_compared() {
         "{said}"
     );
 }
+
+#[test]
+fn events_beside_a_trace_come_by_time_among_its_own() {
+    let place = folder();
+    let events = place.path().join("events");
+    // The trace has no request between 0.8 s and its own mark at 2 s.
+    fs::write(&events, "1 phase-end before\n2.1 phase-end behind\n").expect("written");
+    let options = ["--limit", "1500", "--events", text(&events)];
+    let (_, report) = report(&[&KERNEL[..], &options].concat());
+    let marks = report.marks.iter();
+    let marks: Vec<(&str, u64)> = marks
+        .map(|mark| (&*mark.name, mark.time_ns / 100_000_000))
+        .collect();
+    assert_eq!(marks, [("before", 10), ("1-provision", 19), ("behind", 21)]);
+}
+
+#[test]
+fn a_new_size_of_the_data_device_counts_from_the_next_resumption_on() {
+    let place = folder();
+    let events = place.path().join("events");
+    let resized = "2.5 resize 4194304\n3 phase-end a\n3.1 suspend\n3.2 resume\n3.3 phase-end b\n";
+    fs::write(&events, resized).expect("written");
+    let (_, report) = report(&[&KERNEL[..], &["--events", text(&events)]].concat());
+    let pool_at = |name: &str| {
+        let mark = report.marks.iter().find(|mark| mark.name == name);
+        &*mark.expect("it was there").pool
+    };
+    let (a, b) = (pool_at("a"), pool_at("b"));
+    assert!(a.starts_with("0 2097152 ") && a.contains("/16384 "), "{a}");
+    assert!(b.starts_with("0 4194304 ") && b.contains("/32768 "), "{b}");
+}
+
+#[test]
+fn a_report_of_a_replay_with_snapshots_is_compared_and_merged() {
+    let place = folder();
+    let [first, second] = ["first.json", "second.json"].map(|name| place.path().join(name));
+    let snapped = ["--snap-every", "1.5s", "--json", text(&first)];
+    play(&[&KERNEL[..], &snapped, &["--limit", "300"]].concat()).expect(0);
+    let shorter = ["--json", text(&second), "--limit", "200"];
+    play(&[&KERNEL[..], &shorter].concat()).expect(0);
+    let of = |subcommand: &str, reports: &[&Path]| {
+        let reports = reports.iter().map(|path| text(path));
+        thintools(["thin_replay", subcommand].into_iter().chain(reports)).run()
+    };
+    let said = of("compare", &[&first, &first]).expect(0).out();
+    assert!(!said.contains("NOT ALIKE"), "{said}");
+    let said = of("compare", &[&first, &second]).expect(0).out();
+    holds(&said, &["NOT ALIKE", " is of 300 requests, ", " of 200: "]);
+    of("merge-reports", &[&first, &second]).expect(0);
+    of("merge-reports", &[&first, &first])
+        .expect(2)
+        .expect_stderr(&["would count twice"]);
+}
+
+#[test]
+fn options_that_lead_nowhere_are_refused() {
+    for (wrong, why) in [
+        (&["-o", "-"][..], "not on standard output"),
+        (&["--start", "5", "--end", "3"], "nothing in between"),
+    ] {
+        play(wrong).expect(2).expect_stderr(&[why]);
+    }
+}
+
+#[test]
+fn a_trace_without_requests_is_warned_of() {
+    let place = folder();
+    let noise = place.path().join("noise");
+    fs::write(&noise, "no event\nat all\n").expect("written");
+    thintools(["thin_replay", "--format", "ftrace", text(&noise)])
+        .run()
+        .expect(0)
+        .expect_stderr(&["none of 2 records is a request"]);
+}

@@ -25,7 +25,7 @@ pub enum Control {
         /// Name of the trace's device.
         device: String,
     },
-    /// `resize SECTORS`: the data device has this size now.
+    /// `resize SECTORS`: the data device has this size; the pool uses it from the next resumption on.
     Resize {
         /// Sectors of 512 bytes.
         sectors: u64,

@@ -52,6 +52,8 @@ pub struct Player {
     pub(super) engine: Engine,
     pub(super) devices: Devices,
     clock: Clock,
+    /// Blocks of the data device by the table: a new size counts from the next resumption on.
+    table_blocks: u64,
     /// [Walks](Engine::walks) when it prepared last.
     walks: u64,
 }
@@ -74,6 +76,7 @@ impl Player {
             engine: Engine::new(metadata, &options)?,
             clock: Clock::default(),
             walks: 0,
+            table_blocks: options.data_blocks,
             options,
         })
     }
@@ -368,7 +371,9 @@ impl Player {
                     tag,
                     table: None,
                     data_blocks,
-                })
+                })?;
+                self.table_blocks = data_blocks;
+                Ok(())
             }
             Control::Mark(name) => {
                 self.mark(name)?;
@@ -411,7 +416,7 @@ impl Player {
         // A pool that must not commit says how it is all the same.
         self.engine.commit().ok();
         let size = self.engine.pool.block_sectors();
-        let sectors = self.options.data_blocks * size;
+        let sectors = self.table_blocks * size;
         let words = self.engine.worker.pool_status();
         self.devices.forget_targets();
         for active in self.devices.active.values_mut() {

@@ -6,6 +6,7 @@ use super::trace::control_words;
 use crate::error::{Error, ErrorKind, Result};
 use crate::observer::Observer;
 use std::collections::VecDeque;
+use std::iter::Peekable;
 use std::time::Duration;
 
 /// Snapshots that are taken whatever the trace says.
@@ -117,6 +118,19 @@ pub(super) enum Happening<'a> {
     Soon(&'a [TraceIo; SOON]),
 }
 
+/// The first control event up to a time: one of the trace before one beside it of the same time.
+fn next_control(
+    of_trace: &mut Peekable<impl Iterator<Item = ControlEvent>>,
+    beside: &mut VecDeque<ControlEvent>,
+    until: u64,
+) -> Option<ControlEvent> {
+    let next = of_trace.peek().map_or(u64::MAX, |event| event.time_ns);
+    match beside.front() {
+        Some(event) if event.time_ns <= until && event.time_ns < next => beside.pop_front(),
+        _ => of_trace.next_if(|event| event.time_ns <= until),
+    }
+}
+
 /// Tells `each` everything that `reader` has and what happens beside it, in order of time. False if the observer wished to stop.
 ///
 /// # Errors
@@ -130,6 +144,7 @@ pub(super) fn follow(
     let mut beside = VecDeque::from(beside);
     let mut batch = Batch::default();
     while reader.read(&mut batch)? {
+        let last_control = batch.controls.last().map(|control| control.time_ns);
         let mut controls = std::mem::take(&mut batch.controls).into_iter().peekable();
         let devices = reader.devices();
         for (at, io) in batch.ios.iter().enumerate() {
@@ -138,20 +153,16 @@ pub(super) fn follow(
             {
                 each(Happening::Soon(soon))?;
             }
-            let is_due = |event: &ControlEvent| event.time_ns <= io.time_ns;
-            while let Some(event) = controls.next_if(is_due) {
+            while let Some(event) = next_control(&mut controls, &mut beside, io.time_ns) {
                 each(Happening::Control(&event))?;
-            }
-            while beside.front().is_some_and(is_due) {
-                if let Some(event) = beside.pop_front() {
-                    each(Happening::Control(&event))?;
-                }
             }
             let device = devices.get(io.device as usize);
             each(Happening::Io(device.map_or("", |name| name), io))?;
         }
-        for event in controls {
-            each(Happening::Control(&event))?;
+        if let Some(last) = last_control {
+            while let Some(event) = next_control(&mut controls, &mut beside, last) {
+                each(Happening::Control(&event))?;
+            }
         }
         if let Some((done, total)) = reader.progress() {
             observer.progress("", done, total);

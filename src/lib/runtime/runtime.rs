@@ -415,8 +415,9 @@ impl Runtime {
     pub fn deactivate(&self, id: ThinId) -> Result<()> {
         let mut thins = self.thins();
         let activation = thins.active.get(&id.0).ok_or_else(|| not_active(id))?;
-        // Whoever opens it, has it open or is still closing it holds its activation.
-        if Arc::strong_count(activation) > 1 {
+        // Whoever opens it, has it open or is still closing it holds its activation, but for who opened it before it was active.
+        let is_open = |export: &Weak<ThinExport>| export.strong_count() > 0;
+        if Arc::strong_count(activation) > 1 || thins.open.get(&id.0).is_some_and(is_open) {
             return Err(Error::new(
                 ErrorKind::Busy,
                 format!("thin device {id} is in use by clients"),

@@ -1,6 +1,6 @@
 //! The command line of `thin_replay TRACE`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thintools::pdata::txn::LockScheme;
 use thintools::replay::Clock;
@@ -31,7 +31,7 @@ pub(crate) struct Args {
 
     /// Begin with a new pool, as without --metadata.
     #[arg(long, conflicts_with = "metadata")]
-    pub(super) create: bool,
+    create: bool,
 
     /// Size of a data block of a new pool. With commas several: each is tried.
     #[arg(long, value_name = "SIZES", default_value = "64k", value_parser = data_block, value_delimiter = ',')]
@@ -167,6 +167,12 @@ impl Args {
             return Some(format!(
                 "{path} is named for the metadata and for the report"
             ));
+        }
+        if self.output.as_deref() == Some(Path::new("-")) {
+            return Some("-o: the metadata is kept in a file, not on standard output".into());
+        }
+        if let Some(wrong) = self.trace.contradiction() {
+            return Some(wrong);
         }
         if self.clock == Clock::Threads && (self.verify.is_some() || self.seed != 0) {
             return Some("--verify and --seed are for the virtual clock".into());

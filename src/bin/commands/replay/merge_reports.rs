@@ -1,5 +1,6 @@
 //! `thin_replay merge-reports`: reports of parts as one.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use thintools::replay::merge;
@@ -23,6 +24,11 @@ pub(crate) struct Args {
 /// Writes what the reports are together.
 pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
     if let Some(wrong) = args.outputs.contradiction() {
+        return Ok(super::usage(wrong));
+    }
+    let mut named = HashSet::new();
+    if let Some(twice) = args.reports.iter().find(|&path| !named.insert(path)) {
+        let wrong = format!("{} is named twice, and would count twice", twice.display());
         return Ok(super::usage(wrong));
     }
     args.outputs.refuse_early()?;

@@ -62,7 +62,7 @@ pub(crate) const PAGE: Page = Page {
          with ctl, or lines of the file of --events, with a time in seconds in front, and with ctl or without: create_thin \
          ID, create_snap ID ORIGIN, delete ID, set_transaction_id OLD NEW, reserve_metadata_snap, \
          release_metadata_snap, activate MAJ:MIN ID SECTORS [ORIGIN_SECTORS], deactivate MAJ:MIN, \
-         resize SECTORS, suspend, resume, and phase-end NAME, a mark at which the report has the \
+         resize SECTORS, which counts from the next resume on, suspend, resume, and phase-end NAME, a mark at which the report has the \
          kernel's status lines. A device may be activated before the message that makes it. What \
          is not known, or has wrong arguments, is left out, counted and told, and so is what the pool refuses.",
     ],

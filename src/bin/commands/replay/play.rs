@@ -53,6 +53,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Exit> {
     for report in &mut reports {
         report.played = Some(args.trace.played(&format));
     }
+    let notes = reader.notes();
+    if notes.events == 0 && notes.left_out == 0 && notes.skipped > 0 {
+        session.say(&format!(
+            "warning: none of {} records is a request; is it a trace in the format {format}?",
+            notes.skipped
+        ));
+    }
     for (name, ..) in &args.map {
         if !reader.devices().contains(name) {
             let known = reader.devices().join(", ");
@@ -180,7 +187,9 @@ fn replay(
     if let Some(one_of) = args.verify {
         player.verify(one_of.into())?;
     }
-    player.make_mapped_devices()?;
+    player
+        .make_mapped_devices()
+        .context("cannot make the thin devices that the devices of the trace are")?;
     let mut marks = 0;
     let mut expectations = args.expect.expectations()?;
     let mut dumped = HashSet::new();

@@ -27,6 +27,9 @@ pub(crate) struct Args {
 
 /// Splits the trace.
 pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
+    if let Some(wrong) = args.trace.contradiction() {
+        return Ok(super::usage(wrong));
+    }
     let session = Session::new("Splitting", args.quiet)?;
     let (_, mut reader) = args.trace.open(&session)?;
     let volumes = split(&mut *reader, &args.output, &session)?;

@@ -64,6 +64,12 @@ fn named(text: &str) -> Result<Named, thintools::Error> {
 }
 
 impl TraceArgs {
+    /// Why options do not go together, if they do not.
+    pub(super) fn contradiction(&self) -> Option<String> {
+        let (start, end) = (self.start.unwrap_or_default(), self.end?);
+        (start >= end).then(|| "--end is not after --start: there is nothing in between".into())
+    }
+
     /// Opens it for another reading.
     pub(super) fn open_again(&self) -> anyhow::Result<Box<dyn TraceReader>> {
         Ok(self.open_part()?.1)

@@ -183,6 +183,16 @@ pub fn compare(reports: &[(String, Report)]) -> String {
         return text;
     };
     for (name, report) in rest {
+        let [of_first, of_this] = [first, report].map(|report| report.input.requests);
+        if of_first != of_this && first.is_complete && report.is_complete {
+            // A string takes whatever is written to it.
+            let _ = writeln!(
+                text,
+                "NOT ALIKE   {first_name} is of {of_first} requests, {name} of {of_this}: another trace, or another part of it"
+            );
+        }
+    }
+    for (name, report) in rest {
         let clock = clocks(first, report);
         // A string takes whatever is written to it.
         let _ = writeln!(text, "{name} against {first_name}, {clock}");

@@ -211,7 +211,7 @@ pub struct Space {
     pub pools: u64,
     /// Data blocks in use.
     pub used_data_blocks: u64,
-    /// Mappings of the devices that the trace's devices are; what is in use beyond them is held by snapshots alone.
+    /// Mappings of the devices that the trace's devices are; what is in use beyond them others hold, as snapshots do.
     pub mapped_blocks: u64,
     /// Metadata blocks in use, without those kept back for commits.
     pub allocated_metadata_blocks: u64,

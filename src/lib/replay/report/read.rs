@@ -113,7 +113,7 @@ fn look_at_numbers(value: &Value) -> Result<()> {
             let is_small = match (number.as_u64(), number.as_i64()) {
                 (Some(n), _) => n <= MOST,
                 (None, Some(n)) => n.unsigned_abs() <= MOST,
-                (None, None) => false,
+                (None, None) => number.as_f64().is_some_and(|n| n.abs() <= MOST as f64),
             };
             match is_small {
                 true => Ok(()),

@@ -200,15 +200,16 @@ impl Report {
             .used_data_blocks
             .saturating_sub(self.space.mapped_blocks);
         format!(
-            "{} taken, {} devices deleted; {} blocks copied because a snapshot had them ({}, {} for each byte asked for); snapshots alone \
-             hold {} at the end; metadata in use changed by {} blocks in all",
+            "{} taken, {} devices deleted; {} blocks copied because a snapshot had them ({}{}); {} are in use at the end beyond what the \
+             trace's devices map; metadata in use changed by {} blocks in all",
             input.snapshots,
             input.deletions,
             work.copies,
             bytes(work.copies.saturating_mul(self.block_bytes())),
             ratio(
                 work.copies.saturating_mul(self.block_bytes()),
-                self.bytes_written()
+                self.bytes_written(),
+                "for each byte asked for"
             ),
             bytes(held.saturating_mul(self.block_bytes())),
             signed(self.metadata.grown_blocks)
@@ -265,11 +266,11 @@ impl Report {
             ),
         };
         format!(
-            "{} {of} became {}, {} times as much: {} of zeros for {} new blocks ({} more were filled by one write), {} of copies, {} of \
+            "{} {of} became {}{}: {} of zeros for {} new blocks ({} more were filled by one write), {} of copies, {} of \
              metadata",
             bytes(asked),
             bytes(all),
-            ratio(all, asked),
+            ratio(all, asked, "times as much"),
             bytes(work.bytes_zeroed),
             work.zeroed,
             work.overwritten,
@@ -505,11 +506,11 @@ pub(super) fn words(reason: Reason) -> &'static str {
     }
 }
 
-/// How many times as much.
-fn ratio(n: u64, of: u64) -> String {
+/// How many times as much, in these words; nothing if that cannot be said.
+fn ratio(n: u64, of: u64, words: &str) -> String {
     match of {
-        0 => "no".into(),
-        of => format!("{:.2}", n as f64 / of as f64),
+        0 => String::new(),
+        of => format!(", {:.2} {words}", n as f64 / of as f64),
     }
 }
 

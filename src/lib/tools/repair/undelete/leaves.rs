@@ -27,21 +27,21 @@ pub(super) fn survivors<'a>(
 
 /// A leaf of a deleted device.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Leaf {
-    pub(super) block: MetadataBlock,
-    pub(super) first: u64,
-    pub(super) last: u64,
-    pub(super) entries: u64,
+struct Leaf {
+    block: MetadataBlock,
+    first: u64,
+    last: u64,
+    entries: u64,
 }
 
 /// The leaves of a deleted device that may be brought back.
 pub(super) struct Sorted {
     /// Those that a current device has too.
-    pub(super) shared: Vec<Leaf>,
+    shared: Vec<Leaf>,
     /// Those that no current device has.
-    pub(super) alone: Vec<Leaf>,
+    alone: Vec<Leaf>,
     /// Those that may have been written after the device was deleted.
-    pub(super) doubtful: Vec<Leaf>,
+    doubtful: Vec<Leaf>,
 }
 
 impl Deletions<'_> {
