@@ -377,20 +377,23 @@ fn what_is_no_report_is_an_error() {
     }
     // The largest numbers that are taken do no harm.
     let large = enlarged(&good);
-    fs::write(&path, large).expect("written");
+    let paths = ["first", "second", "third"].map(|name| place.path().join(name));
+    for path in &paths {
+        fs::write(path, &large).expect("written");
+    }
     let page = place.path().join("page");
-    let name = text(&path);
+    let [first, second, third] = paths.each_ref().map(|path| text(path));
     let args = [
         "thin_replay",
         "merge-reports",
-        name,
-        name,
-        name,
+        first,
+        second,
+        third,
         "--html",
         text(&page),
     ];
     thintools(args).run().expect(0);
-    thintools(["thin_replay", "compare", name, name])
+    thintools(["thin_replay", "compare", first, second])
         .run()
         .expect(0);
 }
