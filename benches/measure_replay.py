@@ -45,19 +45,20 @@ class Run:
 
 
 class Row:
-    """A command whose runs are reported; how it does is told in events."""
+    """A command whose runs are reported; how it does is told in requests, and in records if it reads so many for each of them."""
 
-    def __init__(self, name, argv, is_peer=False):
-        self.name, self.argv, self.is_peer, self.runs = name, argv, is_peer, []
+    def __init__(self, name, argv, is_peer=False, records=None):
+        self.name, self.argv, self.is_peer, self.records, self.runs = name, argv, is_peer, records, []
 
     def median(self, of):
         """The median of something of all runs."""
         return statistics.median(of(run) for run in self.runs)
 
-    def cells(self, events, fio):
-        """Rate by the wall, CPU time of a million events, how many times fio's rate by both, peak memory."""
+    def cells(self, requests, fio):
+        """Rates by the wall, CPU time, how many times fio's rate by both, peak memory."""
         wall, cpu = self.median(lambda run: run.wall), self.median(lambda run: run.cpu)
-        cells = [f"{events / wall / 1e6:.2f}", f"{events / cpu / 1e6:.2f}", f"{cpu:.2f}"]
+        records = f"{requests * self.records / wall / 1e6:.2f}" if self.records else ""
+        cells = [f"{requests / wall / 1e6:.2f}", records, f"{requests / cpu / 1e6:.2f}", f"{cpu:.2f}"]
         if fio is None:
             cells += ["", ""]
         else:
@@ -83,12 +84,19 @@ def generate(args, *words, stdout=None):
     subprocess.run([str(args.generator), *words], check=True, cwd=args.folder, stdout=stdout)
 
 
+def reading(replay, name, dump, records):
+    """Rows that read a blktrace and nothing else."""
+    dry = [*replay, "--dry-run"]
+    files = Row("thin_replay, reading only, files", [*dry, f"{name}.blktrace.0"], records=records)
+    return [files, Row("thin_replay, reading only, dump", [*dry, dump], records=records)]
+
+
 def rates(args):
     """The table of rates."""
     wanted = args.events or 4_000_000
     replay = [str(args.ours), "thin_replay", "--quiet"]
-    print("| trace | command | M events/s | by CPU time | CPU s | of fio's rate | by CPU time | peak MiB |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|")
+    print("| trace | command | M requests/s | M records/s | M requests per CPU s | CPU s | of fio's rate | by CPU time | peak MiB |")
+    print("|---|---|--:|--:|--:|--:|--:|--:|--:|")
     generate(args, "provisioning", "blktrace", str(BLOCKS), "1", "start")
     pool = ["--create", "--data-size", "1t", "--metadata-size", "256m"]
     Run(args.folder, [*replay, *pool, *MAP, "-o", "mapped.img", "start.blktrace.0"])
@@ -111,16 +119,22 @@ def rates(args):
         ]
         if not is_empty:
             rows += [
-                Row("thin_replay, reading only, files", [*replay, "--dry-run", f"{shape}.blktrace.0"]),
-                Row("thin_replay, reading only, dump", [*replay, "--dry-run", dump]),
-                Row("blkparse, text", ["blkparse", "-q", "-i", shape], is_peer=True),
-                Row("blkparse -d", make_dump, is_peer=True),
+                *reading(replay, shape, dump, 2),
+                Row("blkparse, text", ["blkparse", "-q", "-i", shape], is_peer=True, records=2),
+                Row("blkparse -d", make_dump, is_peer=True, records=2),
             ]
         measure(args, rows)
         for row in rows:
             print_row([shape, row.name, *row.cells(events, None if row.is_peer else peer)])
         for path in args.folder.glob(f"{shape}.*"):
             path.unlink()
+    generate(args, "locality", "blktrace-queue", str(wanted), "2", "queued")
+    dump = "queued.blktrace-dump"
+    Run(args.folder, ["blkparse", "-q", "-O", "-i", "queued", "-d", dump])
+    rows = reading(replay, "queued", dump, 1)
+    measure(args, rows)
+    for row in rows:
+        print_row(["locality, -a queue", row.name, *row.cells(wanted, None)])
     with open(args.folder / "volumes.csv", "xb") as file:
         generate(args, "random", "alibaba", str(wanted), "1000", stdout=file)
     row = Row("thin_replay, reading only", [*replay, "--dry-run", "--format", "alibaba", "volumes.csv"])

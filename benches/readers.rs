@@ -12,7 +12,7 @@ use std::path::Path;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use thintools::replay::{Batch, Format, open};
-use trace_shapes::Shape;
+use trace_shapes::{Records, Shape};
 
 const EVENTS: u64 = 2_000_000;
 const RANDOM: Shape = Shape::Random;
@@ -45,7 +45,7 @@ fn main() {
         let files = names
             .iter()
             .map(|name| Box::new(file(name)) as Box<dyn Write>);
-        trace_shapes::blktrace(RANDOM, EVENTS, &mut files.collect::<Vec<_>>())
+        trace_shapes::blktrace(RANDOM, EVENTS, Records::All, &mut files.collect::<Vec<_>>())
             .expect("there is room");
         traces.push(("blktrace", format!("{cpus} processors"), names[0].clone()));
     }

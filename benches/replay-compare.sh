@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Measures thin_replay against fio and blkparse on the same traces, and its memory against what it may take.
 #
-#   benches/replay-compare.sh THINTOOLS            rates, of blktrace's files of three shapes and of a CSV
+#   benches/replay-compare.sh THINTOOLS            rates, of blktraces of four shapes and of a CSV
 #   benches/replay-compare.sh THINTOOLS --memory   peak memory, of a long trace that comes through a pipe
 #
-# THINTOOLS is the binary with all commands. Traces are made in a temporary directory (TMPDIR is respected; 0.5 GiB must be free for each
+# THINTOOLS is the binary with all commands. Traces are made in a temporary directory (TMPDIR is respected; 1 GiB must be free for each
 # million of EVENTS), which goes away at the end. A Markdown report goes to standard output, everything else to standard error.
 #
 # RUNS    runs of each command, in turn; medians are reported (default 3)

@@ -146,22 +146,57 @@ pub(crate) fn iolog(shape: Shape, events: u64, out: &mut dyn Write) -> Result<()
     writeln!(out, "{events} disk close")
 }
 
-/// The files of blktrace, of as many processors as there are outputs.
-pub(crate) fn blktrace(shape: Shape, events: u64, files: &mut [Box<dyn Write>]) -> Result<()> {
+/// Which records blktrace writes.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Records {
+    /// All that a thin device has: each request is queued, and completed.
+    All,
+    /// Those of `blktrace -a queue`.
+    #[allow(dead_code)]
+    Queued,
+}
+
+/// Nanoseconds from a request to its completion.
+const COMPLETED_AFTER: u64 = 20_000;
+
+/// The files of blktrace, of as many processors as there are outputs. A request is completed by the processor that queued it.
+pub(crate) fn blktrace(
+    shape: Shape,
+    events: u64,
+    which: Records,
+    files: &mut [Box<dyn Write>],
+) -> Result<()> {
     let mut numbers = vec![0u32; files.len()];
     for request in requests(shape, events) {
         let cpu = request.other as usize % files.len();
-        numbers[cpu] += 1;
-        let action = 1 | 1u32 << 16 << u32::from(request.is_write);
-        let bytes = request.blocks as u32 * 4096;
-        let mut record = [0; 48];
-        record[..4].copy_from_slice(&0x6561_7407u32.to_le_bytes());
-        record[4..8].copy_from_slice(&numbers[cpu].to_le_bytes());
-        record[8..16].copy_from_slice(&(request.micros * 1000).to_le_bytes());
-        record[16..24].copy_from_slice(&(request.block * 8).to_le_bytes());
-        let fields = [bytes, action, 161, 254 << 20 | 1, cpu as u32];
-        record[24..44].copy_from_slice(&fields.map(u32::to_le_bytes).concat());
-        files[cpu].write_all(&record)?;
+        let mut write = |action: u32, after: u64| {
+            numbers[cpu] += 1;
+            // Reads have bit 0, writes bits 1 and 3, which says that somebody waits for it.
+            let categories = if request.is_write {
+                1 << 1 | 1 << 3
+            } else {
+                1 << 0
+            };
+            let bytes = request.blocks as u32 * 4096;
+            let mut record = [0; 48];
+            record[..4].copy_from_slice(&0x6561_7407u32.to_le_bytes());
+            record[4..8].copy_from_slice(&numbers[cpu].to_le_bytes());
+            record[8..16].copy_from_slice(&(request.micros * 1000 + after).to_le_bytes());
+            record[16..24].copy_from_slice(&(request.block * 8).to_le_bytes());
+            let fields = [
+                bytes,
+                action | categories << 16,
+                161,
+                254 << 20 | 1,
+                cpu as u32,
+            ];
+            record[24..44].copy_from_slice(&fields.map(u32::to_le_bytes).concat());
+            files[cpu].write_all(&record)
+        };
+        write(1 | 1 << 4 << 16, 0)?;
+        if which == Records::All {
+            write(8 | 1 << 7 << 16, COMPLETED_AFTER)?;
+        }
     }
     Ok(())
 }

@@ -263,29 +263,17 @@ impl Mapper {
         passed
     }
 
-    /// See [`Reader::place`].
+    /// See [`Reader::prefetch_recent`].
     #[inline]
-    pub(crate) fn place(&self, thin: &Thin, sector: u64) -> usize {
+    pub(crate) fn prefetch_recent(&self, thin: &Thin, sector: u64) {
         let block = ThinBlock(self.pool.block_size().split(sector).0);
-        self.reader.place(&thin.metadata, block)
-    }
-
-    /// See [`Reader::walks`].
-    #[inline]
-    pub(crate) fn walks(&self) -> u64 {
-        self.reader.walks()
+        self.reader.prefetch_recent(&thin.metadata, block);
     }
 
     /// See [`Reader::prefetch_leaf`].
     pub(crate) fn prefetch_leaf(&self, thin: &Thin, sector: u64) {
         let block = ThinBlock(self.pool.block_size().split(sector).0);
         self.reader.prefetch_leaf(&thin.metadata, block);
-    }
-
-    /// See [`Reader::touch`].
-    #[inline]
-    pub(crate) fn touch(&self, places: &[usize]) {
-        self.reader.touch(places);
     }
 
     /// Decides where the bio of what was just [left](Passed::Left) goes.

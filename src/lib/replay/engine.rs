@@ -177,27 +177,15 @@ impl Engine {
         Ok(())
     }
 
-    /// Looks at what requests will look at first, the [places](Self::place) of their mappings.
+    /// Asks for the memory where the mapping for a request may be remembered.
     #[inline]
-    pub(super) fn touch(&self, places: &[usize]) {
-        self.mappers[0].touch(places);
+    pub(super) fn prefetch_recent(&self, thin: &Thin, io: &TraceIo) {
+        self.mappers[0].prefetch_recent(thin, io.sector);
     }
 
-    /// See [`Mapper::walks`].
-    #[inline]
-    pub(super) fn walks(&self) -> u64 {
-        self.mappers[0].walks()
-    }
-
-    /// Prefetches the leaf that a walk to the block of a request will end in.
+    /// Prefetches the leaf that a walk to the block of a request will end in, unless its mapping is remembered.
     pub(super) fn prefetch_leaf(&self, thin: &Thin, io: &TraceIo) {
         self.mappers[0].prefetch_leaf(thin, io.sector);
-    }
-
-    /// Where the mapping for a request may be remembered.
-    #[inline]
-    pub(super) fn place(&self, thin: &Thin, io: &TraceIo) -> usize {
-        self.mappers[0].place(thin, io.sector)
     }
 
     /// Submits a request that is one read or write of a block.

@@ -54,8 +54,6 @@ pub struct Player {
     clock: Clock,
     /// Blocks of the data device by the table: a new size counts from the next resumption on.
     table_blocks: u64,
-    /// [Walks](Engine::walks) when it prepared last.
-    walks: u64,
 }
 
 impl Player {
@@ -75,7 +73,6 @@ impl Player {
             devices: Devices::new(active.collect()),
             engine: Engine::new(metadata, &options)?,
             clock: Clock::default(),
-            walks: 0,
             table_blocks: options.data_blocks,
             options,
         })
@@ -210,26 +207,21 @@ impl Player {
         self.engine.into_metadata()
     }
 
-    /// Prepares for requests that come soon: whatever memory each of them would wait for is waited for at once.
-    pub(super) fn prepare(&mut self, ios: &[TraceIo; SOON]) {
-        let mut places = [0; SOON];
-        for (place, io) in places.iter_mut().zip(ios) {
+    /// Prepares for [`SOON`] requests that come next and as many after them: asks for the memory that they would wait for.
+    pub(super) fn prepare(&mut self, ios: &[TraceIo]) {
+        let (next, then) = ios.split_at(ios.len().min(SOON));
+        for io in then {
             if let Some((thin, _)) = self.devices.find(io) {
-                *place = self.engine.place(thin, io);
+                self.engine.prefetch_recent(thin, io);
             }
         }
-        self.engine.touch(&places);
-        // If most of those before were not remembered, these are not.
-        let walks = self.engine.walks();
-        if walks - std::mem::replace(&mut self.walks, walks) > SOON as u64 / 2 {
-            let mut end = None;
-            for io in ios {
-                // What goes on where the one before it ended is mostly in the same leaf.
-                let goes_on = end == Some((io.device, io.sector));
-                end = Some((io.device, io.sector.wrapping_add(io.sectors)));
-                if !goes_on && let Some((thin, _)) = self.devices.find(io) {
-                    self.engine.prefetch_leaf(thin, io);
-                }
+        let mut end = None;
+        for io in next {
+            // What goes on where the one before it ended is mostly in the same leaf.
+            let goes_on = end == Some((io.device, io.sector));
+            end = Some((io.device, io.sector.wrapping_add(io.sectors)));
+            if !goes_on && let Some((thin, _)) = self.devices.find(io) {
+                self.engine.prefetch_leaf(thin, io);
             }
         }
     }

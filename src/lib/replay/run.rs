@@ -105,7 +105,7 @@ impl Snapshots {
     }
 }
 
-/// Requests that are told of together before they come.
+/// After so many requests the next ones are told of, twice as many.
 pub(super) const SOON: usize = 16;
 
 /// What comes next.
@@ -114,8 +114,8 @@ pub(super) enum Happening<'a> {
     Io(&'a str, &'a TraceIo),
     /// A control event, of the trace or beside it.
     Control(&'a ControlEvent),
-    /// These requests come soon.
-    Soon(&'a [TraceIo; SOON]),
+    /// These requests come next.
+    Soon(&'a [TraceIo]),
 }
 
 /// The first control event up to a time: one of the trace before one beside it of the same time.
@@ -148,10 +148,9 @@ pub(super) fn follow(
         let mut controls = std::mem::take(&mut batch.controls).into_iter().peekable();
         let devices = reader.devices();
         for (at, io) in batch.ios.iter().enumerate() {
-            if at % SOON == 0
-                && let Some(soon) = batch.ios[at..].first_chunk()
-            {
-                each(Happening::Soon(soon))?;
+            if at % SOON == 0 {
+                let end = batch.ios.len().min(at + 2 * SOON);
+                each(Happening::Soon(&batch.ios[at..end]))?;
             }
             while let Some(event) = next_control(&mut controls, &mut beside, io.time_ns) {
                 each(Happening::Control(&event))?;

@@ -2,8 +2,7 @@
 //!
 //! Each is good as long as nothing has been changed: [`Changes`] says so without a lock.
 
-use std::hint;
-
+use crate::prefetch::prefetch;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 
 /// How often the metadata was changed.
@@ -54,9 +53,20 @@ struct Entry {
     value: u64,
 }
 
-/// Mappings that a reader has room for at first, each in one of two places: 32 KiB; and at most, 1 MiB.
-const LEAST: usize = 1 << 10;
-const MOST: usize = 1 << 15;
+impl Entry {
+    fn is(&self, time: u64, device: u64, block: u64) -> bool {
+        (self.time, self.device, self.block) == (time, device, block)
+    }
+}
+
+/// Two mappings, in a line of the processor's cache: the first was used last.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(align(64))]
+struct Pair([Entry; 2]);
+
+/// Pairs of mappings that a reader has room for at first, 32 KiB; and at most, 1 MiB.
+const LEAST: usize = 1 << 9;
+const MOST: usize = 1 << 14;
 /// Of so many that have room, one can be lost before there is to be more: a walk down the trees takes longer than to make room.
 const FEW: usize = 4;
 
@@ -70,8 +80,8 @@ impl Room {
     }
 
     /// True if there is so much, which is taken.
-    fn take(&self, entries: usize) -> bool {
-        let rest = |left: usize| left.checked_sub(entries);
+    fn take(&self, pairs: usize) -> bool {
+        let rest = |left: usize| left.checked_sub(pairs);
         let taken = (self.0).fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest);
         taken.is_ok()
     }
@@ -80,7 +90,7 @@ impl Room {
 /// The mappings.
 #[derive(Debug)]
 pub(super) struct RecentMappings {
-    entries: Box<[Entry]>,
+    pairs: Box<[Pair]>,
     /// Mappings that were good and had to make room, since there was as much room as now.
     lost: usize,
 }
@@ -88,39 +98,41 @@ pub(super) struct RecentMappings {
 impl RecentMappings {
     pub(super) fn new() -> Self {
         Self {
-            entries: vec![Entry::default(); LEAST].into(),
+            pairs: vec![Pair::default(); LEAST].into(),
             lost: 0,
         }
     }
 
-    /// The place of a block; eight neighbouring blocks are in neighbouring places. What was there before goes to [`other`].
+    /// The pair of a block; eight neighbouring blocks are in neighbouring pairs.
     #[inline(always)]
-    pub(super) fn place(&self, device: u64, block: u64) -> usize {
+    fn pair(&self, device: u64, block: u64) -> usize {
         let place = (block / 8).wrapping_add(device << 40);
         let place = (place.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) ^ (block % 8);
-        place as usize & (self.entries.len() - 1)
+        place as usize & (self.pairs.len() - 1)
     }
 
-    /// Puts a mapping in its place. The one that has to go altogether, if any.
+    /// Puts a mapping in its place. The one that has to go, if any.
     #[inline]
     fn keep(&mut self, new: Entry) -> Option<Entry> {
-        let place = self.place(new.device, new.block);
-        let before = std::mem::replace(&mut self.entries[place], new);
-        (before.time == new.time)
-            .then(|| std::mem::replace(&mut self.entries[other(place)], before))
+        let pair = self.pair(new.device, new.block);
+        let [first, second] = &mut self.pairs[pair].0;
+        let before = std::mem::replace(first, new);
+        (before.time == new.time).then(|| std::mem::replace(second, before))
     }
 
     /// Takes more of `room`, if mappings would be found in it.
     #[inline]
     pub(super) fn grow(&mut self, room: &Room) {
-        let len = self.entries.len();
-        if self.lost > len / FEW && len < MOST {
+        let len = self.pairs.len();
+        if self.lost > 2 * len / FEW && len < MOST {
             self.lost = 0;
             if room.take(len) {
-                let old = std::mem::take(&mut self.entries);
-                self.entries = vec![Entry::default(); 2 * len].into();
-                for entry in old.into_iter().filter(|entry| entry.time > 0) {
-                    self.keep(entry);
+                let old = std::mem::take(&mut self.pairs);
+                self.pairs = vec![Pair::default(); 2 * len].into();
+                for entry in old.into_iter().flat_map(|pair| pair.0.into_iter().rev()) {
+                    if entry.time > 0 {
+                        self.keep(entry);
+                    }
                 }
             }
         }
@@ -128,27 +140,32 @@ impl RecentMappings {
 
     /// Gives back what was taken of `room`.
     pub(super) fn give_back(&self, room: &Room) {
-        let taken = self.entries.len() - LEAST;
+        let taken = self.pairs.len() - LEAST;
         room.0.fetch_add(taken, Ordering::Relaxed);
     }
 
-    /// Looks at places, or others if there are fewer by now.
+    /// Asks for the memory where the mapping of a block would be.
     #[inline]
-    pub(super) fn touch(&self, places: &[usize]) {
-        let last = self.entries.len() - 1;
-        let seen = places.iter().map(|place| self.entries[place & last].block);
-        hint::black_box(seen.fold(0, |all, one| all ^ one));
+    pub(super) fn prefetch(&self, device: u64, block: u64) {
+        prefetch(&self.pairs[self.pair(device, block)]);
     }
 
     /// The mapping of a block as it is at `time`, if it was looked up.
     #[inline]
-    pub(super) fn get(&self, time: u64, device: u64, block: u64) -> Option<u64> {
-        let place = self.place(device, block);
-        let is_it =
-            |entry: &Entry| (entry.time, entry.device, entry.block) == (time, device, block);
-        let entries = [place, other(place)].map(|place| &self.entries[place]);
-        let found = entries.into_iter().find(|entry| is_it(entry))?;
-        Some(found.value)
+    pub(super) fn get(&mut self, time: u64, device: u64, block: u64) -> Option<u64> {
+        let pair = self.pair(device, block);
+        let [first, second] = &mut self.pairs[pair].0;
+        if second.is(time, device, block) {
+            std::mem::swap(first, second);
+        }
+        first.is(time, device, block).then_some(first.value)
+    }
+
+    /// True if it was, at `time`.
+    #[inline]
+    pub(super) fn has(&self, time: u64, device: u64, block: u64) -> bool {
+        let pair = &self.pairs[self.pair(device, block)].0;
+        pair.iter().any(|entry| entry.is(time, device, block))
     }
 
     /// Keeps what was looked up since `time`, if it is of that time.
@@ -171,13 +188,6 @@ impl RecentMappings {
             self.lost += usize::from(gone.is_some_and(|gone| gone.time == time));
         }
     }
-}
-
-/// Where a mapping goes for which another one comes; and the other way round. No neighbour's place: two neighbours would push each other
-/// out again and again while an old mapping stays.
-#[inline(always)]
-fn other(place: usize) -> usize {
-    place ^ 8
 }
 
 #[cfg(all(test, not(loom)))]
@@ -212,17 +222,34 @@ mod tests {
     fn neighbours_stay_in_a_table_that_is_full_of_others() {
         let (changes, mut recent) = (Changes::new(), RecentMappings::new());
         let time = changes.time().expect("nothing is being changed");
-        for block in 0..4 * LEAST as u64 {
+        for block in 0..8 * LEAST as u64 {
             recent.put(&changes, time, (3, (1 << 30) + block * 100), 1);
         }
         let mut missed = 0;
-        for block in (0..LEAST as u64 / 8).cycle().take(LEAST) {
+        for block in (0..LEAST as u64 / 4).cycle().take(2 * LEAST) {
             if recent.get(time, 3, block).is_none() {
                 recent.put(&changes, time, (3, block), 2);
                 missed += 1;
             }
         }
-        assert!(missed < LEAST / 4, "{missed}");
+        assert!(missed < LEAST / 2, "{missed}");
+    }
+
+    #[test]
+    fn of_two_mappings_the_one_that_was_used_last_stays() {
+        let (changes, mut recent) = (Changes::new(), RecentMappings::new());
+        let time = changes.time().expect("nothing is being changed");
+        let pair = recent.pair(3, 0);
+        let mut alike = (1..).filter(|&block| recent.pair(3, block) == pair);
+        let [old, new] = [(); 2].map(|()| alike.next().expect("there are more blocks than pairs"));
+        drop(alike);
+        for block in [0, old] {
+            recent.put(&changes, time, (3, block), block + 1);
+        }
+        assert_eq!(recent.get(time, 3, 0), Some(1));
+        recent.put(&changes, time, (3, new), new + 1);
+        let has = [0, old, new].map(|block| recent.has(time, 3, block));
+        assert_eq!(has, [true, false, true]);
     }
 
     #[test]
@@ -230,11 +257,11 @@ mod tests {
         let (changes, room) = (Changes::new(), Room::new());
         let time = changes.time().expect("nothing is being changed");
         let mut readers: Vec<_> = (0..16).map(|_| RecentMappings::new()).collect();
-        let blocks = MOST as u64 / 2;
+        let blocks = MOST as u64;
         for recent in &mut readers {
             // Also where only every hundredth is used.
             let used = || (0..blocks).map(|n| n * 100);
-            for block in used().cycle().take(16 * MOST) {
+            for block in used().cycle().take(32 * MOST) {
                 if recent.get(time, 3, block).is_none() {
                     recent.put(&changes, time, (3, block), block + 1);
                     recent.grow(&room);
@@ -242,9 +269,9 @@ mod tests {
             }
             let found = used().filter(|&block| recent.get(time, 3, block) == Some(block + 1));
             let found = found.count();
-            assert!(found > recent.entries.len() * 2 / 5, "{found}");
+            assert!(found > recent.pairs.len() * 4 / 5, "{found}");
         }
-        let sizes: Vec<_> = readers.iter().map(|recent| recent.entries.len()).collect();
+        let sizes: Vec<_> = readers.iter().map(|recent| recent.pairs.len()).collect();
         assert_eq!((sizes[0], sizes[15]), (MOST, LEAST));
         readers.iter().for_each(|recent| recent.give_back(&room));
         assert_eq!(room.0.into_inner(), 2 * MOST);

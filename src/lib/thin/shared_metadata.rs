@@ -76,7 +76,6 @@ pub struct Reader<P: Deref<Target = SharedMetadata>> {
     counts: Option<Box<LookupCounts>>,
     /// Under [`LockScheme::Optimistic`].
     recent: Option<RecentMappings>,
-    walks: u64,
 }
 
 impl<P: Deref<Target = SharedMetadata>> Drop for Reader<P> {
@@ -330,7 +329,6 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
             place: shared.roots.epochs.join(),
             counts: counting.then(Box::default),
             recent: (shared.scheme == LockScheme::Optimistic).then(RecentMappings::new),
-            walks: 0,
             shared,
         }
     }
@@ -374,7 +372,6 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
             }
             return Ok(TryLookup::Mapped(lookup_of(thin, value)));
         }
-        self.walks += 1;
         Ok(match self.look(thin, block, false)? {
             Found::Value(value) => {
                 if let (Some(recent), Some(time)) = (&mut self.recent, time) {
@@ -389,35 +386,24 @@ impl<P: Deref<Target = SharedMetadata>> Reader<P> {
         })
     }
 
-    /// Where the mapping of a block would be remembered, for [`touch`](Self::touch).
+    /// Asks for the memory where the mapping of a block would be remembered.
     #[inline]
-    pub(crate) fn place(&self, thin: &OpenThin, block: ThinBlock) -> usize {
-        let recent = self.recent.as_ref();
-        recent.map_or(0, |recent| recent.place(thin.id.0, block.0))
-    }
-
-    /// Looks at such places. Whoever does so for a handful of blocks that are looked up next waits once for memory that is far away, not
-    /// for each of them.
-    #[inline]
-    pub(crate) fn touch(&self, places: &[usize]) {
+    pub(crate) fn prefetch_recent(&self, thin: &OpenThin, block: ThinBlock) {
         if let Some(recent) = &self.recent {
-            recent.touch(places);
+            recent.prefetch(thin.id.0, block.0);
         }
     }
 
-    /// Lookups so far of what was not remembered.
-    #[inline]
-    pub(crate) fn walks(&self) -> u64 {
-        self.walks
-    }
-
-    /// Prefetches the leaf that a walk to a block will end in.
+    /// Prefetches the leaf that a walk to a block will end in, unless its mapping is remembered.
     pub(crate) fn prefetch_leaf(&self, thin: &OpenThin, block: ThinBlock) {
-        prefetch_leaf(
-            &self.shared.blocks,
-            &self.shared.roots,
-            (thin.id.0, block.0),
-        );
+        let key = (thin.id.0, block.0);
+        let is_remembered = self.recent.as_ref().is_some_and(|recent| {
+            let time = self.shared.changes.time();
+            time.is_some_and(|time| recent.has(time, key.0, key.1))
+        });
+        if !is_remembered {
+            prefetch_leaf(&self.shared.blocks, &self.shared.roots, key);
+        }
     }
 
     /// Where a virtual block is; none if it is not mapped. May wait.
