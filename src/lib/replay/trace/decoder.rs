@@ -174,7 +174,7 @@ impl Decoder {
         let mut ios = mem::take(&mut finder.found.ios);
         let mut keys = mem::take(&mut finder.found.keys);
         let (mut rest, mut last) = (*data, self.last);
-        let mut fault = None;
+        let (mut fault, mut skipped) = (None, 0);
         let mut is_looking = finder.is_looking();
         loop {
             while !is_looking
@@ -182,13 +182,17 @@ impl Decoder {
                 && let Some(plain) = Plain::of::<BIG>(head)
                 && finder.is_next(plain)
             {
+                rest = behind;
+                if !plain.is_request {
+                    skipped += 1;
+                    continue;
+                }
                 if !IS_ALONE {
                     let cpu = plain.cpu as u16;
                     last = key(plain.time, cpu, plain.sequence, self.number).max(last);
                     keys.push(last);
                 }
                 ios.push(plain.io());
-                rest = behind;
             }
             let Some(record) = Record::parse::<BIG>(rest) else {
                 break;
@@ -220,6 +224,7 @@ impl Decoder {
             rest = behind;
         }
         (finder.found.ios, finder.found.keys, self.last) = (ios, keys, last);
+        finder.found.skipped += skipped;
         self.offset += (data.len() - rest.len()) as u64;
         self.is_lost &= data.len() == rest.len();
         *data = rest;

@@ -143,7 +143,7 @@ impl Record {
     }
 }
 
-/// What a record says that is as most are: a read or a write of version 7 that was queued, without a payload.
+/// What a record says that is as most are, of version 7 and without a payload: a read or a write that was queued, or what became of one.
 #[derive(Clone, Copy)]
 pub(super) struct Plain {
     pub(super) sequence: u32,
@@ -153,6 +153,8 @@ pub(super) struct Plain {
     sector: u64,
     bytes: u32,
     action: u32,
+    /// It was queued; of everything else nothing but its number is of interest.
+    pub(super) is_request: bool,
 }
 
 impl Plain {
@@ -164,7 +166,7 @@ impl Plain {
         /// No request goes on beyond what a device can have from here.
         const FAR: u64 = 1 << 54;
         let (u32_at, u64_at) = (|at| u32_at::<BIG>(bytes, at), |at| u64_at::<BIG>(bytes, at));
-        let this = Self {
+        let mut this = Self {
             sequence: u32_at(4),
             time: u64_at(8),
             device: u32_at(36),
@@ -172,12 +174,15 @@ impl Plain {
             sector: u64_at(16),
             bytes: u32_at(24),
             action: u32_at(28),
+            is_request: false,
         };
-        let is_plain = (u32_at(0) == MAGIC | 7)
-            & (this.action & OTHER == u32::from(QUEUE))
-            & (bytes[46] | bytes[47] == 0)
-            & (this.bytes != 0)
-            & (this.sector < FAR);
+        this.is_request =
+            (this.action & OTHER == u32::from(QUEUE)) & (this.bytes != 0) & (this.sector < FAR);
+        let event = this.action as u8;
+        let is_idle =
+            (event != QUEUE) & (event != REMAP) & (this.action & u32::from(NOTIFY) << 16 == 0);
+        let is_plain =
+            (u32_at(0) == MAGIC | 7) & (bytes[46] | bytes[47] == 0) & (this.is_request | is_idle);
         is_plain.then_some(this)
     }
 
@@ -210,8 +215,10 @@ pub(super) fn device_name(device: u32) -> String {
 mod tests {
     use super::*;
 
-    fn head<const BIG: bool>(is_write: bool) -> [u8; V7] {
-        let action = u32::from(QUEUE) | if is_write { u32::from(WRITE) << 16 } else { 0 };
+    const COMPLETE: u8 = 8;
+
+    fn head<const BIG: bool>(event: u8, is_write: bool) -> [u8; V7] {
+        let action = u32::from(event) | if is_write { u32::from(WRITE) << 16 } else { 0 };
         let mut head = [0; V7];
         // All but the last are whole or half words: magic, number, time, sector, bytes, action, process, device, processor.
         let words = [
@@ -262,31 +269,43 @@ mod tests {
                 record.cpu
             )
         );
-        assert_eq!((record.len(), record.event), (V7, QUEUE));
+        assert_eq!(record.len(), V7);
+        if !plain.is_request {
+            assert!(![QUEUE, REMAP].contains(&record.event) && !record.has(NOTIFY));
+            return true;
+        }
+        assert_eq!(record.event, QUEUE);
         assert_eq!(io.op == TraceOp::Write, record.has(WRITE));
         let others = [FLUSH, PASSTHROUGH, NOTIFY, DISCARD, FUA];
         assert!(!others.iter().any(|&other| record.has(other)));
         true
     }
 
-    fn flip_every_bit<const BIG: bool>() {
-        for is_write in [false, true] {
-            let sound = head::<BIG>(is_write);
+    /// How many records are plain of one that is and those that differ from it by a bit.
+    fn flip_every_bit<const BIG: bool>(event: u8) -> [u32; 2] {
+        [false, true].map(|is_write| {
+            let sound = head::<BIG>(event, is_write);
             let mut plain = u32::from(is_plain::<BIG>(&sound));
             for bit in 0..V7 * 8 {
                 let mut head = sound;
                 head[bit / 8] ^= 1 << (bit % 8);
                 plain += u32::from(is_plain::<BIG>(&head));
             }
-            // Number, time, sectors that are not far, bytes but for the only bit that is set, process, device, processor, error, and of the
-            // action the byte above the event and the eleven other categories.
-            assert_eq!(plain, 1 + 32 + 64 + 54 + 31 + 32 + 32 + 32 + 16 + 8 + 11);
-        }
+            plain
+        })
     }
 
     #[test]
     fn a_plain_record_says_what_it_says_to_the_thorough() {
-        flip_every_bit::<false>();
-        flip_every_bit::<true>();
+        // Number, time, process, device, processor, error, and of the action the byte above the event.
+        let common = 1 + 32 + 64 + 32 + 32 + 32 + 16 + 8;
+        // Sectors that are not far, bytes but for the only bit that is set, eleven other categories, and any other event.
+        let queued = common + 54 + 31 + 11 + 8;
+        // All sectors and bytes, all categories but that of a notification, and events that are neither queued nor a remap.
+        let completed = common + 64 + 32 + 15 + 8;
+        for (event, expected) in [(QUEUE, queued), (COMPLETE, completed)] {
+            assert_eq!(flip_every_bit::<false>(event), [expected; 2]);
+            assert_eq!(flip_every_bit::<true>(event), [expected; 2]);
+        }
     }
 }
