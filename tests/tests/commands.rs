@@ -11,7 +11,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    BINARY, Finished, Image, Pool, check, dump, expand, folder, program, restore, thintools,
+    BINARY, Finished, Image, Pool, check, dump, expand, folder, program, restore, testdata,
+    thintools,
 };
 
 /// Every command by its long and its short name.
@@ -908,6 +909,12 @@ fn talkative(bench: &Bench) -> Vec<Vec<OsString>> {
         args
     })
     .collect();
+    for options in [&["--dry-run"][..], &[], &["--json", "-"]] {
+        let mut args = strings(&["replay"]);
+        args.extend(options.iter().map(OsString::from));
+        args.push(testdata().join("../traces/oracle/fio-v3.iolog").into());
+        all.push(args);
+    }
     for option in [None, Some("--json")] {
         let mut args = strings(&["ctl"]);
         args.push(image.into());

@@ -427,6 +427,7 @@ fn what_cannot_be_played_is_an_error() {
             "x is none of",
         ),
         (vec!["--expect", "nofile"], trace.clone(), 2, "NAME=FILE"),
+        (vec!["--expect", "=file"], trace.clone(), 2, "NAME=FILE"),
         (
             vec!["--verify", "--clock", "threads"],
             trace.clone(),

@@ -190,6 +190,15 @@ fn what_differs_is_told_with_device_and_values_and_the_exit_status_is_6() {
     let played = play(&args, &[place.join("thin.blktrace.0.zst")]).expect(6);
     let text = "no-such-mark: trace, mark: such a mark was expected, none found";
     assert!(played.out().contains(text), "{}", played.out());
+    let mut args = ORACLE.to_vec();
+    let binary = format!(
+        "1-provision={}",
+        traces("pool/fio-iologs.tar.zst").display()
+    );
+    args.extend(["--expect", &binary]);
+    let played = play(&args, &[place.join("thin.blktrace.0.zst")]).expect(5);
+    let text = "fio-iologs.tar.zst has no line of dmsetup status";
+    assert!(played.stderr.contains(text), "{}", played.stderr);
 }
 
 fn unpack(archive: &str, place: &Path) {

@@ -232,6 +232,11 @@ fn t13_a_pool_that_needs_a_check_is_read_only_when_it_is_opened_again() {
     assert_eq!(rig.mappings(0), old[&0]);
     rig.resume(Some(settings().table)).unwrap();
     rig.assert_mode(PoolMode::ReadOnly);
+    let refused = rig.message("create_thin 9").unwrap_err().to_string();
+    assert!(
+        refused.contains("thin_check --clear-needs-check-flag"),
+        "{refused}"
+    );
     assert_eq!(engine.nr_steps(), 0);
 }
 

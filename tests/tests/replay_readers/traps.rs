@@ -683,8 +683,27 @@ fn zeros_behind_a_gzip_file_are_no_part_of_it() {
     let trace = contents(&padded, None, false).expect("sound");
     assert_eq!((trace.ios.len(), trace.notes.is_truncated), (1, false));
     assert!(trace.notes.warnings.is_empty());
-    let garbage = [&packed[..], b"\0\0garbage, which is no gzip"].concat();
-    assert!(contents(&garbage, Some("alibaba"), false).is_err());
+    for behind in [&b"\0\0garbage, which is no gzip"[..], b"\n"] {
+        let trace = contents(&[&packed[..], behind].concat(), None, false).expect("sound");
+        assert_eq!((trace.ios.len(), trace.notes.is_truncated), (1, false));
+        let warning = &trace.notes.warnings[0];
+        assert!(
+            warning.contains("34 compressed bytes the file goes on with something"),
+            "{warning}"
+        );
+    }
+}
+
+#[test]
+fn a_byte_order_mark_in_front_of_a_text_is_no_part_of_it() {
+    let line = "419,W,8192,16384,1577808000000046\n";
+    let blkparse = "254,1 1 1 0.5 152 Q W 8 + 8 [x]\n";
+    for (format, plain) in [("alibaba", line), ("blkparse", blkparse)] {
+        let marked = format!("\u{feff}{plain}");
+        for asked in [None, Some(format)] {
+            assert_eq!(text(&marked, asked), text(plain, asked), "{format}");
+        }
+    }
 }
 
 #[test]

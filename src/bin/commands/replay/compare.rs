@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use thintools::replay::compare;
 
 use super::saved;
@@ -24,6 +24,6 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
     if reports.len() < 2 {
         bail!("there is one report only, and nothing to compare it with");
     }
-    output::stdout_line(compare(&reports).trim_end())?;
+    output::stdout_line(compare(&reports).trim_end()).context("cannot write to standard output")?;
     Ok(Exit::Ok)
 }

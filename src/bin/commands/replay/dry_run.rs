@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 
+use anyhow::Context;
 use thintools::observer::Observer;
 use thintools::replay::{Batch, TraceOp, bytes, seconds};
 
@@ -93,7 +94,7 @@ pub(super) fn run(trace: &TraceArgs, session: &Session) -> anyhow::Result<Exit> 
     for warning in &notes.warnings {
         text.push_str(&format!("\nwarning   {warning}"));
     }
-    output::stdout_line(&text)?;
+    output::stdout_line(&text).context("cannot write to standard output")?;
     Ok(match is_complete {
         true => Exit::Ok,
         false => Exit::Interrupted,

@@ -79,7 +79,8 @@ impl Args {
 }
 
 fn expected(text: &str) -> Result<String, String> {
-    match text.contains('=') || Path::new(text).is_dir() {
+    let has_name = text.find('=').is_some_and(|end| end > 0);
+    match has_name || Path::new(text).is_dir() {
         true => Ok(text.into()),
         false => Err("it is neither a folder nor NAME=FILE".into()),
     }
@@ -131,9 +132,10 @@ impl Expectations<'_> {
                     compare_mappings(&expected, &found, self.args.strict_physical)
                 }
                 false => {
-                    let mut text = String::new();
+                    let mut text = Vec::new();
                     let cannot = |e| Error::io(format!("cannot read {}", path.display()), e);
-                    file.read_to_string(&mut text).map_err(cannot)?;
+                    file.read_to_end(&mut text).map_err(cannot)?;
+                    let text = String::from_utf8_lossy(&text);
                     let differences = compare_status(mark, &text, self.args.metadata_tolerance);
                     differences.ok_or_else(|| {
                         let what = "has no line of dmsetup status for a thin-pool or a thin target";

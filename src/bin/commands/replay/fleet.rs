@@ -171,7 +171,8 @@ pub(super) fn run(args: &Args, manifest: &Path, play: &super::args::Args) -> any
     output::stdout_line(&format!(
         "shard {number}/{count}: {here} of {of} pools; {played} played, {there} had a report: {}",
         folder.display()
-    ))?;
+    ))
+    .context("cannot write to standard output")?;
     Ok(match is_unexpected.into_inner() {
         true => Exit::Unexpected,
         false => Exit::Ok,

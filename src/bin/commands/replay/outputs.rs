@@ -76,10 +76,13 @@ impl Outputs {
         match self.all().find(|(path, _)| is_stdout(path)) {
             Some((_, form)) => {
                 let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-                form(reports, &mut out)?;
-                out.flush().context("cannot write to standard output")?;
+                let written = form(reports, &mut out).map_err(anyhow::Error::from);
+                let written = written.and_then(|()| Ok(out.flush()?));
+                written.context("cannot write to standard output")?;
             }
-            None => output::stdout_line(text.trim_end())?,
+            None => {
+                output::stdout_line(text.trim_end()).context("cannot write to standard output")?
+            }
         }
         for (path, form) in self.all().filter(|(path, _)| !is_stdout(path)) {
             write_new(path, &mut |out| form(reports, out))

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::Context;
 use thintools::replay::{MANIFEST, bytes, split};
 
 use super::trace::TraceArgs;
@@ -60,6 +61,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<Exit> {
         volumes.len(),
         bytes(size),
         path.display()
-    ))?;
+    ))
+    .context("cannot write to standard output")?;
     Ok(Exit::Ok)
 }

@@ -6,6 +6,7 @@ use super::{Effects, Worker};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::effect::Effect;
 use crate::pool::message::Message;
+use crate::thin::PoolMetadata;
 use crate::units::ThinId;
 
 /// A snapshot that waits for the I/O of its origin.
@@ -71,9 +72,17 @@ impl Worker {
     pub(super) fn carry_out(&mut self, message: Message) -> Result<()> {
         let mode = self.pool.mode();
         if !mode.is_writable() {
+            let needs_check = self.pool.inspect(PoolMetadata::needs_check);
+            let hint = match needs_check {
+                true => {
+                    "; its metadata needs a check: thin_check --clear-needs-check-flag lets it be written again if nothing is wrong with it, \
+                     and thin_repair writes it anew if something is"
+                }
+                false => "",
+            };
             return Err(Error::new(
                 ErrorKind::ReadOnly,
-                format!("the pool is in mode {mode} and takes no messages"),
+                format!("the pool is in mode {mode} and takes no messages{hint}"),
             ));
         }
         if let Message::Delete(id) = message

@@ -234,7 +234,7 @@ impl Blktrace {
         notes.malformed += found.malformed;
         notes.lost = notes.lost.saturating_add(found.lost);
         notes.is_truncated |= found.is_truncated;
-        notes.warnings.extend(found.cut_warning.take());
+        notes.warnings.extend(found.end_warning.take());
         self.controls.append(&mut found.controls);
         if let Some((device, from)) = found.remap
             && !mem::replace(&mut self.has_remap, true)

@@ -51,7 +51,7 @@ pub(super) struct Found {
     pub(super) fault: Option<Error>,
     pub(super) is_truncated: bool,
     /// What to say of a compressed file that ended too early.
-    pub(super) cut_warning: Option<String>,
+    pub(super) end_warning: Option<String>,
     /// Records of no interest, bad ones, and those that are missing between others.
     pub(super) skipped: u64,
     pub(super) malformed: u64,
@@ -159,7 +159,7 @@ impl Decoder {
             if let Some(end) = end {
                 let found = &mut self.finder.found;
                 found.is_truncated = !data.is_empty() || end.is_cut;
-                found.cut_warning.clone_from(&end.cut_warning);
+                found.end_warning.clone_from(&end.end_warning);
             }
             return Ok(());
         }

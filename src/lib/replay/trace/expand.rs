@@ -1,5 +1,6 @@
 //! What a compressed trace expands to, on a thread of its own and in bounded memory.
 
+use std::fmt;
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
@@ -20,6 +21,9 @@ const MAX_DICTIONARY: u64 = 64 << 20;
 /// xz counts what it takes beside its dictionary.
 const XZ_MEMORY: u64 = MAX_DICTIONARY + (2 << 20);
 
+/// The first byte of a member of a gzip file.
+const GZIP: u8 = 0x1f;
+
 /// What `from`, of which `head` was read already, expands to: itself if it is not compressed.
 pub(super) fn expanded(
     head: Vec<u8>,
@@ -28,7 +32,7 @@ pub(super) fn expanded(
     let magic = head.clone();
     let from = Cursor::new(head).chain(from);
     Ok(match magic.as_slice() {
-        [0x1f, 0x8b, ..] => piped(Members::new(BufReader::new(from)))?,
+        [GZIP, 0x8b, ..] => piped(Members::new(BufReader::new(from)))?,
         [0x28, 0xb5, 0x2f, 0xfd, ..] => {
             let mut decoder = zstd::Decoder::new(from)?;
             decoder.window_log_max(MAX_WINDOW.ilog2())?;
@@ -44,6 +48,18 @@ pub(super) fn expanded(
         _ => Box::new(from),
     })
 }
+
+/// Something else follows what was compressed, all of which was expanded.
+#[derive(Debug)]
+pub(super) struct Followed;
+
+impl fmt::Display for Followed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("something else follows what was compressed with gzip")
+    }
+}
+
+impl std::error::Error for Followed {}
 
 /// The members of a gzip file, one after the other, and zeros behind them, as tapes and block devices leave them.
 struct Members<R> {
@@ -68,11 +84,15 @@ impl<R: BufRead> Members<R> {
                 return Ok(());
             }
             let zeros = data.iter().take_while(|&&byte| byte == 0).count();
-            let has_more = zeros < data.len();
+            let next = data.get(zeros).copied();
             from.consume(zeros);
-            if has_more {
-                *self = Self::new(from);
-                return Ok(());
+            match next {
+                None => {}
+                Some(GZIP) => {
+                    *self = Self::new(from);
+                    return Ok(());
+                }
+                Some(_) => return Err(io::Error::other(Followed)),
             }
         }
     }

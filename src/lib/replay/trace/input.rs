@@ -9,13 +9,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use memchr::memrchr;
 
-use super::expand::{HEAD, expanded};
+use super::expand::{Followed, HEAD, expanded};
 use crate::{Error, Result};
 
 /// Larger than any record: 64 bytes and 64 KiB of payload, or a line.
 const BUFFER: usize = 256 << 10;
 /// Bytes in front of what is given away, for the beginning of something that ends in it.
 const ROOM: usize = 256;
+
+/// What some editors and spreadsheets put before a text.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// `text` without its mark, if it has one.
+pub(super) fn without_mark(text: &[u8]) -> &[u8] {
+    text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text)
+}
 
 /// How much of a file was read, before it is expanded.
 #[derive(Clone)]
@@ -58,6 +66,8 @@ pub(super) struct Input {
     end: usize,
     offset: u64,
     is_cut: bool,
+    /// Something else follows what was compressed.
+    is_followed: bool,
     is_live: bool,
     progress: Option<Progress>,
 }
@@ -111,6 +121,7 @@ impl Input {
             end: 0,
             offset: 0,
             is_cut: false,
+            is_followed: false,
             is_live: false,
             progress: None,
         }
@@ -141,16 +152,32 @@ impl Input {
         self.is_cut
     }
 
-    /// What to say of a compressed file that ended before its contents did.
-    pub(super) fn cut_warning(&self) -> Option<String> {
+    /// What to say of a compressed file that ended before its contents did, or went on behind them.
+    pub(super) fn end_warning(&self) -> Option<String> {
         let held = self.offset + self.data().len() as u64;
-        self.is_cut.then(|| {
-            format!(
-                "{}: the compressed file ends too early, after {held} bytes of what it held: what came behind is missing from all figures; \
-                 copy it again",
-                self.name
-            )
-        })
+        let what = match (self.is_cut, self.is_followed) {
+            (true, _) => format!(
+                "the compressed file ends too early, after {held} bytes of what it held: what came behind is missing from all figures; \
+                 copy it again"
+            ),
+            (_, true) => format!(
+                "behind its {held} compressed bytes the file goes on with something that is not compressed: that was passed over; \
+                 expand the file and look at its end if it should be a part of the trace"
+            ),
+            (false, false) => return None,
+        };
+        Some(format!("{}: {what}", self.name))
+    }
+
+    /// Passes over a byte-order mark at the beginning of a text.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(super) fn pass_over_mark(&mut self) -> Result<()> {
+        self.want(BYTE_ORDER_MARK.len())?;
+        let mark = self.data().len() - without_mark(self.data()).len();
+        self.consume(mark);
+        Ok(())
     }
 
     /// What was read and not consumed yet.
@@ -205,16 +232,15 @@ impl Input {
                     return Ok(n > 0);
                 }
                 Err(e) if e.kind() == IoError::Interrupted => {}
-                Err(e) if e.kind() == IoError::UnexpectedEof => {
-                    self.is_cut = true;
-                    self.from = Box::new(io::empty());
-                    return Ok(false);
-                }
                 Err(e) => {
-                    return Err(Error::io(
-                        format!("cannot read the trace {} at {}", self.name, self.offset),
-                        e,
-                    ));
+                    self.is_cut = e.kind() == IoError::UnexpectedEof;
+                    self.is_followed = e.get_ref().is_some_and(|e| e.is::<Followed>());
+                    if self.is_cut || self.is_followed {
+                        self.from = Box::new(io::empty());
+                        return Ok(false);
+                    }
+                    let message = format!("cannot read the trace {} at {}", self.name, self.offset);
+                    return Err(Error::io(message, e));
                 }
             }
         }

@@ -27,7 +27,7 @@ pub(super) struct Stretch {
 pub(super) struct End {
     /// It is compressed, and what there is of it ended before its contents did.
     pub(super) is_cut: bool,
-    pub(super) cut_warning: Option<String>,
+    pub(super) end_warning: Option<String>,
     /// It could not be read.
     pub(super) failed: Option<Error>,
 }
@@ -154,7 +154,7 @@ impl Source {
         (stretch.start, stretch.stop) = (given.start, given.end);
         stretch.end = self.is_ended.then(|| End {
             is_cut: input.is_cut(),
-            cut_warning: input.cut_warning(),
+            end_warning: input.end_warning(),
             failed: more.err(),
         });
     }

@@ -284,7 +284,7 @@ impl<F: LineFormat> Taker<F> {
             Ok(_) => false,
         };
         self.sink.notes.is_truncated = is_cut || input.is_cut();
-        self.sink.notes.warnings.extend(input.cut_warning());
+        self.sink.notes.warnings.extend(input.end_warning());
     }
 
     /// True if the next line is not one that is passed over.

@@ -14,7 +14,7 @@ use super::disksim::Disksim;
 use super::events::{self, Events};
 use super::format::{Format, NAMED};
 use super::ftrace::Ftrace;
-use super::input::Input;
+use super::input::{Input, without_mark};
 use super::iolog::Iolog;
 use super::lines::{LineFormat, Lines, Sink};
 use super::load::Load;
@@ -75,7 +75,7 @@ pub fn open(
             if is_processors {
                 processors.push(input);
             } else {
-                readers.push(reader(&here, input, lenient, paths.len() == 1));
+                readers.push(reader(&here, input, lenient, paths.len() == 1)?);
             }
         }
         missing.extend(group.missing);
@@ -101,7 +101,15 @@ pub fn open(
 }
 
 /// A reader of one file; if it `is_alone`, threads of its own may help.
-fn reader(format: &Format, input: Input, lenient: bool, is_alone: bool) -> Box<dyn TraceReader> {
+fn reader(
+    format: &Format,
+    mut input: Input,
+    lenient: bool,
+    is_alone: bool,
+) -> Result<Box<dyn TraceReader>> {
+    if !format.is_binary() {
+        input.pass_over_mark()?;
+    }
     let csv = |spec: CsvSpec, input: Input| -> Box<dyn TraceReader> {
         let is_whole_seconds = spec.is_whole_seconds();
         // Whoever waits for a pipe waits on a thread of its own already.
@@ -113,7 +121,7 @@ fn reader(format: &Format, input: Input, lenient: bool, is_alone: bool) -> Box<d
             Box::new(lines)
         }
     };
-    match format {
+    Ok(match format {
         Format::Events => Box::new(Records::new(input, Events::default(), lenient)),
         Format::Blktrace => Box::new(Resort::new(Blktrace::dump(input, lenient))),
         Format::Blkparse => Box::new(Lines::new(input, Blkparse::default(), lenient)),
@@ -130,7 +138,7 @@ fn reader(format: &Format, input: Input, lenient: bool, is_alone: bool) -> Box<d
         Format::Biosnoop => Box::new(Resort::new(Lines::new(input, Biosnoop::default(), lenient))),
         Format::Vscsi => Box::new(Records::new(input, Vscsi::default(), lenient)),
         Format::LogWrites => Box::new(Records::new(input, LogWrites::default(), lenient)),
-    }
+    })
 }
 
 /// Tells the format from the contents.
@@ -223,7 +231,8 @@ fn of_lines(mut format: impl LineFormat, head: &[u8]) -> Likeness {
 }
 
 fn first_lines(head: &[u8]) -> Vec<&[u8]> {
-    let mut lines: Vec<&[u8]> = head.split(|&b| b == b'\n').take(TRIED).collect();
+    let text = without_mark(head);
+    let mut lines: Vec<&[u8]> = text.split(|&b| b == b'\n').take(TRIED).collect();
     // The last one may go on beyond the head.
     if lines.len() > 1 {
         lines.pop();

@@ -108,7 +108,7 @@ impl<F: RecordFormat> Fill for Records<F> {
                 self.sink.notes.is_truncated |= self.format.is_over() == Some(false)
                     || !self.input.data().is_empty()
                     || self.input.is_cut();
-                self.sink.notes.warnings.extend(self.input.cut_warning());
+                self.sink.notes.warnings.extend(self.input.end_warning());
             }
         }
         Ok(())
