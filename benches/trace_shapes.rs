@@ -156,8 +156,8 @@ pub(crate) enum Records {
     Queued,
 }
 
-/// Nanoseconds from a request to its completion.
-const COMPLETED_AFTER: u64 = 20_000;
+/// Nanoseconds from a request to its completion, before the next request.
+const COMPLETED_AFTER: u64 = 500;
 
 /// The files of blktrace, of as many processors as there are outputs. A request is completed by the processor that queued it.
 pub(crate) fn blktrace(

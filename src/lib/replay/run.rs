@@ -25,6 +25,7 @@ pub struct SnapshotSchedule {
 /// `InvalidDescription` with the line.
 pub fn side_events(text: &str) -> Result<Vec<ControlEvent>> {
     let mut events = Vec::new();
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     for (number, line) in text.lines().enumerate() {
         let line = line.trim();
         if line.is_empty() || line.starts_with('#') {
@@ -216,7 +217,8 @@ mod tests {
 
     #[test]
     fn side_events_come_in_order_of_time() {
-        let events = side_events("# snapshots\n\n2.5 delete 1\n 1  create_snap 1 0 \n").unwrap();
+        let events =
+            side_events("\u{feff}# snapshots\n\n2.5 delete 1\n 1  create_snap 1 0 \n").unwrap();
         let found: Vec<(u64, &str)> = events.iter().map(|e| (e.time_ns, &*e.text)).collect();
         assert_eq!(
             found,

@@ -50,7 +50,7 @@ pub(super) struct Found {
     /// Why it is the last, if not for the end of the file.
     pub(super) fault: Option<Error>,
     pub(super) is_truncated: bool,
-    /// What to say of a compressed file that ended too early.
+    /// What to say of a compressed file that ended too early, or goes on with something else.
     pub(super) end_warning: Option<String>,
     /// Records of no interest, bad ones, and those that are missing between others.
     pub(super) skipped: u64,
@@ -98,7 +98,10 @@ impl Decoder {
             is_lost: false,
             last: 0,
             finder: Finder {
-                sequences: vec![(u64::MAX, 0); sequences].into(),
+                // Pairs that belong in other places are none that is met.
+                sequences: (0..sequences as u32)
+                    .map(|slot| (pair(0, slot ^ 1), 0))
+                    .collect(),
                 dump,
                 found: Found::default(),
             },

@@ -49,7 +49,7 @@ pub(super) fn expanded(
     })
 }
 
-/// Something else follows what was compressed, all of which was expanded.
+/// Something else follows what was compressed.
 #[derive(Debug)]
 pub(super) struct Followed;
 

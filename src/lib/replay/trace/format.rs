@@ -85,14 +85,6 @@ pub(super) const NAMED: [(&str, Format); 14] = [
 ];
 
 impl Format {
-    /// True if it is not text.
-    pub(super) fn is_binary(&self) -> bool {
-        matches!(
-            self,
-            Self::Events | Self::Blktrace | Self::LogWrites | Self::Vscsi
-        )
-    }
-
     /// By what a trace of this format is recognised.
     pub fn evidence(&self) -> &'static str {
         match self {

@@ -147,33 +147,33 @@ impl Input {
         self.offset
     }
 
-    /// The compressed file ended before its contents did.
+    /// The compressed file ended before its contents did, or goes on with what cannot be expanded.
     pub(super) fn is_cut(&self) -> bool {
-        self.is_cut
+        self.is_cut || self.is_followed
     }
 
-    /// What to say of a compressed file that ended before its contents did, or went on behind them.
+    /// What to say of a compressed file that ended before its contents did, or went on with something else.
     pub(super) fn end_warning(&self) -> Option<String> {
         let held = self.offset + self.data().len() as u64;
         let what = match (self.is_cut, self.is_followed) {
-            (true, _) => format!(
-                "the compressed file ends too early, after {held} bytes of what it held: what came behind is missing from all figures; \
-                 copy it again"
-            ),
-            (_, true) => format!(
-                "behind its {held} compressed bytes the file goes on with something that is not compressed: that was passed over; \
-                 expand the file and look at its end if it should be a part of the trace"
-            ),
+            (true, _) => "the compressed file ends too early",
+            (_, true) => "the compressed file goes on with something else",
             (false, false) => return None,
         };
-        Some(format!("{}: {what}", self.name))
+        Some(format!(
+            "{}: {what}, after {held} bytes of what it held: what came behind is missing from all figures; copy it again",
+            self.name
+        ))
     }
 
-    /// Passes over a byte-order mark at the beginning of a text.
+    /// Passes over a byte-order mark if this is the beginning of a text.
     ///
     /// # Errors
     /// `Io`.
     pub(super) fn pass_over_mark(&mut self) -> Result<()> {
+        if self.offset > 0 {
+            return Ok(());
+        }
         self.want(BYTE_ORDER_MARK.len())?;
         let mark = self.data().len() - without_mark(self.data()).len();
         self.consume(mark);

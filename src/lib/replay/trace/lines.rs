@@ -339,6 +339,7 @@ impl<F: LineFormat> Fill for Lines<F> {
             taker,
             is_ended,
         } = self;
+        input.pass_over_mark()?;
         while !*is_ended && !taker.sink.is_full() {
             let mut used = 0;
             let taken = taker.take(input.data(), &mut used, BATCH);

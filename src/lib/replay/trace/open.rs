@@ -75,7 +75,7 @@ pub fn open(
             if is_processors {
                 processors.push(input);
             } else {
-                readers.push(reader(&here, input, lenient, paths.len() == 1)?);
+                readers.push(reader(&here, input, lenient, paths.len() == 1));
             }
         }
         missing.extend(group.missing);
@@ -101,15 +101,7 @@ pub fn open(
 }
 
 /// A reader of one file; if it `is_alone`, threads of its own may help.
-fn reader(
-    format: &Format,
-    mut input: Input,
-    lenient: bool,
-    is_alone: bool,
-) -> Result<Box<dyn TraceReader>> {
-    if !format.is_binary() {
-        input.pass_over_mark()?;
-    }
+fn reader(format: &Format, input: Input, lenient: bool, is_alone: bool) -> Box<dyn TraceReader> {
     let csv = |spec: CsvSpec, input: Input| -> Box<dyn TraceReader> {
         let is_whole_seconds = spec.is_whole_seconds();
         // Whoever waits for a pipe waits on a thread of its own already.
@@ -121,7 +113,7 @@ fn reader(
             Box::new(lines)
         }
     };
-    Ok(match format {
+    match format {
         Format::Events => Box::new(Records::new(input, Events::default(), lenient)),
         Format::Blktrace => Box::new(Resort::new(Blktrace::dump(input, lenient))),
         Format::Blkparse => Box::new(Lines::new(input, Blkparse::default(), lenient)),
@@ -138,7 +130,7 @@ fn reader(
         Format::Biosnoop => Box::new(Resort::new(Lines::new(input, Biosnoop::default(), lenient))),
         Format::Vscsi => Box::new(Records::new(input, Vscsi::default(), lenient)),
         Format::LogWrites => Box::new(Records::new(input, LogWrites::default(), lenient)),
-    })
+    }
 }
 
 /// Tells the format from the contents.

@@ -143,7 +143,8 @@ impl Record {
     }
 }
 
-/// What a record says that is as most are, of version 7 and without a payload: a read or a write that was queued, or what became of one.
+/// What a record says that is as most are, of version 7 and without a payload: a read or a write that was queued, or anything that says
+/// no more than what became of one.
 #[derive(Clone, Copy)]
 pub(super) struct Plain {
     pub(super) sequence: u32,
@@ -307,5 +308,6 @@ mod tests {
             assert_eq!(flip_every_bit::<false>(event), [expected; 2]);
             assert_eq!(flip_every_bit::<true>(event), [expected; 2]);
         }
+        assert!(!is_plain::<false>(&head::<false>(REMAP, false)));
     }
 }
