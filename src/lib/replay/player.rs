@@ -208,7 +208,7 @@ impl Player {
     }
 
     /// Prepares for [`SOON`] requests that come next and as many after them: asks for the memory that they would wait for.
-    pub(super) fn prepare(&mut self, ios: &[TraceIo]) {
+    pub(super) fn prepare(&self, ios: &[TraceIo]) {
         let (next, then) = ios.split_at(ios.len().min(SOON));
         for io in then {
             if let Some((thin, _)) = self.devices.find(io) {
