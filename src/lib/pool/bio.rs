@@ -62,6 +62,8 @@ pub struct Bio {
     pub(super) shared_read: Option<Ticket>,
     /// The new mapping whose block this write fills, which completes it.
     pub(super) fills: Option<JobId>,
+    /// What became of that write.
+    pub(super) filled: BioResult,
     /// Of that block: where it begins and its sectors, if it is to be zeros but for the write.
     pub(super) zeroes: Option<(u64, u64)>,
     /// The virtual cell that the map half took for it, and one to spare.
@@ -93,6 +95,7 @@ impl Bio {
             all_io: None,
             shared_read: None,
             fills: None,
+            filled: Ok(()),
             zeroes: None,
             reserved: None,
             unmapped_at: None,

@@ -109,6 +109,7 @@ impl CellPool {
         }
     }
 
+    #[cold]
     pub(super) fn take(&self) -> Option<Box<Cell>> {
         self.stock().free.pop()
     }

@@ -43,8 +43,8 @@ pub(super) struct Inbox {
     pub(super) bios: List<Bio>,
     /// Bios that came while the pool was suspended.
     pub(super) held_back: List<Bio>,
-    /// Writes that filled a new block, with what became of them.
-    pub(super) filled: Vec<(Box<Bio>, BioResult)>,
+    /// Writes that filled a new block.
+    pub(super) filled: List<Bio>,
     /// Bios of the map half that wait for a second cell.
     pub(super) starved: Vec<Starved>,
     /// Work that no longer has to wait.
@@ -136,8 +136,8 @@ impl Pool {
 
     fn wake(&self) {
         self.has_work.store(true, Ordering::Release);
-        if !self.is_woken.swap(true, Ordering::AcqRel)
-            && let Some(waker) = self.waker.get()
+        if let Some(waker) = self.waker.get()
+            && !self.is_woken.swap(true, Ordering::AcqRel)
             && !waker()
         {
             self.is_woken.store(false, Ordering::Release);
@@ -149,11 +149,15 @@ impl Pool {
         self.has_work.load(Ordering::Acquire)
     }
 
-    /// Looks at what waits, for the last time before the next [`wake`](Self::wake).
-    pub(super) fn open_inbox(&self) -> MutexGuard<'_, Inbox> {
+    /// Looks at what waits, for the last time before the next [`wake`](Self::wake); none if nobody woke the worker since.
+    pub(super) fn open_inbox(&self) -> Option<MutexGuard<'_, Inbox>> {
+        // Whoever sets either from here on finds that the waker was not called yet.
+        if !self.has_work() && !self.is_woken.load(Ordering::Acquire) {
+            return None;
+        }
         self.has_work.store(false, Ordering::Release);
         self.is_woken.store(false, Ordering::Release);
-        self.inbox()
+        Some(self.inbox())
     }
 
     /// True if no bio is in flight and nobody holds a block. Without others at work: that may change the moment after.
@@ -367,7 +371,8 @@ impl Pool {
         if bio.fills.is_none() {
             return Some((bio, result));
         }
-        self.inbox().filled.push((bio, result));
+        bio.filled = result;
+        self.inbox().filled.push(bio);
         self.wake();
         None
     }

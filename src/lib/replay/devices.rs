@@ -93,10 +93,16 @@ pub(super) struct Seen(Vec<u64>);
 impl Seen {
     pub(super) fn note(&mut self, device: u32, end: u64) {
         let number = device as usize;
-        if self.0.len() <= number {
-            self.0.resize(number + 1, 0);
+        match self.0.get_mut(number) {
+            Some(seen) => *seen = end.max(*seen),
+            None => self.note_first(number, end),
         }
-        self.0[number] = self.0[number].max(end);
+    }
+
+    #[cold]
+    fn note_first(&mut self, number: usize, end: u64) {
+        self.0.resize(number, 0);
+        self.0.push(end);
     }
 }
 

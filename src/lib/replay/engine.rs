@@ -217,6 +217,7 @@ impl Engine {
         }
     }
 
+    #[inline(never)]
     fn flush(&mut self, thin: &Arc<Thin>, io: &TraceIo) {
         self.books.input.count_flush();
         let then = (io.op != TraceOp::Flush && io.sectors > 0).then(|| {
@@ -283,9 +284,13 @@ impl Engine {
     /// Notes how much is in use, if it is time to.
     #[inline]
     pub(super) fn sample(&mut self, always: bool) {
-        if !always && self.now < self.books.next_sample() {
-            return;
+        if always || self.now >= self.books.next_sample() {
+            self.take_sample();
         }
+    }
+
+    #[cold]
+    fn take_sample(&mut self) {
         let mut counts = MapCounts::default();
         for mapper in &self.mappers {
             counts.add(mapper.counts());
@@ -436,16 +441,14 @@ impl Engine {
             }
             return self.look_after_worker();
         }
-        let mut event = Some(event);
-        while let Some(told) = event.take() {
-            let has_more = self.work_on(told);
-            if has_more || !self.told.is_empty() {
-                if self.now < self.free_at {
-                    self.look_after_worker();
-                    break;
-                }
-                event = Some(self.told.pop_front().unwrap_or(Event::Work));
+        let mut has_more = self.work_on(event);
+        while has_more || !self.told.is_empty() {
+            if self.now < self.free_at {
+                self.look_after_worker();
+                break;
             }
+            let next = self.told.pop_front().unwrap_or(Event::Work);
+            has_more = self.work_on(next);
         }
         // Only the worker changes what it goes by.
         self.note_deadline();

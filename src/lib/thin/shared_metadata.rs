@@ -167,16 +167,31 @@ impl SharedMetadata {
     /// # Errors
     /// Those of `change`.
     pub fn change<T>(&self, change: impl FnOnce(&mut PoolMetadata) -> Result<T>) -> Result<T> {
-        let mut writer = self.writer();
-        let held = self.exclude();
-        self.changes.begin();
+        let (mut writer, held) = self.begin_change();
         let changed = change(&mut writer.pool);
+        self.end_change(writer, held);
+        changed
+    }
+
+    // Two changes of each new block share these instructions in the processor's cache.
+    #[inline(never)]
+    fn begin_change(&self) -> (MutexGuard<'_, Writer>, Option<RwLockWriteGuard<'_, ()>>) {
+        let (writer, held) = (self.writer(), self.exclude());
+        self.changes.begin();
+        (writer, held)
+    }
+
+    #[inline(never)]
+    fn end_change(
+        &self,
+        mut writer: MutexGuard<'_, Writer>,
+        held: Option<RwLockWriteGuard<'_, ()>>,
+    ) {
         self.roots.publish(writer.pool.mapping_root(), self.scheme);
         self.changes.end();
         self.note_changed(&writer);
         drop(held);
         writer.refresh(false);
-        changed
     }
 
     /// The number of changes so far, unless one is under way: what is looked up from here on is right for as long as it is the same.

@@ -36,6 +36,14 @@ struct Slot {
     lock: VersionLock,
 }
 
+/// Sets flags, if they are not set.
+#[inline]
+fn mark(slot: &Slot, flags: u32) {
+    if slot.tag.load(Ordering::Relaxed) & flags != flags {
+        slot.tag.fetch_or(flags, Ordering::Relaxed);
+    }
+}
+
 /// A bounded cache over a metadata device.
 pub struct BlockManager {
     engine: Arc<dyn BlockEngine>,
@@ -172,7 +180,7 @@ impl<'a> WriteGuard<'a> {
 impl Drop for WriteGuard<'_> {
     fn drop(&mut self) {
         let slot = &self.manager.slots[self.slot];
-        slot.tag.fetch_or(DIRTY | REFERENCED, Ordering::Relaxed);
+        mark(slot, DIRTY | REFERENCED);
         slot.lock.unlock();
     }
 }
@@ -311,14 +319,6 @@ impl BlockManager {
         }
     }
 
-    #[inline]
-    fn mark(&self, slot: &Slot) {
-        let tag = &slot.tag;
-        if tag.load(Ordering::Relaxed) & REFERENCED == 0 {
-            tag.fetch_or(REFERENCED, Ordering::Relaxed);
-        }
-    }
-
     /// True if the slot, which is locked, has the block as what it is wanted as.
     #[inline]
     fn holds(&self, slot: usize, block: MetadataBlock, validator: Validator) -> Result<bool> {
@@ -350,7 +350,7 @@ impl BlockManager {
                     slot,
                 };
                 if self.holds(slot, block, validator)? {
-                    self.mark(&self.slots[slot]);
+                    mark(&self.slots[slot], REFERENCED);
                     return Ok(guard);
                 }
             } else if self.find(block).is_none() {
@@ -381,7 +381,7 @@ impl BlockManager {
         if !self.holds(slot, block, validator)? {
             return Ok(Err(Missed::NotCached));
         }
-        self.mark(&self.slots[slot]);
+        mark(&self.slots[slot], REFERENCED);
         Ok(Ok(guard))
     }
 
@@ -389,7 +389,7 @@ impl BlockManager {
     #[inline(always)]
     pub(super) fn peek(&self, block: MetadataBlock) -> std::result::Result<Peek<'_>, Missed> {
         let peek = self.peek_unmarked(block)?;
-        self.mark(peek.slot);
+        mark(peek.slot, REFERENCED);
         Ok(peek)
     }
 

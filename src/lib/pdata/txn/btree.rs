@@ -40,9 +40,31 @@ enum Step<T> {
     End(T),
 }
 
+/// The lowest node on the way to a key that is to be held exclusively.
+#[derive(Clone, Copy)]
+enum Lowest {
+    Leaf(MetadataBlock),
+    /// Nothing below it may be changed as it is.
+    Inner(MetadataBlock),
+    /// The root is to be copied or split.
+    No,
+}
+
 /// True if `key` can be put into the node without splitting it.
 fn has_room(node: View<'_>, key: u64) -> bool {
     node.len() < node.max() || node.is_leaf() && node.find(key).is_some()
+}
+
+/// Sets the value of `key` in a leaf that has room for it. The value that it had before.
+fn put(leaf: View<'_>, key: u64, value: Cell) -> Option<Cell> {
+    let above = leaf.upper(key);
+    let at = above.checked_sub(1).filter(|&at| leaf.key(at) == key);
+    let old = at.map(|at| leaf.value(at));
+    match at {
+        Some(at) => leaf.set_value(at, value),
+        None => leaf.insert(above, key, value),
+    }
+    old
 }
 
 impl Transaction {
@@ -121,36 +143,39 @@ impl Transaction {
     }
 
     /// The lowest node on the way to `key` that is to be held exclusively: all above it stay as they are, and lookups may go on
-    /// through them. None if it is the root, which is to be copied or split.
-    fn first_to_change<'a>(
+    /// through them.
+    fn first_to_change(
         &mut self,
-        blocks: &'a BlockManager,
         kind: TreeKind,
         root: MetadataBlock,
         key: u64,
         needs_room: bool,
-    ) -> Result<Option<WriteGuard<'a>>> {
+    ) -> Result<Lowest> {
         let validator = Validator::of(kind);
-        // None where the node has no room; else its child, if there is one to go on to.
+        // None where the node has no room; a leaf, or a node with no child to go on to, is the end.
         let step = |view: View<'_>| {
-            let child = || view.floor(key).map(|at| view.child(at));
             let is_enough = !needs_room || has_room(view, key);
-            is_enough.then(|| if view.is_leaf() { None } else { child() })
+            is_enough.then(|| match view.is_leaf() {
+                true => Step::End(true),
+                false => match view.floor(key) {
+                    Some(at) => Step::Down(view.child(at)),
+                    None => Step::End(false),
+                },
+            })
         };
-        let (mut lowest, mut next) = (None, Some(root));
+        let (mut lowest, mut block) = (Lowest::No, root);
         for _ in 0..MOST_LEVELS {
-            let Some(block) = next else { break };
             if !self.is_own(block)? {
                 break;
             }
-            let Some(child) = blocks.look(block, validator, step)? else {
-                break;
-            };
-            (lowest, next) = (Some(block), child);
+            match self.blocks.look(block, validator, step)? {
+                None => break,
+                Some(Step::End(true)) => return Ok(Lowest::Leaf(block)),
+                Some(Step::End(false)) => return Ok(Lowest::Inner(block)),
+                Some(Step::Down(child)) => (lowest, block) = (Lowest::Inner(block), child),
+            }
         }
-        lowest
-            .map(|block| blocks.write(block, validator))
-            .transpose()
+        Ok(lowest)
     }
 
     /// Makes the path to `key`, which is there, one that may be changed. Returns the root, the leaf, and the entry's place in it.
@@ -160,10 +185,13 @@ impl Transaction {
         root: MetadataBlock,
         key: u64,
     ) -> Result<(MetadataBlock, MetadataBlock, usize)> {
+        let lowest = self.first_to_change(kind, root, key, false)?;
         let blocks = Arc::clone(&self.blocks);
-        let (new_root, mut node) = match self.first_to_change(&blocks, kind, root, key, false)? {
-            Some(node) => (root, node),
-            None => {
+        let (new_root, mut node) = match lowest {
+            Lowest::Leaf(block) | Lowest::Inner(block) => {
+                (root, blocks.write(block, Validator::of(kind))?)
+            }
+            Lowest::No => {
                 let node = self.shadow(&blocks, kind, root)?;
                 (node.location(), node)
             }
@@ -218,10 +246,19 @@ impl Transaction {
         key: u64,
         value: Cell,
     ) -> Result<Changed> {
-        let blocks = Arc::clone(&self.blocks);
-        let (new_root, mut node) = match self.first_to_change(&blocks, kind, root, key, true)? {
-            Some(node) => (root, node),
-            None => {
+        let blocks;
+        let (new_root, mut node) = match self.first_to_change(kind, root, key, true)? {
+            Lowest::Leaf(block) => {
+                let leaf = self.blocks.write(block, Validator::of(kind))?;
+                let old = put(leaf.view(), key, value);
+                return Ok(Changed { root, old });
+            }
+            Lowest::Inner(block) => {
+                blocks = Arc::clone(&self.blocks);
+                (root, blocks.write(block, Validator::of(kind))?)
+            }
+            Lowest::No => {
+                blocks = Arc::clone(&self.blocks);
                 let node = self.shadow(&blocks, kind, root)?;
                 if !has_room(node.view(), key) {
                     self.split_root(&blocks, kind, &node)?;
@@ -232,16 +269,9 @@ impl Transaction {
         for _ in 0..MOST_LEVELS {
             let view = node.view();
             if view.is_leaf() {
-                let above = view.upper(key);
-                let at = above.checked_sub(1).filter(|&at| view.key(at) == key);
-                let old = at.map(|at| view.value(at));
-                match at {
-                    Some(at) => view.set_value(at, value),
-                    None => view.insert(above, key, value),
-                }
                 return Ok(Changed {
                     root: new_root,
-                    old,
+                    old: put(view, key, value),
                 });
             }
             let at = view.floor(key).unwrap_or_else(|| {

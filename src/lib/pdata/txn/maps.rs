@@ -3,7 +3,7 @@
 //! The metadata map counts its own blocks. A count is changed in a bitmap, which may have to be copied first, which allocates and
 //! frees; so while one operation runs, those it causes wait in a queue, and what waits counts as if it were done.
 
-use super::block_manager::{BlockManager, WriteGuard};
+use super::block_manager::BlockManager;
 use super::block_set::BlockSet;
 use super::map_blocks::missing;
 use super::transaction::{Pending, Transaction};
@@ -271,28 +271,24 @@ impl Transaction {
         self.blocks.look(entry.block, Validator::Bitmap, bits)
     }
 
-    /// The bitmap that counts `block`, to be changed.
-    fn bitmap<'a>(
-        &mut self,
-        blocks: &'a BlockManager,
-        which: Which,
-        number: u64,
-    ) -> Result<(WriteGuard<'a>, IndexEntry)> {
+    /// Makes a bitmap one that may be changed.
+    fn shadow_bitmap(&mut self, which: Which, number: u64) -> Result<IndexEntry> {
         let mut entry = self.entry(which, number)?;
         if self.is_new(entry.block) {
-            return Ok((blocks.write(entry.block, Validator::Bitmap)?, entry));
+            return Ok(entry);
         }
         let copy = self.new_metadata_block()?;
-        let from = blocks.read(entry.block, Validator::Bitmap)?;
-        let to = blocks.write_zeroed(copy, Validator::Bitmap)?;
-        to.view().copy_from(from.view());
-        drop(from);
+        {
+            let from = self.blocks.read(entry.block, Validator::Bitmap)?;
+            let to = self.blocks.write_zeroed(copy, Validator::Bitmap)?;
+            to.view().copy_from(from.view());
+        }
         self.note_new(copy);
         let old = std::mem::replace(&mut entry.block, copy);
         self.map_mut(which).remember(number, entry, true);
         self.decrement_metadata(old.0)?;
         // What was just queued waits, so the entry is as it was remembered.
-        Ok((to, entry))
+        Ok(entry)
     }
 
     /// Changes a count by one, either way.
@@ -322,8 +318,8 @@ impl Transaction {
         let number = block / ENTRIES_PER_BITMAP;
         let at = block % ENTRIES_PER_BITMAP;
         if old.min(3) != new.min(3) {
-            let blocks = Arc::clone(&self.blocks);
-            let (bitmap, mut entry) = self.bitmap(&blocks, which, number)?;
+            let mut entry = self.shadow_bitmap(which, number)?;
+            let bitmap = self.blocks.write(entry.block, Validator::Bitmap)?;
             bitmap.view().set_bits(at, new.min(3));
             drop(bitmap);
             let map = self.map_mut(which);

@@ -165,11 +165,12 @@ impl View<'_> {
     /// How many keys are at most `key`.
     #[inline]
     pub(super) fn upper(self, key: u64) -> usize {
-        // Without branches: which way a search goes is as good as random.
         let (mut low, mut len) = (0, self.len().min(WORDS));
-        if len == 0 {
-            return 0;
+        // Where devices are written from the front to the back it is behind the last.
+        if len == 0 || self.key(len - 1) <= key {
+            return len;
         }
+        // Without branches: which way a search goes is as good as random.
         while len > 1 {
             let half = len / 2;
             low += hint::select_unpredictable(self.key(low + half) <= key, half, 0);

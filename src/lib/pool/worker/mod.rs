@@ -113,13 +113,13 @@ pub struct Worker {
     /// What is in force, which may be other than what the table asked for.
     features: Features,
     thins: BTreeMap<u32, Arc<Thin>>,
+    /// The one of them that was worked for last.
+    last_thin: Option<Arc<Thin>>,
     next_number: u32,
     devices: BTreeMap<u64, Device>,
     jobs: Jobs,
     /// New mappings whose data is in place.
     prepared: VecDeque<JobId>,
-    /// Memory for [`Inbox::filled`](super::pool::Inbox), which is empty.
-    spare_filled: Vec<(Box<Bio>, BioResult)>,
     /// What waited in a deferred set and has not to any more.
     ready: VecDeque<JobId>,
     todo: Todo,
@@ -192,11 +192,11 @@ impl Worker {
             pool,
             features,
             thins: BTreeMap::new(),
+            last_thin: None,
             next_number: 0,
             devices: BTreeMap::new(),
             jobs: Jobs::new(settings.jobs.max(2)),
             prepared: VecDeque::new(),
-            spare_filled: Vec::new(),
             ready: VecDeque::new(),
             todo: Todo::default(),
             cells: is_reserved.then(|| [Cell::spare(), Cell::spare()]),
@@ -267,6 +267,7 @@ impl Worker {
         if self.thins.remove(&thin.number).is_none() {
             return;
         }
+        self.last_thin = None;
         if let Some(device) = self.devices.get_mut(&thin.id().0) {
             device.open -= 1;
             // Whether it changed has to be known until the commit.
@@ -321,7 +322,10 @@ impl Worker {
     /// Takes an event that happens at `now`, a time that never goes back, and appends what is to be done. True if it has more to do:
     /// then it is to be told [`Event::Work`] again, at once.
     pub fn apply(&mut self, now: Duration, event: Event, effects: &mut Effects) -> bool {
-        self.apply_all(now, [event], effects)
+        let old = effects.len();
+        self.now = self.now.max(now);
+        self.take(event, effects);
+        self.look_around(old, effects)
     }
 
     /// The same with events that happened one after the other; it looks around once.
@@ -331,13 +335,19 @@ impl Worker {
         events: impl IntoIterator<Item = Event>,
         effects: &mut Effects,
     ) -> bool {
-        self.now = self.now.max(now);
         let old = effects.len();
+        self.now = self.now.max(now);
         for event in events {
             self.take(event, effects);
         }
+        self.look_around(old, effects)
+    }
+
+    /// Does what is to be done after events whose effects are those from `old` on.
+    fn look_around(&mut self, old: usize, effects: &mut Effects) -> bool {
         let has_more = self.turn(effects);
-        if self.is_metadata_low.swap(false, Ordering::Relaxed) {
+        let is_low = &self.is_metadata_low;
+        if is_low.load(Ordering::Relaxed) && is_low.swap(false, Ordering::Relaxed) {
             effects.push(Effect::Notice(Notice::MetadataThreshold));
         }
         self.check_invariants(&effects[old..]);
@@ -400,39 +410,43 @@ impl Worker {
     }
 
     fn look_into_inbox(&mut self, effects: &mut Effects) {
-        let mut inbox = self.pool.open_inbox();
-        let (bios, ready) = (inbox.bios.take(), inbox.ready.take());
-        let spare = std::mem::take(&mut self.spare_filled);
-        let mut filled = std::mem::replace(&mut inbox.filled, spare);
-        self.starved.extend(inbox.starved.drain(..));
-        drop(inbox);
-        self.ready.extend(ready.map(|work| work.job));
-        bios.for_each(|bio| self.todo.push(bio));
-        for (bio, result) in filled.drain(..) {
-            self.filled(bio, result, effects);
+        let Some(mut inbox) = self.pool.open_inbox() else {
+            return;
+        };
+        let (bios, filled) = (inbox.bios.take(), inbox.filled.take());
+        let ready = inbox.ready.take();
+        if !inbox.starved.is_empty() {
+            self.starved.extend(inbox.starved.drain(..));
         }
-        self.spare_filled = filled;
+        drop(inbox);
+        ready.for_each(|work| self.ready.push_back(work.job));
+        bios.for_each(|bio| self.todo.push(bio));
+        filled.for_each(|bio| self.filled(bio, effects));
     }
 
     /// Submitters are slowed down while one stretch of work takes more than a second.
     fn throttle(&mut self, is_busy: bool) {
-        let since = match is_busy {
-            true => *self.busy_since.get_or_insert(self.now),
+        let is_too_long = match is_busy {
+            true => self.now - *self.busy_since.get_or_insert(self.now) > SECOND,
             false => {
                 self.busy_since = None;
-                self.now
+                false
             }
         };
-        self.pool.set_throttled(self.now - since > SECOND);
+        self.pool.set_throttled(is_too_long);
     }
 
+    #[inline(never)]
     fn device(&mut self, id: ThinId) -> &mut Device {
         self.devices.entry(id.0).or_default()
     }
 
-    /// The open device that a bio is for.
-    fn thin_of(&self, bio: &Bio) -> Option<Arc<Thin>> {
-        self.thin(bio.thin)
+    /// The open device of this number, to be put back as the last one that was worked for.
+    fn take_thin(&mut self, number: u32) -> Option<Arc<Thin>> {
+        match self.last_thin.take() {
+            Some(thin) if thin.number == number => Some(thin),
+            _ => self.thin(number),
+        }
     }
 
     /// Takes back the memory of cells, for its own next operation first.

@@ -18,6 +18,9 @@ impl Worker {
         if self.is_giving_back() {
             return true;
         }
+        if self.todo.is_empty() {
+            return self.is_quiet_now();
+        }
         let mut later = Vec::new();
         let mut is_stuck = false;
         for _ in 0..BATCH {
@@ -27,7 +30,7 @@ impl Worker {
             let Some(bio) = self.todo.pop() else {
                 break;
             };
-            let Some(thin) = self.thin_of(&bio) else {
+            let Some(thin) = self.take_thin(bio.thin) else {
                 self.give_up(bio, BioError::Io, effects);
                 continue;
             };
@@ -41,6 +44,7 @@ impl Worker {
                 break;
             }
             self.process(&thin, bio, effects);
+            self.last_thin = Some(thin);
         }
         let is_all_gated = self.todo.is_empty() && !later.is_empty();
         for bio in later.into_iter().rev() {
@@ -262,10 +266,13 @@ impl Worker {
     /// Whether a bio has to wait for a commit; an error if what it has to make durable is lost.
     pub(super) fn triggers_commit(&mut self, thin: &Thin, bio: &Bio) -> Option<BioResult> {
         let is_durable = bio.op == Op::Flush || bio.is_fua;
+        if !is_durable {
+            return None;
+        }
         let device = self.device(thin.id());
         match (device.has_lost, device.is_changed) {
-            (true, _) if is_durable => Some(Err(BioError::Io)),
-            (_, true) if is_durable => Some(Ok(())),
+            (true, _) => Some(Err(BioError::Io)),
+            (_, true) => Some(Ok(())),
             _ => None,
         }
     }

@@ -234,8 +234,9 @@ impl Worker {
     }
 
     /// The write that fills a new block has ended.
-    pub(super) fn filled(&mut self, mut bio: Box<Bio>, result: BioResult, effects: &mut Effects) {
+    pub(super) fn filled(&mut self, mut bio: Box<Bio>, effects: &mut Effects) {
         let Some(job) = bio.fills else { return };
+        let result = bio.filled;
         if let Some(Job::Mapping(mapping)) = self.jobs.get_mut(job) {
             bio.all_io = None;
             mapping.bio = Some(bio);
@@ -249,8 +250,17 @@ impl Worker {
             return;
         };
         self.check_covered(job, &mapping);
+        match self.take_thin(mapping.thin) {
+            Some(thin) => {
+                self.insert(&thin, mapping, effects);
+                self.last_thin = Some(thin);
+            }
+            None => self.release(mapping.held),
+        }
+    }
+
+    fn insert(&mut self, thin: &Thin, mapping: NewMapping, effects: &mut Effects) {
         let NewMapping {
-            thin,
             block,
             data,
             held,
@@ -258,7 +268,7 @@ impl Worker {
             result,
             ..
         } = mapping;
-        let (Some(thin), Some(bio)) = (self.thins.get(&thin).cloned(), bio) else {
+        let Some(bio) = bio else {
             return self.release(held);
         };
         self.device(thin.id()).jobs -= 1;
@@ -283,11 +293,11 @@ impl Worker {
         }
         self.device(thin.id()).is_changed = true;
         if bio.fills.is_none() {
-            self.enter_and_issue(&thin, bio, data, effects);
-            return self.issue_inmates(&thin, held, data, effects);
+            self.enter_and_issue(thin, bio, data, effects);
+            return self.issue_inmates(thin, held, data, effects);
         }
-        self.issue_inmates(&thin, held, data, effects);
-        match self.triggers_commit(&thin, &bio) {
+        self.issue_inmates(thin, held, data, effects);
+        match self.triggers_commit(thin, &bio) {
             None => end(bio, Ok(()), effects),
             Some(Ok(())) => self.waiters.push(Waiter::End(bio)),
             Some(Err(error)) => end(bio, Err(error), effects),
