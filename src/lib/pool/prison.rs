@@ -195,6 +195,9 @@ impl Cells {
     }
 
     fn overlapping(&mut self, key: &Key) -> Option<&mut Box<Cell>> {
+        if self.count == 0 {
+            return None;
+        }
         let (first, last) = Self::runs(key);
         let within = self.within[first..=last].iter_mut();
         let lists = within.chain([&mut self.across]);

@@ -191,7 +191,9 @@ impl SharedMetadata {
         self.changes.end();
         self.note_changed(&writer);
         drop(held);
-        writer.refresh(false);
+        if writer.pool.time() != writer.time {
+            writer.refresh();
+        }
     }
 
     /// The number of changes so far, unless one is under way: what is looked up from here on is right for as long as it is the same.
@@ -289,7 +291,7 @@ impl SharedMetadata {
         self.roots.publish(writer.pool.mapping_root(), self.scheme);
         self.changes.end();
         drop(held);
-        writer.refresh(true);
+        writer.refresh();
         Ok(())
     }
 
@@ -322,12 +324,8 @@ impl SharedMetadata {
 
 impl Writer {
     /// Tells open devices when they were last snapshotted.
-    fn refresh(&mut self, always: bool) {
-        let time = self.pool.time();
-        if time == self.time && !always {
-            return;
-        }
-        self.time = time;
+    fn refresh(&mut self) {
+        self.time = self.pool.time();
         for (&id, thin) in &self.thins {
             if let (Some(thin), Ok(details)) = (thin.upgrade(), self.pool.details(ThinId(id))) {
                 thin.snapshotted_time

@@ -35,15 +35,30 @@ pub(super) fn too_deep(root: MetadataBlock) -> Error {
 }
 
 /// Where a node leads.
-enum Step<T> {
-    Down(MetadataBlock),
+enum Step<D, T> {
+    Down(D),
     End(T),
 }
 
+/// A leaf that may be changed, as may all nodes above it, which lead there for keys from `first` to `last`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct OpenLeaf {
+    kind: TreeKind,
+    root: MetadataBlock,
+    first: u64,
+    last: u64,
+    block: MetadataBlock,
+}
+
+impl OpenLeaf {
+    fn is_for(&self, kind: TreeKind, root: MetadataBlock, key: u64) -> bool {
+        (self.kind, self.root) == (kind, root) && (self.first..=self.last).contains(&key)
+    }
+}
+
 /// The lowest node on the way to a key that is to be held exclusively.
-#[derive(Clone, Copy)]
 enum Lowest {
-    Leaf(MetadataBlock),
+    Leaf(OpenLeaf),
     /// Nothing below it may be changed as it is.
     Inner(MetadataBlock),
     /// The root is to be copied or split.
@@ -137,7 +152,7 @@ impl Transaction {
     }
 
     /// True if the block is of this transaction and of one tree only, so that it may be changed in place.
-    pub(super) fn is_own(&mut self, block: MetadataBlock) -> Result<bool> {
+    pub(super) fn is_own(&self, block: MetadataBlock) -> Result<bool> {
         Ok(self.is_new(block)
             && (self.is_new_once(block) || !self.metadata_count_is_many(block)?))
     }
@@ -145,7 +160,7 @@ impl Transaction {
     /// The lowest node on the way to `key` that is to be held exclusively: all above it stay as they are, and lookups may go on
     /// through them.
     fn first_to_change(
-        &mut self,
+        &self,
         kind: TreeKind,
         root: MetadataBlock,
         key: u64,
@@ -158,24 +173,46 @@ impl Transaction {
             is_enough.then(|| match view.is_leaf() {
                 true => Step::End(true),
                 false => match view.floor(key) {
-                    Some(at) => Step::Down(view.child(at)),
+                    Some(at) => {
+                        let behind = (at + 1 < view.len()).then(|| view.key(at + 1));
+                        Step::Down((view.child(at), view.key(at), behind))
+                    }
                     None => Step::End(false),
                 },
             })
         };
         let (mut lowest, mut block) = (Lowest::No, root);
+        let (mut first, mut last) = (0, u64::MAX);
         for _ in 0..MOST_LEVELS {
             if !self.is_own(block)? {
                 break;
             }
             match self.blocks.look(block, validator, step)? {
                 None => break,
-                Some(Step::End(true)) => return Ok(Lowest::Leaf(block)),
+                Some(Step::End(true)) => {
+                    return Ok(Lowest::Leaf(OpenLeaf {
+                        kind,
+                        root,
+                        first,
+                        last,
+                        block,
+                    }));
+                }
                 Some(Step::End(false)) => return Ok(Lowest::Inner(block)),
-                Some(Step::Down(child)) => (lowest, block) = (Lowest::Inner(block), child),
+                Some(Step::Down((child, begin, behind))) => {
+                    (lowest, block) = (Lowest::Inner(block), child);
+                    first = begin;
+                    last = behind.map_or(last, |key| last.min(key.saturating_sub(1)));
+                }
             }
         }
         Ok(lowest)
+    }
+
+    /// True if going down to `key` leads to the leaf.
+    fn is_open(&self, leaf: OpenLeaf, key: u64) -> bool {
+        let lowest = self.first_to_change(leaf.kind, leaf.root, key, false);
+        matches!(lowest, Ok(Lowest::Leaf(found)) if found == leaf)
     }
 
     /// Makes the path to `key`, which is there, one that may be changed. Returns the root, the leaf, and the entry's place in it.
@@ -188,7 +225,7 @@ impl Transaction {
         let lowest = self.first_to_change(kind, root, key, false)?;
         let blocks = Arc::clone(&self.blocks);
         let (new_root, mut node) = match lowest {
-            Lowest::Leaf(block) | Lowest::Inner(block) => {
+            Lowest::Leaf(OpenLeaf { block, .. }) | Lowest::Inner(block) => {
                 (root, blocks.write(block, Validator::of(kind))?)
             }
             Lowest::No => {
@@ -246,11 +283,25 @@ impl Transaction {
         key: u64,
         value: Cell,
     ) -> Result<Changed> {
+        if let Some(open) = self.last_leaf.filter(|open| open.is_for(kind, root, key)) {
+            debug_assert!(
+                self.is_open(open, key),
+                "{open:?} is not for {key} any more"
+            );
+            let leaf = self.blocks.write(open.block, Validator::of(kind))?;
+            if has_room(leaf.view(), key) {
+                let old = put(leaf.view(), key, value);
+                return Ok(Changed { root, old });
+            }
+        }
+        self.last_leaf = None;
         let blocks;
         let (new_root, mut node) = match self.first_to_change(kind, root, key, true)? {
-            Lowest::Leaf(block) => {
-                let leaf = self.blocks.write(block, Validator::of(kind))?;
+            Lowest::Leaf(open) => {
+                let leaf = self.blocks.write(open.block, Validator::of(kind))?;
                 let old = put(leaf.view(), key, value);
+                drop(leaf);
+                self.last_leaf = Some(open);
                 return Ok(Changed { root, old });
             }
             Lowest::Inner(block) => {
@@ -442,6 +493,7 @@ impl Transaction {
         root: MetadataBlock,
         key: u64,
     ) -> Result<(MetadataBlock, WriteGuard<'a>)> {
+        self.last_leaf = None;
         let mut node = self.shadow(blocks, kind, root)?;
         let new_root = node.location();
         for _ in 0..2 * MOST_LEVELS {

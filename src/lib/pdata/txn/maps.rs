@@ -433,6 +433,7 @@ impl Transaction {
     }
 
     fn change_metadata(&mut self, block: u64, is_increment: bool) -> Result<()> {
+        self.last_leaf = None;
         if self.depth > 0 {
             self.queue.push_back(Pending {
                 block,
@@ -457,7 +458,7 @@ impl Transaction {
     }
 
     /// True if a metadata block is referred to more than once.
-    pub(super) fn metadata_count_is_many(&mut self, block: MetadataBlock) -> Result<bool> {
+    pub(super) fn metadata_count_is_many(&self, block: MetadataBlock) -> Result<bool> {
         self.refuse_past_end(Which::Metadata, block.0)?;
         let bits = self.bits(Which::Metadata, block.0)?;
         // A copy too many does no harm, and the tree of large counts may just be being changed.
@@ -467,17 +468,18 @@ impl Transaction {
 
     /// Writes what changed of the data map's index into its tree.
     pub(super) fn write_data_index(&mut self) -> Result<()> {
-        loop {
-            let dirty = self.data.index().iter().find(|(_, c)| c.is_dirty);
-            let Some((&number, &cached)) = dirty else {
-                return Ok(());
-            };
-            self.data.remember(number, cached.entry, false);
+        let index = self.data.index().iter();
+        let dirty: Vec<_> = index
+            .filter(|(_, cached)| cached.is_dirty)
+            .map(|(&number, cached)| (number, cached.entry))
+            .collect();
+        for (number, entry) in dirty {
+            self.data.remember(number, entry, false);
             let root = self.data.root.bitmap_root;
-            let inserted =
-                self.insert(TreeKind::DataIndex, root, number, words_of(cached.entry))?;
+            let inserted = self.insert(TreeKind::DataIndex, root, number, words_of(entry))?;
             self.data.root.bitmap_root = inserted.root;
         }
+        Ok(())
     }
 
     /// Writes the metadata map's index, if it changed, to a new block.

@@ -8,6 +8,7 @@
 
 use super::block_manager::{BlockManager, WriteGuard};
 use super::block_set::BlockSet;
+use super::btree::OpenLeaf;
 use super::maps::Map;
 use super::validator::Validator;
 use crate::error::{Error, ErrorKind, Result};
@@ -35,6 +36,8 @@ pub struct Transaction {
     again: BlockSet,
     pub(super) metadata: Map,
     pub(super) data: Map,
+    /// Where the last insertion went, if nothing else was changed since of trees or of counts of metadata blocks.
+    pub(super) last_leaf: Option<OpenLeaf>,
     /// How deep in operations on the metadata map we are; 1 is the outermost.
     pub(super) depth: u32,
     pub(super) queue: VecDeque<Pending>,
@@ -108,6 +111,7 @@ impl Transaction {
             again: BlockSet::default(),
             metadata: Map::new(SpaceMapRoot::default()),
             data: Map::new(SpaceMapRoot::default()),
+            last_leaf: None,
             depth: 0,
             queue: VecDeque::new(),
             pending: HashMap::new(),
@@ -272,6 +276,7 @@ impl Transaction {
 
     /// Begins the next transaction, once the superblock is durable.
     pub fn next(&mut self) {
+        self.last_leaf = None;
         self.shadows.clear();
         self.again.clear();
         let engine = self.blocks.engine();

@@ -102,6 +102,9 @@ impl Worker {
 
     /// Snapshots whose origin has no operation under way wait for what was issued.
     pub(super) fn start_snapshots(&mut self) {
+        if self.snapshots.is_empty() {
+            return;
+        }
         let mut snapshots = std::mem::take(&mut self.snapshots);
         snapshots.retain(|&job| {
             let Some(&mut Job::Snapshot(Snapshot { origin, .. })) = self.jobs.get_mut(job) else {
