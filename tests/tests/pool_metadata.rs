@@ -39,6 +39,30 @@ struct Model {
     nr_metadata_blocks: u64,
 }
 
+/// What random operations are about.
+#[derive(Clone, Copy)]
+struct Mix {
+    /// Devices, at most.
+    ids: u64,
+    /// Blocks below twice this number are mapped.
+    blocks: u64,
+    /// Blocks mapped in a row, at most.
+    row: u64,
+}
+
+/// Hardly two changes after each other are to the same leaf.
+const SCATTERED: Mix = Mix {
+    ids: 40,
+    blocks: 3000,
+    row: 1,
+};
+/// Most are.
+const IN_ROWS: Mix = Mix {
+    ids: 3,
+    blocks: 1000,
+    row: 60,
+};
+
 /// A pool, its model, and the model of the last commit.
 struct Pair {
     engine: Arc<RamEngine>,
@@ -46,6 +70,7 @@ struct Pair {
     model: Model,
     committed: Model,
     cache: usize,
+    mix: Mix,
 }
 
 impl Pair {
@@ -66,6 +91,7 @@ impl Pair {
             committed: model.clone(),
             model,
             cache,
+            mix: SCATTERED,
         }
     }
 
@@ -163,7 +189,7 @@ impl Pair {
         let any = self.any(rng);
         match (rng.random_range(0..1000), any) {
             (0..12, _) | (_, None) => {
-                let id = rng.random_range(0..40);
+                let id = rng.random_range(0..self.mix.ids);
                 let made = self.pool.create_thin(ThinId(id));
                 if self.model.thins.contains_key(&id) {
                     assert_eq!(made.expect_err("taken").kind(), ErrorKind::Exists);
@@ -177,7 +203,7 @@ impl Pair {
                 self.model.thins.insert(id, thin);
             }
             (12..30, Some(origin)) => {
-                let id = rng.random_range(0..40);
+                let id = rng.random_range(0..self.mix.ids);
                 let made = self.pool.create_snap(ThinId(id), ThinId(origin));
                 if self.model.thins.contains_key(&id) {
                     assert_eq!(made.expect_err("taken").kind(), ErrorKind::Exists);
@@ -197,19 +223,22 @@ impl Pair {
                 assert_eq!(missing.kind(), ErrorKind::NotFound);
             }
             (44..640, Some(id)) => {
-                let block = rng.random_range(0..3000) * rng.random_range(1..3);
-                let Some(data) = self.pool.alloc_data_block()? else {
-                    return self.commit();
-                };
-                self.pool.insert_block(ThinId(id), ThinBlock(block), data)?;
-                let time = self.model.time;
-                let thin = self.model.thins.get_mut(&id).expect("there");
-                thin.mappings.insert(block, (data.0, time));
+                let first = rng.random_range(0..self.mix.blocks) * rng.random_range(1..3);
+                let end = first + rng.random_range(0..self.mix.row) + 1;
+                for block in first..end {
+                    let Some(data) = self.pool.alloc_data_block()? else {
+                        return self.commit();
+                    };
+                    self.pool.insert_block(ThinId(id), ThinBlock(block), data)?;
+                    let time = self.model.time;
+                    let thin = self.model.thins.get_mut(&id).expect("there");
+                    thin.mappings.insert(block, (data.0, time));
+                }
             }
             (640..900, Some(id)) => {
-                let begin = rng.random_range(0..6000);
+                let begin = rng.random_range(0..2 * self.mix.blocks);
                 let length = match rng.random_range(0..10) {
-                    0 => rng.random_range(0..3000),
+                    0 => rng.random_range(0..self.mix.blocks),
                     _ => rng.random_range(0..12),
                 };
                 let removed = self.pool.remove_range(
@@ -224,7 +253,7 @@ impl Pair {
                 assert_eq!(removed, (before - thin.mappings.len()) as u64);
             }
             (900..985, Some(id)) => {
-                let block = rng.random_range(0..6000);
+                let block = rng.random_range(0..2 * self.mix.blocks);
                 let found = self.pool.find_block(ThinId(id), ThinBlock(block))?;
                 let thin = &self.model.thins[&id];
                 let expected = thin.mappings.get(&block);
@@ -285,8 +314,12 @@ impl Pair {
 
 /// Random operations on a pool of the given size, with a commit, a check and a comparison every so often.
 fn run(seed: u64, steps: u64, metadata_blocks: usize, data_blocks: u64, cache: usize) -> u64 {
+    let pair = Pair::format(metadata_blocks, data_blocks, cache);
+    run_pair(pair, seed, steps)
+}
+
+fn run_pair(mut pair: Pair, seed: u64, steps: u64) -> u64 {
     let mut rng = SmallRng::seed_from_u64(seed);
-    let mut pair = Pair::format(metadata_blocks, data_blocks, cache);
     let mut done = 0;
     for step in 0..steps {
         done += u64::from(pair.step(&mut rng));
@@ -311,6 +344,20 @@ fn random_operations_do_what_a_model_does() {
         let cache = if seed % 2 == 0 { 64 << 20 } else { 64 * 4096 };
         let done = run(seed, 10_000, 4096, 30_000, cache);
         assert!(done > 9900, "seed {seed}: only {done} were done");
+    }
+}
+
+/// Changes of the same few leaves, with snapshots, removals, commits and aborts in between.
+#[test]
+fn rows_of_insertions_do_what_a_model_does() {
+    for seed in 0..10 {
+        println!("seed {seed}");
+        let pair = Pair {
+            mix: IN_ROWS,
+            ..Pair::format(4096, 30_000, 64 << 20)
+        };
+        let done = run_pair(pair, seed, 5000);
+        assert!(done > 4900, "seed {seed}: only {done} were done");
     }
 }
 
@@ -531,6 +578,7 @@ impl Pair {
             committed: model.clone(),
             model,
             cache,
+            mix: SCATTERED,
         }
     }
 }

@@ -109,7 +109,7 @@ impl CellPool {
         }
     }
 
-    #[cold]
+    #[inline(never)]
     pub(super) fn take(&self) -> Option<Box<Cell>> {
         self.stock().free.pop()
     }

@@ -16,7 +16,7 @@ pub(super) struct List<T: Linked> {
     len: usize,
 }
 
-/// Its owner drops it item by item: recursion could run out of stack in a long one. Most are empty, and nobody looks at that twice.
+/// Its owner drops it item by item, for recursion could run out of stack in a long one; the compiler need not drop it once more.
 type Chain<T> = ManuallyDrop<Option<Box<T>>>;
 
 impl<T: Linked> Default for List<T> {
@@ -34,6 +34,7 @@ impl<T: Linked> List<T> {
     }
 
     pub(super) fn push(&mut self, mut item: Box<T>) {
+        debug_assert!(item.link().is_none(), "it is in a list");
         swap(item.link(), &mut self.newest);
         self.newest = Chain::new(Some(item));
         self.len += 1;

@@ -151,7 +151,8 @@ impl Pool {
 
     /// Looks at what waits, for the last time before the next [`wake`](Self::wake); none if nobody woke the worker since.
     pub(super) fn open_inbox(&self) -> Option<MutexGuard<'_, Inbox>> {
-        // Whoever sets either from here on finds that the waker was not called yet.
+        // Whoever sets either from here on calls the waker, or somebody does whose call is on its way. Left set without work, `is_woken`
+        // would keep everybody from calling it.
         if !self.has_work() && !self.is_woken.load(Ordering::Acquire) {
             return None;
         }
@@ -274,6 +275,8 @@ impl Pool {
     pub(super) fn suspend(&self, is_suspended: bool) {
         self.inbox().is_suspended = is_suspended;
         self.is_suspended.store(is_suspended, Ordering::Release);
+        // A bio that was let in before may be in the inbox though nobody has woken the worker yet.
+        self.has_work.store(true, Ordering::Release);
     }
 
     fn inbox(&self) -> MutexGuard<'_, Inbox> {

@@ -36,7 +36,8 @@ struct Slot {
     lock: VersionLock,
 }
 
-/// Sets flags, if they are not set.
+/// Sets flags, if they are not set. Only whoever holds the slot's lock, or is the one thread that changes blocks, says that a block is
+/// not changed any more.
 #[inline]
 fn mark(slot: &Slot, flags: u32) {
     if slot.tag.load(Ordering::Relaxed) & flags != flags {
@@ -490,12 +491,31 @@ impl BlockManager {
         block: MetadataBlock,
         validator: Validator,
     ) -> Result<WriteGuard<'_>> {
+        self.write_new(block, validator, |block| block.clear())
+    }
+
+    /// The block, as a copy of another one and exclusively, without reading it.
+    pub(super) fn write_copy(
+        &self,
+        block: MetadataBlock,
+        validator: Validator,
+        from: View<'_>,
+    ) -> Result<WriteGuard<'_>> {
+        self.write_new(block, validator, |to| to.copy_from(from))
+    }
+
+    fn write_new(
+        &self,
+        block: MetadataBlock,
+        validator: Validator,
+        fill: impl FnOnce(View<'_>),
+    ) -> Result<WriteGuard<'_>> {
         let slot = self.lock(block, None)?;
         self.slots[slot].tag.store(
             tag(block, validator) | DIRTY | REFERENCED,
             Ordering::Relaxed,
         );
-        View(&self.words[slot]).clear();
+        fill(View(&self.words[slot]));
         Ok(WriteGuard {
             manager: self,
             slot,

@@ -3,9 +3,11 @@
 //!
 //! Changes go from the root down and never come back up: a full node is split before, and a node that may become too small is merged
 //! before its parent is left. So at most a node, its parent and two siblings are held at once, and a reader that goes down with two
-//! locks, or asks a node's version again after it has its child's, never follows a pointer that was moved.
+//! locks, or asks a node's version again after it has its child's, never follows a pointer that was moved. An insertion to the leaf of
+//! the one before does without the way down ([`OpenLeaf`]).
 
 use super::block_manager::{BlockManager, WriteGuard};
+use super::open_leaf::OpenLeaf;
 use super::transaction::Transaction;
 use super::validator::Validator;
 use super::view::{Cell, View, cell};
@@ -40,26 +42,10 @@ enum Step<D, T> {
     End(T),
 }
 
-/// A leaf that may be changed, as may all nodes above it, which lead there for keys from `first` to `last`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct OpenLeaf {
-    kind: TreeKind,
-    root: MetadataBlock,
-    first: u64,
-    last: u64,
-    block: MetadataBlock,
-}
-
-impl OpenLeaf {
-    fn is_for(&self, kind: TreeKind, root: MetadataBlock, key: u64) -> bool {
-        (self.kind, self.root) == (kind, root) && (self.first..=self.last).contains(&key)
-    }
-}
-
 /// The lowest node on the way to a key that is to be held exclusively.
 enum Lowest {
     Leaf(OpenLeaf),
-    /// Nothing below it may be changed as it is.
+    /// The next node is to be copied or split, or comes to begin with the key.
     Inner(MetadataBlock),
     /// The root is to be copied or split.
     No,
@@ -201,7 +187,7 @@ impl Transaction {
                 Some(Step::End(false)) => return Ok(Lowest::Inner(block)),
                 Some(Step::Down((child, begin, behind))) => {
                     (lowest, block) = (Lowest::Inner(block), child);
-                    first = begin;
+                    first = first.max(begin);
                     last = behind.map_or(last, |key| last.min(key.saturating_sub(1)));
                 }
             }
@@ -209,10 +195,10 @@ impl Transaction {
         Ok(lowest)
     }
 
-    /// True if going down to `key` leads to the leaf.
+    /// False if going down to `key` leads elsewhere.
     fn is_open(&self, leaf: OpenLeaf, key: u64) -> bool {
         let lowest = self.first_to_change(leaf.kind, leaf.root, key, false);
-        matches!(lowest, Ok(Lowest::Leaf(found)) if found == leaf)
+        matches!(lowest, Ok(Lowest::Leaf(found)) if found == leaf) || lowest.is_err()
     }
 
     /// Makes the path to `key`, which is there, one that may be changed. Returns the root, the leaf, and the entry's place in it.

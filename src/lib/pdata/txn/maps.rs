@@ -280,14 +280,14 @@ impl Transaction {
         let copy = self.new_metadata_block()?;
         {
             let from = self.blocks.read(entry.block, Validator::Bitmap)?;
-            let to = self.blocks.write_zeroed(copy, Validator::Bitmap)?;
-            to.view().copy_from(from.view());
+            self.blocks
+                .write_copy(copy, Validator::Bitmap, from.view())?;
         }
         self.note_new(copy);
         let old = std::mem::replace(&mut entry.block, copy);
         self.map_mut(which).remember(number, entry, true);
         self.decrement_metadata(old.0)?;
-        // What was just queued waits, so the entry is as it was remembered.
+        // What was just queued waits, or is about the other map, so the entry is as it was remembered.
         Ok(entry)
     }
 

@@ -8,6 +8,7 @@ mod cursor;
 mod epoch;
 mod map_blocks;
 mod maps;
+mod open_leaf;
 mod prefetch_leaf;
 mod schemes;
 mod transaction;

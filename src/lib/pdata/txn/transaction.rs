@@ -8,8 +8,8 @@
 
 use super::block_manager::{BlockManager, WriteGuard};
 use super::block_set::BlockSet;
-use super::btree::OpenLeaf;
 use super::maps::Map;
+use super::open_leaf::OpenLeaf;
 use super::validator::Validator;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pdata::forest::TreeKind;
@@ -36,7 +36,7 @@ pub struct Transaction {
     again: BlockSet,
     pub(super) metadata: Map,
     pub(super) data: Map,
-    /// Where the last insertion went, if nothing else was changed since of trees or of counts of metadata blocks.
+    /// Where the last insertion went, if its tree was not changed in another way since, nor any count of a metadata block.
     pub(super) last_leaf: Option<OpenLeaf>,
     /// How deep in operations on the metadata map we are; 1 is the outermost.
     pub(super) depth: u32,
@@ -218,9 +218,7 @@ impl Transaction {
         let copy = self.new_metadata_block()?;
         let to = {
             let from = blocks.read(block, Validator::of(kind))?;
-            let to = blocks.write_zeroed(copy, Validator::of(kind))?;
-            to.view().copy_from(from.view());
-            to
+            blocks.write_copy(copy, Validator::of(kind), from.view())?
         };
         self.note_new(copy);
         self.decrement_metadata(block.0)?;
