@@ -58,7 +58,7 @@ fn has_room(node: View<'_>, key: u64) -> bool {
 
 /// Sets the value of `key` in a leaf that has room for it. The value that it had before.
 fn put(leaf: View<'_>, key: u64, value: Cell) -> Option<Cell> {
-    let above = leaf.upper(key);
+    let above = leaf.upper_of_leaf(key);
     let at = above.checked_sub(1).filter(|&at| leaf.key(at) == key);
     let old = at.map(|at| leaf.value(at));
     match at {

@@ -165,18 +165,27 @@ impl View<'_> {
     /// How many keys are at most `key`.
     #[inline]
     pub(super) fn upper(self, key: u64) -> usize {
-        let (mut low, mut len) = (0, self.len().min(WORDS));
-        // Where devices are written from the front to the back it is behind the last.
-        if len == 0 || self.key(len - 1) <= key {
-            return len;
-        }
         // Without branches: which way a search goes is as good as random.
+        let (mut low, mut len) = (0, self.len().min(WORDS));
+        if len == 0 {
+            return 0;
+        }
         while len > 1 {
             let half = len / 2;
             low += hint::select_unpredictable(self.key(low + half) <= key, half, 0);
             len -= half;
         }
         low + usize::from(self.key(low) <= key)
+    }
+
+    /// The same of a leaf: where a device is written from the front to the back, `key` comes behind all of them.
+    #[inline]
+    pub(super) fn upper_of_leaf(self, key: u64) -> usize {
+        let len = self.len().min(WORDS);
+        match len > 0 && self.key(len - 1) <= key {
+            true => len,
+            false => self.upper(key),
+        }
     }
 
     /// The entry with the largest key that is at most `key`.
@@ -193,7 +202,8 @@ impl View<'_> {
         if guess < self.len().min(WORDS) as u64 && self.key(guess as usize) == key {
             return Some(guess as usize);
         }
-        self.floor(key).filter(|&at| self.key(at) == key)
+        let at = self.upper_of_leaf(key).checked_sub(1)?;
+        (self.key(at) == key).then_some(at)
     }
 
     /// Asks for the memory of this leaf that looking for `key` takes; `parent` has it at `at`. It is a few lines of cache if no key can be
